@@ -1,0 +1,164 @@
+"""The bottleneck: an encoder on the device and a decoder on the server, so that only `width` channels cross.
+
+Channels are ordered and a narrower width is always a prefix of a wider one, so a change of width changes how
+much of the same weights is used and nothing else. Kinds: "none" sends all channels, "channels" the most
+important ones (the paper's way), "linear" a learnt 1x1 map. Shapes: activation [B, C, ...], sent [B, width, ...].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class _Sized(nn.Module):
+    """What all encoders and decoders share: the channels of the cut, the width now sent, the channels' order."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.width = channels
+        # A buffer, so that it travels with the weights; only "channels" ever changes it.
+        self.register_buffer("order", torch.arange(channels))
+
+    def resize(self, width: int, order: tuple[int, ...] = ()) -> None:
+        """Send `width` channels from now on, chosen by `order` (most important first; empty: as before)."""
+        if not 1 <= width <= self.channels:
+            raise ValueError(f"width {width} is not within 1 to {self.channels}")
+        self.width = width
+        if order:
+            self.order.copy_(torch.tensor(order))
+
+
+class PassEncoder(_Sized):
+    def forward(self, activation: Tensor) -> Tensor:
+        return activation
+
+
+class PassDecoder(_Sized):
+    def forward(self, sent: Tensor) -> Tensor:
+        return sent
+
+
+class ChannelEncoder(_Sized):
+    def forward(self, activation: Tensor) -> Tensor:
+        if self.width == self.channels:
+            return activation
+        return activation.index_select(1, self.order[: self.width])
+
+
+class ChannelDecoder(_Sized):
+    """Puts the sent channels in their places; the others are zero."""
+
+    def forward(self, sent: Tensor) -> Tensor:
+        if self.width == self.channels:
+            return sent
+        full = sent.new_zeros(sent.shape[0], self.channels, *sent.shape[2:])
+        return full.index_copy(1, self.order[: self.width], sent)
+
+
+class LinearEncoder(_Sized):
+    """z = E[:width] x + b[:width]: `weight` is E [C, C], its first rows are used, `bias` is b [C]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.eye(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, activation: Tensor) -> Tensor:
+        return _map_channels(activation, self.weight[: self.width], self.bias[: self.width])
+
+    @torch.no_grad()
+    def rotate(self, components: Tensor, mean: Tensor) -> None:
+        """Let z become components (z - mean) for the first channels, as many as `components` [w, w] has rows."""
+        count = len(mean)
+        self.weight[:count] = components @ self.weight[:count]
+        self.bias[:count] = components @ (self.bias[:count] - mean)
+
+    @torch.no_grad()
+    def select(self, order: Tensor) -> None:
+        """Let z be the activation's channels in this order."""
+        self.weight.copy_(torch.eye(self.channels)[order])
+
+
+class LinearDecoder(_Sized):
+    """x = D[:, :width] z + b: `weight` is D [C, C], its first columns are used, `bias` is b [C]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.eye(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, sent: Tensor) -> Tensor:
+        return _map_channels(sent, self.weight[:, : self.width], self.bias)
+
+    @torch.no_grad()
+    def rotate(self, components: Tensor, mean: Tensor) -> None:
+        """The answer to the encoder's `rotate`: what is decoded stays the same."""
+        count = len(mean)
+        self.bias += self.weight[:, :count] @ mean
+        self.weight[:, :count] = self.weight[:, :count] @ components.T
+
+    @torch.no_grad()
+    def select(self, order: Tensor) -> None:
+        """Put channels sent in this order back in their places."""
+        self.weight.copy_(torch.eye(self.channels)[order].T)
+
+
+def _map_channels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1x1 convolution over whatever comes after the channels: nothing, a sequence or a map."""
+    kernel = weight.reshape(*weight.shape, *(1,) * (x.dim() - 2))
+    if x.dim() == 2:
+        return nn.functional.linear(x, kernel, bias)
+    return (nn.functional.conv1d if x.dim() == 3 else nn.functional.conv2d)(x, kernel, bias)
+
+
+_KINDS: dict[str, tuple[type[_Sized], type[_Sized]]] = {
+    "none": (PassEncoder, PassDecoder),
+    "channels": (ChannelEncoder, ChannelDecoder),
+    "linear": (LinearEncoder, LinearDecoder),
+}
+Encoder = _Sized
+Decoder = _Sized
+
+
+def build(kind: str, channels: int, seed: int) -> tuple[Encoder, Decoder]:
+    """Encoder and decoder at full width, where decoder(encoder(x)) = x; linear starts from a random rotation."""
+    encoder_class, decoder_class = _KINDS[kind]
+    encoder, decoder = encoder_class(channels), decoder_class(channels)
+    if isinstance(encoder, LinearEncoder) and isinstance(decoder, LinearDecoder):
+        generator = torch.Generator().manual_seed(seed)
+        rotation, _ = torch.linalg.qr(torch.randn(channels, channels, generator=generator))
+        with torch.no_grad():
+            encoder.weight.copy_(rotation)
+            decoder.weight.copy_(rotation.T)
+    return encoder, decoder
+
+
+def principal_components(activation: Tensor) -> tuple[Tensor, Tensor]:
+    """Components [C, C] (rows, largest variance first) and mean [C] of an activation [B, C, ...] over all else."""
+    channels = activation.shape[1]
+    points = activation.detach().transpose(0, 1).reshape(channels, -1).double()
+    mean = points.mean(dim=1)
+    centred = points - mean[:, None]
+    _, vectors = torch.linalg.eigh(centred @ centred.T / points.shape[1])
+    components = vectors.flip(1).T.contiguous()
+    # eigh leaves the sign open; the largest entry is made positive so that equal data give equal components.
+    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
+    return (components * largest.sign()).float(), mean.float()
+
+
+def rank_channels(activation: Tensor, gradient: Tensor) -> Tensor:
+    """What each channel [C] is worth to the loss: |sum of activation x gradient| a picture, summed over pictures.
+
+    First-order Taylor criterion (Molchanov et al., arXiv 1611.06440): the change of the loss if it were zero.
+    """
+    product = (activation * gradient).flatten(2) if activation.dim() > 2 else (activation * gradient)[:, :, None]
+    return product.sum(dim=2).abs().sum(dim=0)
+
+
+def reorder(order: tuple[int, ...], sent: int, scores: Tensor) -> tuple[int, ...]:
+    """A new order by `scores` [C]; the first `sent` of the old one stay in front, so widths stay prefixes."""
+    best = sorted(order[:sent], key=lambda channel: -float(scores[channel]))
+    rest = sorted(order[sent:], key=lambda channel: -float(scores[channel]))
+    return tuple(best + rest)

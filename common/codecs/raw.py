@@ -1,0 +1,59 @@
+"""Codecs that only choose the number format: fp32 (what plain split learning sends) and fp16."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from common.codecs.base import Buffer, Tensor, elements, require_decoded_finite, require_finite, require_size
+
+_FP16_MAX = float(np.finfo(np.float16).max)
+
+
+def _range(tensor: np.ndarray) -> tuple[float, float]:
+    return (float(tensor.min()), float(tensor.max())) if tensor.size else (0.0, 0.0)
+
+
+class Fp32:
+    """4 bytes an element, little endian; exact."""
+
+    name = "fp32"
+
+    def encode(self, tensor: Tensor) -> Buffer:
+        require_finite(*_range(tensor))
+        # A view where memory already is little-endian C order (everywhere that matters): no copy.
+        return memoryview(np.ascontiguousarray(tensor, "<f4")).cast("B") if tensor.size else b""
+
+    def decode(self, payload: Buffer, shape: tuple[int, ...]) -> Tensor:
+        require_size(payload, self.bound(shape), self.name)
+        tensor = np.frombuffer(payload, "<f4").reshape(shape)
+        require_decoded_finite(*_range(tensor), self.name)
+        return tensor
+
+    def bound(self, shape: tuple[int, ...]) -> int:
+        return 4 * elements(shape)
+
+
+class Fp16:
+    """2 bytes an element, little endian; relative error up to 2^-11, values past 65504 are clamped there."""
+
+    name = "fp16"
+
+    def encode(self, tensor: Tensor) -> Buffer:
+        low, high = _range(tensor)
+        require_finite(low, high)
+        if low < -_FP16_MAX or high > _FP16_MAX:
+            tensor = np.clip(tensor, -_FP16_MAX, _FP16_MAX)
+        # torch converts ten times as fast as numpy here; both round to nearest even.
+        half = torch.from_numpy(np.ascontiguousarray(tensor)).half().numpy()
+        return memoryview(half.astype("<f2", copy=False)).cast("B") if half.size else b""
+
+    def decode(self, payload: Buffer, shape: tuple[int, ...]) -> Tensor:
+        require_size(payload, self.bound(shape), self.name)
+        half = np.frombuffer(payload, "<f2").astype(np.float16)
+        tensor = torch.from_numpy(half).float().numpy().reshape(shape)
+        require_decoded_finite(*_range(tensor), self.name)
+        return tensor
+
+    def bound(self, shape: tuple[int, ...]) -> int:
+        return 2 * elements(shape)

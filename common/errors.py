@@ -1,0 +1,131 @@
+"""The exceptions people see, and the one table between them and gRPC status.
+
+Each message is one sentence or two that say what was wrong, where, and what to do. Both command lines print
+it without a traceback; on the wire it travels as status details, and the class name as trailing metadata, so
+that the device raises the same error the server met.
+
+    DepruneError
+    ├── RecipeError        a recipe that cannot be used
+    ├── ModelError         a model that cannot be found, built or filled with weights
+    │   └── CutError       a cut that does not exist or that more than one tensor crosses
+    ├── DataError          pictures or labels that cannot be read or do not fit the recipe
+    ├── RunFolderError     a run folder that cannot be used or written
+    ├── FrameError         a frame of the wrong step, phase, shape, dtype or codec
+    │   ├── CodecError     bytes that do not decode to the tensor that was announced
+    │   └── TooLargeError  a tensor or message over the negotiated limit
+    ├── VersionError       the two sides speak different versions of the protocol
+    ├── MismatchError      halves, recipes or classes that do not belong together
+    ├── BusyError          the server has no room for this session
+    ├── DivergedError      the loss or a tensor is no longer finite
+    ├── StoppedError       one side was stopped by its user
+    └── LinkError          no server answers, or the link broke
+"""
+
+from __future__ import annotations
+
+import grpc
+
+
+class DepruneError(Exception):
+    """Base of every error meant for a person; `str()` is what they read."""
+
+
+class RecipeError(DepruneError):
+    pass
+
+
+class ModelError(DepruneError):
+    pass
+
+
+class CutError(ModelError):
+    pass
+
+
+class DataError(DepruneError):
+    pass
+
+
+class RunFolderError(DepruneError):
+    pass
+
+
+class FrameError(DepruneError):
+    pass
+
+
+class CodecError(FrameError):
+    pass
+
+
+class TooLargeError(FrameError):
+    pass
+
+
+class VersionError(DepruneError):
+    pass
+
+
+class MismatchError(DepruneError):
+    pass
+
+
+class BusyError(DepruneError):
+    pass
+
+
+class DivergedError(DepruneError):
+    pass
+
+
+class StoppedError(DepruneError):
+    pass
+
+
+class LinkError(DepruneError):
+    pass
+
+
+_STATUS: dict[type[DepruneError], grpc.StatusCode] = {
+    RecipeError: grpc.StatusCode.FAILED_PRECONDITION,
+    ModelError: grpc.StatusCode.FAILED_PRECONDITION,
+    CutError: grpc.StatusCode.FAILED_PRECONDITION,
+    DataError: grpc.StatusCode.INVALID_ARGUMENT,
+    RunFolderError: grpc.StatusCode.INTERNAL,
+    FrameError: grpc.StatusCode.INVALID_ARGUMENT,
+    CodecError: grpc.StatusCode.DATA_LOSS,
+    TooLargeError: grpc.StatusCode.OUT_OF_RANGE,
+    VersionError: grpc.StatusCode.FAILED_PRECONDITION,
+    MismatchError: grpc.StatusCode.FAILED_PRECONDITION,
+    BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DivergedError: grpc.StatusCode.ABORTED,
+    StoppedError: grpc.StatusCode.UNAVAILABLE,
+    LinkError: grpc.StatusCode.UNAVAILABLE,
+}
+_BY_NAME = {cls.__name__: cls for cls in _STATUS}
+_METADATA_KEY = "deprune-error"
+
+
+def abort(context: grpc.ServicerContext, error: DepruneError) -> None:
+    """End the RPC with the status, sentence and class name of `error`; raises, as grpc's own abort does."""
+    context.set_trailing_metadata(((_METADATA_KEY, type(error).__name__),))
+    context.abort(_STATUS.get(type(error), grpc.StatusCode.UNKNOWN), str(error))
+
+
+def from_rpc(error: grpc.RpcError, server: str) -> DepruneError:
+    """The error that `error` stands for, seen from a device connected to `server` (HOST:PORT)."""
+    code, details = error.code(), error.details() or ""
+    for key, value in error.trailing_metadata() or ():
+        if key == _METADATA_KEY and value in _BY_NAME:
+            return _BY_NAME[value](details)
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return LinkError(
+            f"no server answers at {server} ({details}); check the address and that edge-server is running there"
+        )
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return LinkError(f"the server at {server} did not answer in time; check the link, or allow more with --timeout")
+    if code == grpc.StatusCode.UNIMPLEMENTED:
+        return VersionError(f"what answers at {server} is not a deprune edge-server of a matching version ({details})")
+    if code == grpc.StatusCode.CANCELLED:
+        return StoppedError(f"the session with {server} was cancelled ({details})")
+    return LinkError(f"the server at {server} failed with {code.name}: {details}")

@@ -1,0 +1,72 @@
+"""The two halves of a network as each side holds them: layers from the graph, and a part of the bottleneck.
+
+Both sides build the whole (random) model and keep their half, so the shape at the cut is known to both without
+asking; the weights then come from the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common import bottleneck, models
+from common.partition import cut_shape, split
+from common.recipe import Recipe
+
+
+class Head(nn.Module):
+    """Picture [B, *input] to what is sent [B, width, ...], fp32 whatever the arithmetic inside."""
+
+    def __init__(self, layers: nn.Module, encoder: bottleneck.Encoder) -> None:
+        super().__init__()
+        self.layers = layers
+        self.bottleneck = encoder
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.bottleneck(self.layers(pictures)).float()
+
+
+class Tail(nn.Module):
+    """What was sent [B, width, ...] to logits [B, classes], fp32 whatever the arithmetic inside."""
+
+    def __init__(self, layers: nn.Module, decoder: bottleneck.Decoder) -> None:
+        super().__init__()
+        self.layers = layers
+        self.bottleneck = decoder
+
+    def forward(self, sent: Tensor) -> Tensor:
+        return self.layers(self.bottleneck(sent)).float()
+
+
+@dataclass(frozen=True)
+class Halves:
+    head: Head
+    tail: Tail
+    cut: tuple[int, ...]  # shape of one picture's activation at the cut, channels first
+
+    @property
+    def channels(self) -> int:
+        return self.cut[0]
+
+    def sent_shape(self, batch: int, width: int) -> tuple[int, ...]:
+        return (batch, width, *self.cut[1:])
+
+
+def build(recipe: Recipe, allowed: Collection[str] = ()) -> Halves:
+    """Both halves with the recipe's random weights (a function of its seed); ModelError, CutError as models and
+    partition raise them. The caller drops the half that it doesn't need."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        whole = models.build(recipe.model.name, tuple(recipe.model.input), recipe.model.classes, allowed)
+    head, tail = split(whole, recipe.model.cut)
+    shape = cut_shape(head, tuple(recipe.model.input))
+    encoder, decoder = bottleneck.build(recipe.bottleneck.kind, shape[0], recipe.seed)
+    return Halves(Head(head, encoder), Tail(tail, decoder), shape)
+
+
+def reseed(seed: int, step: int, side: str) -> None:
+    """Make what a step draws at random (dropout) a function of seed, step and side, so a replay is the same replay."""
+    torch.manual_seed(seed * 1_000_003 + 2 * step + (side == "tail"))

@@ -1,0 +1,95 @@
+"""Counts what crosses the link, by direction and role, at two of three depths; the kernel's is in tcp_info.py.
+
+- payload: what the codec made (labels and weights: their raw bytes). Leaves out everything below.
+- message: the serialised protobuf message: payload, shape, step, phase, field tags. Leaves out HTTP/2 frames and
+  headers (9 bytes a frame of 16 KiB, some hundred bytes at a stream's start), TLS records, TCP and IP headers.
+- kernel: what TCP really moved, HTTP/2, TLS and retransmissions included. Leaves out TCP/IP and link headers.
+
+Beside them stands raw: the bytes of the same tensor as fp32 before the codec, so payload / raw is the codec's
+share. Both sides count the same messages with the same function, so their books must agree to the byte.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from common.rpc import split_pb2 as pb
+
+ROLES = ("control", "activation", "gradient", "label", "weights", "evaluation")
+UP, DOWN = "up", "down"
+
+
+@dataclass
+class Count:
+    raw: int = 0
+    payload: int = 0
+    message: int = 0
+
+    def add(self, other: Count) -> None:
+        self.raw += other.raw
+        self.payload += other.payload
+        self.message += other.message
+
+
+def count_of(frame: pb.Frame) -> tuple[str, Count]:
+    """Role of a frame and what it adds there; raw stands in part 0, which alone knows the shape."""
+    data = len(frame.part.data)
+    raw = 0
+    if frame.HasField("part") and frame.part.HasField("tensor"):
+        tensor = frame.part.tensor
+        raw = tensor.payload
+        if tensor.dtype == "float32":
+            raw = 4
+            for side in tensor.shape:
+                raw *= side
+    return pb.Role.Name(frame.role).lower(), Count(raw, data, frame.ByteSize())
+
+
+class Meter:
+    """One session's books on one side; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lap = {UP: 0, DOWN: 0}
+        self._books = {way: {role: Count() for role in ROLES} for way in (UP, DOWN)}
+
+    def frame(self, way: str, frame: pb.Frame) -> pb.Frame:
+        """Count `frame` going `way` ("up" from the device, "down" to it) and hand it on."""
+        role, count = count_of(frame)
+        with self._lock:
+            self._books[way][role].add(count)
+        return frame
+
+    def control(self, way: str, message: Any) -> None:
+        """Count a message of the handshake."""
+        with self._lock:
+            self._books[way]["control"].message += message.ByteSize()
+
+    def total(self, way: str) -> Count:
+        with self._lock:
+            total = Count()
+            for count in self._books[way].values():
+                total.add(count)
+        return total
+
+    def report(self, kernel_up: int | None, kernel_down: int | None) -> dict[str, Any]:
+        """The "bytes" field of summary.json."""
+        result: dict[str, Any] = {}
+        for way, kernel in ((UP, kernel_up), (DOWN, kernel_down)):
+            total = self.total(way)
+            with self._lock:
+                by_role = {role: asdict(count) for role, count in self._books[way].items() if count.message}
+            result[way] = {"payload": total.payload, "message": total.message, "kernel": kernel, "by_role": by_role}
+        return result
+
+    def lap(self) -> dict[str, int]:
+        """Message bytes up and down since the last lap, evaluations left out: called at the end of each step."""
+        with self._lock:
+            now = {
+                way: sum(count.message for role, count in book.items() if role != "evaluation")
+                for way, book in self._books.items()
+            }
+            before, self._lap = self._lap, now
+        return {way: now[way] - before[way] for way in now}

@@ -1,0 +1,51 @@
+"""The optimiser of one half, and the learning rate as a function of the step; both sides call the same code."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+from common.recipe import OptimiserRecipe
+
+
+def build(recipe: OptimiserRecipe, layers: nn.Module, bottleneck: nn.Module) -> torch.optim.Optimizer:
+    """Optimiser over a half's layers and its part of the bottleneck.
+
+    The bottleneck has no weight decay: it would shrink the channels that are not sent yet.
+    """
+    groups = [
+        {"params": list(layers.parameters()), "weight_decay": recipe.weight_decay},
+        {"params": list(bottleneck.parameters()), "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        # A head without weights (a cut right after a reshape or an activation) has nothing to learn.
+        groups = [{"params": [nn.Parameter(torch.zeros(0))]}]
+    if recipe.name == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+
+
+def learning_rate(recipe: OptimiserRecipe, step: int, steps: int) -> float:
+    """Learning rate of `step` in a run of `steps`."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    if recipe.decay == "constant":
+        return recipe.lr
+    progress = (step - recipe.warmup) / max(1, steps - recipe.warmup)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = value
+
+
+def arithmetic(precision: str) -> contextlib.AbstractContextManager[object]:
+    """The context in which a half computes: nothing for fp32, autocast for bf16."""
+    if precision == "bf16":
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return contextlib.nullcontext()

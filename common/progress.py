@@ -1,0 +1,79 @@
+"""Live progress for a person: a moving line on a terminal, a plain line now and then where output is a file."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+# Plain lines come at most this often, and at each change of width.
+_EVERY_S = 10.0
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000 as links are: 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Live:
+    """Shows steps done, width, loss, accuracy, bytes and the time left, until `close`."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._started = time.monotonic()
+        self._shown = 0.0
+        self._width = 0
+        self._loss: float | None = None
+        self._accuracy = 0.0
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=steps)
+
+    def __enter__(self) -> Live:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def step(self, done: int, width: int, loss: float, accuracy: float, up: int, down: int) -> None:
+        """`done` steps are done; the last had this width, loss and share of right answers; bytes are of the run."""
+        # A running mean over about 20 steps: single batches jump.
+        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._accuracy = accuracy if done <= 1 else 0.95 * self._accuracy + 0.05 * accuracy
+        text = f"width {width}  loss {self._loss:.3f}  acc {self._accuracy:.1%}  up {size(up)}  down {size(down)}"
+        self._bar.update(self._task, completed=done, description=text)
+        now = time.monotonic()
+        if self._console.is_terminal:
+            return
+        if now - self._shown >= _EVERY_S or width != self._width:
+            elapsed = now - self._started
+            left = elapsed / done * (self._steps - done)
+            self._console.print(f"step {done}/{self._steps}  {text}  {duration(elapsed)}, {duration(left)} left")
+            self._shown, self._width = now, width
+
+    def say(self, text: str) -> None:
+        """A line of its own that stays."""
+        self._bar.console.print(text, highlight=False)

@@ -1,0 +1,251 @@
+"""The recipe: one TOML file that says everything both sides must agree on.
+
+Frozen dataclasses, read and checked once; the server owns the file, the device gets its text in the handshake
+and checks the digest. Every default stands here, beside what it means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.codecs import CODECS
+from common.errors import RecipeError
+
+METHODS = ("plain", "fixed", "deprune", "prune")
+
+
+def _demand(holds: bool, message: str) -> None:
+    if not holds:
+        raise RecipeError(message)
+
+
+def _one_of(where: str, value: str, legal: typing.Collection[str]) -> None:
+    _demand(value in legal, f"{where} is {value!r}; legal are {', '.join(legal)}")
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    name: str  # a built-in name, or "package.module:factory" that each side's user allowed
+    input: tuple[int, ...]  # channels, height, width of a picture
+    classes: int
+    cut: str  # the graph node after which the model is cut; `edge-server cuts` lists them
+    init: str = ""  # "" random, "run:DIR" a finished run's server folder, or a .safetensors of the whole model
+
+    def __post_init__(self) -> None:
+        legal_input = len(self.input) == 3 and all(1 <= side <= 1024 for side in self.input)
+        _demand(legal_input, f"model.input is {list(self.input)}; give channels, height, width, each 1 to 1024")
+        _demand(2 <= self.classes <= 65535, f"model.classes is {self.classes}; give 2 to 65535")
+        known = not self.init or self.init.startswith("run:") or self.init.endswith(".safetensors")
+        _demand(known, f'model.init is {self.init!r}; give "run:DIR" or the path of a .safetensors file')
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    batch: int = 128  # pictures a step
+    crop: int = 0  # random crop after padding by so many pixels; 0 switches it off
+    flip: bool = False  # random horizontal flip
+    mean: tuple[float, ...] = (0.5,)  # subtracted from pixels in 0..1; one number, or one a channel
+    std: tuple[float, ...] = (0.25,)  # then divided by
+    validation: float = 0.0  # share of the training pictures held out; a plateau schedule needs some
+    evaluation_batch: int = 256  # pictures a batch when judging; never changes the result, only the speed
+
+    def __post_init__(self) -> None:
+        _demand(1 <= self.batch <= 65536, f"data.batch is {self.batch}; give 1 to 65536")
+        _demand(1 <= self.evaluation_batch <= 65536, f"data.evaluation_batch is {self.evaluation_batch}; give 1 to 65536")
+        _demand(0 <= self.crop <= 64, f"data.crop is {self.crop}; give 0 to 64 pixels")
+        _demand(0 <= self.validation < 1, f"data.validation is {self.validation}; give a share from 0 up to below 1")
+        _demand(all(value > 0 for value in self.std), "data.std must be above 0")
+
+
+@dataclass(frozen=True)
+class BottleneckRecipe:
+    kind: str = "none"  # "none" all channels as they are, "channels" the most important, "linear" a learnt 1x1 map
+    start: str = "auto"  # linear: "orthogonal", "principal" (components of the activation), or auto: principal with init
+    principal_pictures: int = 1024  # linear, principal: pictures that the device takes the components of
+    ranking_steps: int = 4  # channels: steps at full width before each phase, to measure what a channel is worth
+
+    def __post_init__(self) -> None:
+        _one_of("bottleneck.kind", self.kind, ("none", "channels", "linear"))
+        _one_of("bottleneck.start", self.start, ("auto", "orthogonal", "principal"))
+        _demand(self.principal_pictures >= 1, "bottleneck.principal_pictures must be 1 or more")
+        _demand(self.ranking_steps >= 1, "bottleneck.ranking_steps must be 1 or more")
+
+
+@dataclass(frozen=True)
+class CodecRecipe:
+    activation: str = "fp32"  # codec of what goes up
+    gradient: str = "fp32"  # codec of what comes down
+
+    def __post_init__(self) -> None:
+        _one_of("codec.activation", self.activation, tuple(CODECS))
+        _one_of("codec.gradient", self.gradient, tuple(CODECS))
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    kind: str = "epochs"  # "epochs": the list `phases`; "plateau": the next of `widths` when validation stops gaining
+    phases: tuple[tuple[int, float], ...] = ()  # (width, epochs) in order; parts of an epoch are allowed; width 0: all
+    widths: tuple[int, ...] = ()  # plateau: widths in order
+    patience: int = 2  # plateau: epochs without gain before the next width (after the last: the end)
+    min_gain: float = 0.01  # plateau: share by which the validation loss must fall to count as a gain
+    max_epochs: int = 50  # plateau: the run ends here at the latest
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.kind", self.kind, ("epochs", "plateau"))
+        if self.kind == "epochs":
+            _demand(len(self.phases) > 0, "schedule.phases is empty; give a list of [width, epochs]")
+            for width, epochs in self.phases:
+                _demand(width >= 0 and epochs > 0, f"schedule.phases has [{width}, {epochs}]; epochs must be above 0")
+        else:
+            _demand(len(self.widths) > 0, "schedule.widths is empty; a plateau schedule needs the widths in order")
+            _demand(self.patience >= 1 and self.max_epochs >= 1, "schedule.patience and max_epochs must be 1 or more")
+            _demand(0 <= self.min_gain < 1, f"schedule.min_gain is {self.min_gain}; give a share from 0 up to below 1")
+
+    @property
+    def width_list(self) -> tuple[int, ...]:
+        """Widths in the order in which they come; 0 stands for all channels of the cut."""
+        return tuple(width for width, _ in self.phases) if self.kind == "epochs" else self.widths
+
+
+@dataclass(frozen=True)
+class OptimiserRecipe:
+    name: str = "sgd"  # "sgd" (Nesterov) or "adamw"; each side runs it on its own half
+    lr: float = 0.05  # highest learning rate
+    momentum: float = 0.9  # sgd
+    weight_decay: float = 5e-4  # on the model's weights; the bottleneck has none
+    decay: str = "cosine"  # "cosine" down to 0 over the run, or "constant"
+    warmup: int = 0  # steps over which the learning rate rises linearly
+
+    def __post_init__(self) -> None:
+        _one_of("optimiser.name", self.name, ("sgd", "adamw"))
+        _one_of("optimiser.decay", self.decay, ("cosine", "constant"))
+        _demand(self.lr > 0, f"optimiser.lr is {self.lr}; it must be above 0")
+        _demand(0 <= self.momentum < 1, f"optimiser.momentum is {self.momentum}; give 0 up to below 1")
+        _demand(self.weight_decay >= 0 and self.warmup >= 0, "optimiser.weight_decay and warmup must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    method: str  # plain, fixed, deprune or prune
+    model: ModelRecipe
+    schedule: ScheduleRecipe
+    data: DataRecipe = field(default_factory=DataRecipe)
+    bottleneck: BottleneckRecipe = field(default_factory=BottleneckRecipe)
+    codec: CodecRecipe = field(default_factory=CodecRecipe)
+    optimiser: OptimiserRecipe = field(default_factory=OptimiserRecipe)
+    seed: int = 0  # of weights, data order, augmentation
+    precision: str = "fp32"  # arithmetic inside both halves: "fp32" or "bf16" (autocast); the link is not concerned
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("precision", self.precision, ("fp32", "bf16"))
+        _demand(0 <= self.seed < 2**32, f"seed is {self.seed}; give 0 to 2^32 - 1")
+        channels = self.model.input[0]
+        for name, values in (("mean", self.data.mean), ("std", self.data.std)):
+            _demand(len(values) in (1, channels), f"data.{name} has {len(values)} numbers; give 1 or {channels}")
+        _demand(
+            self.schedule.kind != "plateau" or self.data.validation > 0,
+            "a plateau schedule needs data.validation above 0: it is decided by the validation loss",
+        )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        widths, kind = self.schedule.width_list, self.bottleneck.kind
+        _demand(
+            kind != "none" or all(width == 0 for width in widths),
+            'bottleneck.kind "none" sends all channels; write width 0 in the schedule, or choose channels or linear',
+        )
+        if self.method == "plain":
+            raw = self.codec == CodecRecipe() and kind == "none"
+            _demand(raw, 'method "plain" compresses nothing: bottleneck.kind is "none" and both codecs are "fp32"')
+        if self.method in ("plain", "fixed"):
+            _demand(len(set(widths)) == 1, f'method "{self.method}" has one width; the schedule has {list(widths)}')
+        if self.method == "prune":
+            _demand(self.model.init != "", 'method "prune" starts from a trained network; set model.init')
+        # Width 0 means all channels, wider than any number.
+        sizes = [width or 2**31 for width in widths]
+        if self.method == "deprune":
+            grows = kind != "none" and sizes == sorted(sizes)
+            _demand(grows, f'method "deprune" widens a bottleneck; the schedule has {list(widths)} with kind "{kind}"')
+        if self.method == "prune":
+            shrinks = kind != "none" and sizes == sorted(sizes, reverse=True)
+            _demand(shrinks, f'method "prune" narrows a bottleneck; the schedule has {list(widths)} with kind "{kind}"')
+
+    @property
+    def principal(self) -> bool:
+        """Whether the linear bottleneck starts from the principal components of the activation."""
+        start = self.bottleneck.start
+        wanted = start == "principal" or (start == "auto" and bool(self.model.init))
+        return self.bottleneck.kind == "linear" and wanted
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical form: equal for equal meaning, whatever the file's layout."""
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load(path: Path) -> tuple[Recipe, str]:
+    """The recipe in a file, and the file's text; RecipeError names the file, the key and what is legal."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+    return parse(text, str(path)), text
+
+
+def parse(text: str, source: str = "recipe") -> Recipe:
+    """The recipe in TOML `text`; `source` is what error messages call it."""
+    try:
+        table = tomllib.loads(text)
+        return _build(Recipe, table, "")
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{source} is not valid TOML: {error}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}") from error
+
+
+def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in table:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"unknown key {prefix}{key}{hint} (legal: {', '.join(fields)})")
+    values = {}
+    for name, spec in fields.items():
+        if name in table:
+            values[name] = _convert(table[name], hints[name], prefix + name)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"key {prefix}{name} is missing")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        _demand(isinstance(value, dict), f"{where} must be a table, [{where}]")
+        return _build(typing.cast(type, hint), value, f"{where}.")
+    if isinstance(hint, types.GenericAlias):
+        args = hint.__args__
+        _demand(isinstance(value, list), f"{where} is {value!r}; give a list")
+        if args[-1] is Ellipsis:
+            return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
+        _demand(len(value) == len(args), f"{where} has {len(value)} items; give {len(args)}")
+        return tuple(_convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
+    if hint is float and type(value) is int:
+        value = float(value)
+    names = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
+    # `type(...) is`: TOML's true is no number, though Python's bool is an int.
+    _demand(type(value) is hint, f"{where} is {value!r}; give {names[hint]}")
+    _demand(not (hint is float and not abs(value) < float("inf")), f"{where} is {value}; give a finite number")
+    return value

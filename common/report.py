@@ -1,0 +1,129 @@
+"""The end of a run in figures: summary.json, and the table that a person reads. Both sides call it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.meter import Meter
+from common.progress import duration, size
+from common.recipe import Recipe
+from common.schedule import Phase
+from common.tcp_info import KernelBytes
+from common.wire import label_type
+
+# What a plain run needs too, and so what the comparison is made on; weights, evaluation and control stand apart.
+_TRAINING = {"up": ("activation", "label"), "down": ("gradient",)}
+_ORDER = ("activation", "gradient", "label", "evaluation", "weights", "control")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to."""
+
+    run_id: str
+    accuracy: float  # on the test part, 0 to 1
+    loss: float  # mean cross-entropy there
+    steps: int
+    samples: int  # pictures trained on, repeats counted
+    epochs: float
+    wall_s: float
+    phases: tuple[Phase, ...]
+
+
+def plain_bytes(recipe: Recipe, cut: tuple[int, ...], samples: int) -> dict[str, int]:
+    """Payload bytes of the same steps in fp32 at full width: activations and labels up, gradients down."""
+    tensor = 4 * samples
+    for side in cut:
+        tensor *= side
+    return {"up": tensor + samples * label_type(recipe.model.classes).itemsize, "down": tensor}
+
+
+def summarise(
+    recipe: Recipe, cut: tuple[int, ...], outcome: Outcome, meter: Meter, kernel: dict[str, int] | None, side: str
+) -> dict[str, Any]:
+    """What summary.json holds. `kernel`: bytes "up", "down" and "retransmitted" of the session's connection."""
+    bytes_ = meter.report(kernel and kernel["up"], kernel and kernel["down"])
+    plain = plain_bytes(recipe, cut, outcome.samples)
+    return {
+        "side": side,
+        "name": recipe.name,
+        "method": recipe.method,
+        "model": recipe.model.name,
+        "cut": recipe.model.cut,
+        "cut_shape": list(cut),
+        "seed": recipe.seed,
+        "run_id": outcome.run_id,
+        "digest": recipe.digest(),
+        "accuracy": outcome.accuracy,
+        "loss": outcome.loss,
+        "epochs": outcome.epochs,
+        "steps": outcome.steps,
+        "samples": outcome.samples,
+        "wall_s": round(outcome.wall_s, 3),
+        "bytes": bytes_,
+        "retransmitted": kernel and kernel["retransmitted"],
+        "plain_bytes": plain,
+        "times_fewer": {way: round(_fewer(bytes_, plain, (way,)), 3) for way in ("up", "down")}
+        | {"total": round(_fewer(bytes_, plain, ("up", "down")), 3)},
+        "phases": [{"from_step": phase.from_step, "width": phase.width} for phase in outcome.phases],
+    }
+
+
+def kernel_of(device: KernelBytes | None = None, server: KernelBytes | None = None) -> dict[str, int] | None:
+    """One side's view of the connection as up and down bytes."""
+    if device:
+        return {"up": device.sent, "down": device.received, "retransmitted": device.retransmitted}
+    if server:
+        return {"up": server.received, "down": server.sent, "retransmitted": server.retransmitted}
+    return None
+
+
+def _trained(bytes_: dict[str, Any], way: str) -> int:
+    by_role = bytes_[way]["by_role"]
+    return sum(by_role[role]["message"] for role in _TRAINING[way] if role in by_role)
+
+
+def _fewer(bytes_: dict[str, Any], plain: dict[str, int], ways: tuple[str, ...]) -> float:
+    """Plain's payload over our messages for the same training steps: their framing isn't counted, ours is."""
+    return sum(plain[way] for way in ways) / max(1, sum(_trained(bytes_, way) for way in ways))
+
+
+def show(console: Console, summary: dict[str, Any]) -> None:
+    """Print the summary: bytes by role, plain's need, the ratio, and one sentence above all."""
+    bytes_, plain, fewer = summary["bytes"], summary["plain_bytes"], summary["times_fewer"]
+    widths = " → ".join(str(phase["width"]) for phase in summary["phases"])
+    console.print(
+        f"\n[bold]{summary['accuracy']:.2%}[/bold] of the test pictures named rightly "
+        f"(loss {summary['loss']:.3f}) after {summary['steps']:,} steps, {summary['epochs']:g} epochs, "
+        f"in {duration(summary['wall_s'])}; method {summary['method']}, width {widths}.",
+        highlight=False,
+    )
+    table = Table(title="Bytes on the link", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("")
+    for name in ("up", "down", "both"):
+        table.add_column(name, justify="right")
+
+    def row(name: str, up: int | None, down: int | None, **style: Any) -> None:
+        known = up is not None and down is not None
+        table.add_row(name, *(_cell(value) for value in (up, down, up + down if known else None)), **style)  # type: ignore[operator]
+
+    for role in _ORDER:
+        counts = [bytes_[way]["by_role"].get(role, {}).get("message", 0) for way in ("up", "down")]
+        if any(counts):
+            row(role, *counts)
+    row("all messages", bytes_["up"]["message"], bytes_["down"]["message"], style="bold")
+    row("in the kernel (TCP)", bytes_["up"]["kernel"], bytes_["down"]["kernel"], end_section=True)
+    row("this run's training steps", _trained(bytes_, "up"), _trained(bytes_, "down"))
+    row("plain split learning, same steps", plain["up"], plain["down"])
+    table.add_row("times fewer", *(f"{fewer[key]:.2f}" for key in ("up", "down", "total")), style="bold")
+    console.print(table)
+
+
+def _cell(value: int | None) -> str:
+    if value is None:
+        return "not known"
+    return size(value) if value else "-"

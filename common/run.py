@@ -1,0 +1,151 @@
+"""The run folder of one side: recipe.toml, run.json, metrics.jsonl, summary.json and the half's weights.
+
+Everything but metrics.jsonl is written whole or not at all; a folder with another run in it is never touched
+unless its user says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common import recipe as recipes
+from common import weights
+from common.errors import RunFolderError
+from common.recipe import Recipe
+from common.schedule import Phase
+
+_OURS = ("recipe.toml", "run.json", "metrics.jsonl", "summary.json", "head.safetensors", "tail.safetensors")
+# Room for weights twice over (the temporary copy) is asked for, and this for metrics and summary.
+_SPARE_BYTES = 8 << 20
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}; what was there before is unchanged") from error
+
+
+class MetricsLog:
+    """metrics.jsonl, a line a step. A line that doesn't fit on the disk is taken back whole and the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.dropped = 0
+        self._path = path
+        try:
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be written: {error.strerror}") from error
+
+    def append(self, line: dict[str, Any]) -> str | None:
+        """Write one line; the warning to show, once, where it could not be written."""
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        position = self._file.tell()
+        try:
+            if self._file.write(data) == len(data):
+                return None
+            reason = "the disk is full"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        with contextlib.suppress(OSError):  # not on a device file, and there is nothing half-written there
+            self._file.truncate(position)
+            self._file.seek(position)
+        self.dropped += 1
+        return f"{self._path} cannot be written ({reason}); training goes on without it" if self.dropped == 1 else None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """run.json: what a half needs to know of the run it belongs to."""
+
+    run_id: str
+    digest: str
+    classes: tuple[str, ...]
+    phase: Phase  # the last one: how the bottleneck and the codecs stand
+    finished: bool = False
+
+
+@dataclass
+class RunFolder:
+    path: Path
+    metrics: MetricsLog | None = field(default=None, repr=False)
+
+    def prepare(self, overwrite: bool, needed_bytes: int = 0) -> None:
+        """Make sure that a run can be written here; RunFolderError where another lies here or space is short."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            present = [name for name in _OURS if (self.path / name).exists()]
+            free = shutil.disk_usage(self.path).free
+        except OSError as error:
+            raise RunFolderError(f"run folder {self.path} cannot be used: {error.strerror}") from error
+        if present and not overwrite:
+            kind = "a finished" if "summary.json" in present else "an unfinished"
+            raise RunFolderError(f"{self.path} already holds {kind} run; choose another --run, or pass --overwrite")
+        if free < needed_bytes + _SPARE_BYTES:
+            raise RunFolderError(
+                f"{self.path} has {free / 1e6:.0f} MB of free disk; this run needs {(needed_bytes + _SPARE_BYTES) / 1e6:.0f}"
+            )
+
+    def start(self, recipe_text: str) -> None:
+        """Clear what an earlier run left and open the metrics."""
+        for name in _OURS:
+            if name != "metrics.jsonl":  # opened anew below; it may be a link that its user made
+                (self.path / name).unlink(missing_ok=True)
+        write_atomically(self.path / "recipe.toml", recipe_text.encode())
+        self.metrics = MetricsLog(self.path / "metrics.jsonl")
+
+    def write_half(self, name: str, half: nn.Module, manifest: Manifest) -> None:
+        """Save `head` or `tail` with its manifest."""
+        write_atomically(self.path / f"{name}.safetensors", weights.to_bytes(half))
+        write_atomically(self.path / "run.json", json.dumps(asdict(manifest), indent=1).encode())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
+
+    def read(self) -> tuple[Recipe, str, Manifest]:
+        """Recipe, its text and manifest of a finished run; RunFolderError where there is none here."""
+        if not (self.path / "run.json").is_file():
+            raise RunFolderError(f"{self.path} holds no finished run (no run.json there); train one first")
+        recipe, text = recipes.load(self.path / "recipe.toml")
+        try:
+            table = json.loads((self.path / "run.json").read_text())
+            phase = Phase(**{**table["phase"], "order": tuple(table["phase"]["order"])})
+            manifest = Manifest(table["run_id"], table["digest"], tuple(table["classes"]), phase, table["finished"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{self.path}/run.json is damaged: {error!r}") from error
+        if not manifest.finished:
+            raise RunFolderError(f"the run in {self.path} was not finished; train it to its end first")
+        return recipe, text, manifest
+
+    def fill_half(self, name: str, half: nn.Module) -> None:
+        path = self.path / f"{name}.safetensors"
+        weights.fill(half, weights.read(path), str(path))

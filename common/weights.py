@@ -1,0 +1,51 @@
+"""Weights as safetensors: bytes and files that are checked against the module before anything is copied into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from common.errors import ModelError
+
+
+def to_bytes(module: nn.Module) -> bytes:
+    """safetensors bytes of the module's whole state (parameters and buffers)."""
+    return safetensors.torch.save({name: value.detach().contiguous() for name, value in module.state_dict().items()})
+
+
+def from_bytes(data: bytes, source: str) -> dict[str, torch.Tensor]:
+    """The tensors in safetensors bytes; ModelError names `source` where they are damaged."""
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ModelError(f"the weights in {source} are not valid safetensors: {error}") from error
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return from_bytes(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ModelError(f"the weights in {path} cannot be read: {error}") from error
+
+
+def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy `tensors` into the module; ModelError, and nothing copied, unless names, shapes and dtypes all fit."""
+    state = module.state_dict()
+    missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
+    if missing or extra:
+        words = [f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+                 for what, names in (("it lacks", missing), ("it has the unknown", extra)) if names]
+        raise ModelError(f"the weights in {source} are of another model: {' and '.join(words)}")
+    for name, value in state.items():
+        came = tensors[name]
+        if came.shape != value.shape or came.dtype != value.dtype:
+            raise ModelError(
+                f"the weights in {source} are of another model: {name} is {list(came.shape)} {came.dtype}, "
+                f"{list(value.shape)} {value.dtype} was expected"
+            )
+    module.load_state_dict(dict(tensors))

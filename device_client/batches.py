@@ -1,0 +1,102 @@
+"""Which pictures a step trains on and how they are shifted and flipped, as pure functions of (seed, step).
+
+Nothing is carried from one step to the next, so a step that is replayed after a crash sees the same bytes. The
+trainer calls `indices`, `augment` and `normalise`, in that order; `data` borrows `generator` for its split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import DataError
+
+Pictures = NDArray[np.uint8]
+
+# One number per use of randomness: the same seed and step must not give, say, the order and the flips the same bits.
+ORDER, AUGMENT, SPLIT = range(3)
+
+
+def generator(seed: int, stream: int, number: int = 0) -> np.random.Generator:
+    """Random numbers that depend on these three alone; `number` is an epoch or a step, `stream` says what for."""
+    # `number` goes into the counter's top word: what is drawn advances the low words and never reaches it.
+    key = np.array([seed % 2**64, stream], dtype=np.uint64)
+    counter = np.array([0, 0, 0, number], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def steps_per_epoch(samples: int, batch: int) -> int:
+    """Whole batches in `samples` pictures; the last, partial one is left out. DataError where there is none."""
+    if batch < 1:
+        raise DataError(f"a batch of {batch} pictures is not possible; choose a batch of 1 or more")
+    if batch > samples:
+        raise DataError(
+            f"a batch of {batch:,} pictures is larger than the {samples:,} training pictures;"
+            " choose a smaller batch or give more pictures"
+        )
+    return samples // batch
+
+
+@lru_cache(maxsize=4)  # every step of an epoch asks again, and permuting 50,000 costs more than augmenting a batch
+def order(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
+    """The permutation of 0..samples-1 that `epoch` (from 0) goes through; read-only, because it is cached."""
+    permutation = generator(seed, ORDER, epoch).permutation(samples)
+    permutation.flags.writeable = False
+    return permutation
+
+
+def indices(seed: int, step: int, samples: int, batch: int) -> NDArray[np.int64]:
+    """The `batch` distinct training pictures of `step` (from 0 for the whole run); raises as `steps_per_epoch`."""
+    epoch, position = divmod(step, steps_per_epoch(samples, batch))
+    return order(seed, epoch, samples)[position * batch : (position + 1) * batch].copy()
+
+
+def augment(pictures: Pictures, seed: int, step: int, crop: int, flip: bool) -> Pictures:
+    """Each picture moved by up to `crop` pixels each way and, with `flip`, mirrored left to right half of the time.
+
+    Takes and returns uint8 [B,C,H,W]. What a shift uncovers is the picture reflected at its edge (edge pixels not
+    repeated), which has no black bars for the network to learn. `crop` 0 means no shift. Raises DataError where
+    `crop` is negative or leaves nothing to reflect (not below H and W).
+    """
+    count, _, height, width = pictures.shape
+    if not 0 <= crop < min(height, width):
+        raise DataError(
+            f"a crop of {crop} pixels does not fit pictures of {height}x{width}; choose 0 to {min(height, width) - 1}"
+        )
+    random = generator(seed, AUGMENT, step)
+    down, right = random.integers(0, 2 * crop + 1, size=(2, count))
+    mirrored = random.random(count) < 0.5
+    result = pictures.copy(order="C")
+    if crop:
+        padded = np.pad(pictures, ((0, 0), (0, 0), (crop, crop), (crop, crop)), mode="reflect")
+        # A view of every window there is; the index copies one a picture, as whole rows.
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+        result[:] = windows[np.arange(count), :, down, right]
+    if flip:
+        result[mirrored] = result[mirrored][..., ::-1]
+    return result
+
+
+def normalise(pictures: Pictures, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
+    """(x/255 - mean) / std as contiguous float32 [B,C,H,W], from uint8 [B,C,H,W]; mean and std on a scale of 0..1.
+
+    Both have one value for all channels or one for each. Raises DataError for another length, or a std not above 0.
+    """
+    channels = pictures.shape[1]
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise DataError(
+                f"{name} has {len(values)} values for pictures of {channels} channels; give 1 or {channels}"
+            )
+    if not all(value > 0 for value in std):
+        raise DataError(f"every std must be above 0, not {tuple(std)}")
+    scale = 1 / (255 * np.asarray(std, dtype=np.float64))
+    offset = -np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)
+    # `out`, because numpy would otherwise keep the memory order of an input that is not contiguous.
+    result = np.empty(pictures.shape, dtype=np.float32)
+    np.multiply(pictures, scale.astype(np.float32)[:, None, None], out=result)
+    result += offset.astype(np.float32)[:, None, None]
+    return result

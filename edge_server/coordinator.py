@@ -1,0 +1,89 @@
+"""Switches phases: after each step it says what the next one is, and both sides follow at that very step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from common import schedule
+from common.bottleneck import rank_channels, reorder
+from common.recipe import Recipe
+from common.rpc import split_pb2 as pb
+from common.schedule import Phase, Plateau, Stretch
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What comes after a step or a validation; `phase` is None where it stays the same."""
+
+    then: pb.Then
+    phase: Phase | None = None
+
+
+class Coordinator:
+    """One run's phases. `steps` is the length of the run, under a plateau schedule the most it can take."""
+
+    def __init__(self, recipe: Recipe, channels: int, steps_per_epoch: int) -> None:
+        self._recipe = recipe
+        self._channels = channels
+        self._steps_per_epoch = steps_per_epoch
+        self._upcoming, self.steps = schedule.planned(recipe, channels, steps_per_epoch)
+        self._plateau = Plateau()
+        self._scores = torch.zeros(channels)
+        self._order = tuple(range(channels)) if recipe.bottleneck.kind == "channels" else ()
+        self._sent = 0  # channels chosen so far; they stay in front of the order
+        self.phases: list[Phase] = []
+        self._advance()
+
+    @property
+    def phase(self) -> Phase:
+        return self.phases[-1]
+
+    def observe(self, activation: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Take the channels' worth from a step of a ranking phase: activation and gradient, both [B, C, ...]."""
+        if self.phase.ranking:
+            self._scores += rank_channels(activation, gradient)
+
+    def after_step(self, step: int) -> Decision:
+        """What follows `step`."""
+        done = step + 1
+        if done >= self.steps:
+            return Decision(pb.FINISH)
+        validate = self._recipe.data.validation > 0 and done % self._steps_per_epoch == 0
+        return Decision(pb.VALIDATE if validate else pb.STEP, self._switch(done))
+
+    def after_validation(self, step: int, loss: float) -> Decision:
+        """What follows a validation made after `step`; only a plateau schedule cares."""
+        if self._recipe.schedule.kind != "plateau":
+            return Decision(pb.STEP)
+        before = self._plateau.position
+        self._plateau = schedule.after_validation(self._plateau, loss, self._recipe.schedule)
+        if self._plateau.finished:
+            return Decision(pb.FINISH)
+        if self._plateau.position != before:
+            width = schedule.resolve(self._recipe.schedule.widths[self._plateau.position], self._channels)
+            ranking = self._recipe.bottleneck.ranking_steps if self._order else 0
+            self._upcoming = schedule.stretches(width, step + 1, self._channels, ranking)
+        return Decision(pb.STEP, self._switch(step + 1))
+
+    def _switch(self, step: int) -> Phase | None:
+        if self._upcoming and self._upcoming[0].from_step <= step:
+            return self._advance()
+        return None
+
+    def _advance(self) -> Phase:
+        stretch: Stretch = self._upcoming.pop(0)
+        if self.phases and self.phase.ranking:
+            self._order = reorder(self._order, self._sent, self._scores)
+            self._scores.zero_()
+        if self._order and not stretch.ranking:
+            self._sent = stretch.width
+        codec = self._recipe.codec
+        self.phases.append(
+            Phase(
+                len(self.phases), stretch.from_step, stretch.width, codec.activation, codec.gradient, self._order,
+                stretch.ranking,
+            )
+        )
+        return self.phase
