@@ -61,7 +61,7 @@ def build(recipe: Recipe, allowed: Collection[str] = ()) -> Halves:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         whole = models.build(recipe.model.name, tuple(recipe.model.input), recipe.model.classes, allowed)
-    head, tail = split(whole, recipe.model.cut)
+    head, tail = split(whole, recipe.model.cut, tuple(recipe.model.input))
     shape = cut_shape(head, tuple(recipe.model.input))
     encoder, decoder = bottleneck.build(recipe.bottleneck.kind, shape[0], recipe.seed)
     return Halves(Head(head, encoder), Tail(tail, decoder), shape)

@@ -311,3 +311,141 @@ def _unify(kind: str, roots: list[nn.Module], graphs: list[fx.Graph], training: 
             )
     if len(in_training) != len(in_evaluation):
         raise ModelError(f"{kind} cannot be cut: its forward differs between training and evaluation")
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a node computes for each of the batch sizes; `shapes` is empty where that is no tensor."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype | None
+    flops: int  # a sample
+
+    def problem(self) -> str | None:
+        """Why it cannot cross a cut, to follow "what crosses it"; None if it can."""
+        if not self.shapes or self.dtype is None:
+            return "is not a tensor"
+        if not self.dtype.is_floating_point:
+            return f"is {self.dtype}, not a floating-point tensor"
+        if not 2 <= len(self.shapes[0]) <= 4:
+            return f"has {len(self.shapes[0])} dimensions; 2 to 4 with the batch can be sent"
+        batch_first = all(shape[0] == size for shape, size in zip(self.shapes, _BATCHES, strict=True))
+        if not batch_first or len({shape[1:] for shape in self.shapes}) > 1:
+            return "does not have the batch as its first dimension"
+        return None
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps what each node computed: shape, dtype, FLOPs."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+        self.seen: dict[str, tuple[tuple[int, ...] | None, torch.dtype | None, int]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            value = super().run_node(n)
+        shaped = isinstance(value, torch.Tensor)
+        self.seen[n.name] = (
+            tuple(value.shape) if shaped else None,
+            value.dtype if shaped else None,
+            counter.get_total_flops(),
+        )
+        return value
+
+
+def _run(root: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...]) -> dict[str, _Result]:
+    """What every node computes for inputs of `input_shape`; `root`'s modes, statistics and the random state stay."""
+    modes = {module: module.training for module in root.modules()}
+    runs = []
+    try:
+        root.eval()
+        with torch.no_grad(), _fork_rng(root):
+            for batch in _BATCHES:
+                recorder = _Recorder(root, graph)
+                recorder.run(torch.zeros(batch, *input_shape))
+                runs.append(recorder.seen)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ModelError(f"the model cannot take inputs of {_show(input_shape)}: {_one_line(error)}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    results = {}
+    for name in runs[0]:
+        pair = [seen[name] for seen in runs]
+        shapes = tuple(shape for shape, _, _ in pair if shape is not None)
+        results[name] = _Result(shapes if len(shapes) == len(pair) else (), pair[0][1], pair[0][2] // _BATCHES[0])
+    return results
+
+
+def _copy_around_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the modules that holds the very same parameter and buffer tensors."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in _all_tensors(model)}
+    return copy.deepcopy(model, memo)
+
+
+def _all_tensors(model: nn.Module) -> Iterable[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _named_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by every name they have."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_buffers(remove_duplicate=False))
+    return named
+
+
+def _state_of(root: nn.Module, node: fx.Node) -> set[int]:
+    """Ids of the parameters and buffers that a node reads; tensors made by tracing itself count as well."""
+    if node.op == "call_module":
+        return {id(tensor) for tensor in _all_tensors(root.get_submodule(str(node.target)))}
+    if node.op == "get_attr":
+        value: Any = root
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        tensors = _all_tensors(value) if isinstance(value, nn.Module) else [value]
+        return {id(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    return set()
+
+
+def _changes_in_place(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node overwrites its first argument, which the other half still owns."""
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        return bool(node.kwargs.get("inplace")) or name in _IN_PLACE_OPERATORS or name.endswith("_")
+    return False
+
+
+def _describe(root: nn.Module, node: fx.Node) -> tuple[object, ...]:
+    """What must be the same in training and evaluation for one graph to serve both."""
+    target = type(root.get_submodule(str(node.target))) if node.op == "call_module" else None
+    return (node.op, node.name, str(node.target), target, str(node.args), str(node.kwargs))
+
+
+def _fork_rng(model: nn.Module) -> AbstractContextManager[None]:
+    """Keep the random state as it is; a model on a GPU draws there too."""
+    devices = {tensor.device.index or 0 for tensor in _all_tensors(model) if tensor.device.type == "cuda"}
+    return torch.random.fork_rng(devices=sorted(devices))
+
+
+def _union(sets: Iterable[set[int]]) -> set[int]:
+    return set().union(*sets)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def _show(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -150,6 +150,9 @@ def test_evaluating_leaves_the_training_pictures_alone(folder):
         path.unlink()
     (folder / "test" / "ant").rmdir()
     assert set(load(f"folder:{folder}", RGB, 1, 0.1, parts=("test",)).test.labels) == {1, 2}
+    # Where there is no train, test's own classes are all there is to go by.
+    (folder / "train").rename(folder / "elsewhere")
+    assert load(f"folder:{folder}", RGB, 1, 0.1, parts=("test",)).classes == ("bee", "cat")
 
 
 def test_training_does_not_need_the_test_folder(folder):

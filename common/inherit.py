@@ -1,0 +1,48 @@
+"""A half of a finished run becomes the start of a new one, also where the kind of bottleneck changes.
+
+Both sides call it with the same source recipe and manifest, so encoder and decoder stay each other's answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from common import weights
+from common.bottleneck import LinearDecoder, LinearEncoder
+from common.errors import MismatchError
+from common.halves import Head, Tail
+from common.recipe import Recipe
+from common.run import Manifest
+
+
+def adopt(
+    half: Head | Tail, trained: Mapping[str, torch.Tensor], recipe: Recipe, source: Recipe, manifest: Manifest
+) -> dict[str, torch.Tensor]:
+    """The state of `half` after taking over `trained`, the same half of a finished run of `source`.
+
+    MismatchError where the source learnt a linear bottleneck and the new recipe has none: its layers would lose
+    the map they were trained with.
+    """
+    old, new = source.bottleneck.kind, recipe.bottleneck.kind
+    if old == "linear" and new != "linear":
+        raise MismatchError(
+            f'model.init has learnt a linear bottleneck; bottleneck.kind "{new}" cannot go on from it: choose '
+            f'"linear", or start from a run without one'
+        )
+    layers = {name: value for name, value in trained.items() if name.startswith("layers.")}
+    if old == new:
+        weights.fill(half, trained, "model.init")
+        return dict(half.state_dict())
+    own = {name: value for name, value in half.state_dict().items() if not name.startswith("layers.")}
+    weights.fill(half, layers | own, "model.init")
+    order = torch.tensor(manifest.phase.order or range(half.bottleneck.channels))
+    if isinstance(half.bottleneck, LinearEncoder | LinearDecoder):
+        half.bottleneck.select(order)
+    return dict(half.state_dict())
+
+
+def principal_width(recipe: Recipe, channels: int, source: Manifest | None) -> int:
+    """How many sent channels the principal components are taken over: as many as the trained network used."""
+    return source.phase.width if source else channels

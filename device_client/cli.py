@@ -1,0 +1,169 @@
+"""The `device-client` command: options to calls, nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from common import report
+from common.channel import is_loopback, parse_address
+from common.errors import DepruneError
+from common.meter import DOWN, UP
+from common.progress import size
+from common.run import RunFolder
+from device_client import data as data_module
+from device_client import use
+from device_client.remote_tail import RemoteTail
+from device_client.trainer import train as train_run
+
+console = Console(soft_wrap=True)
+
+_SHARED = [
+    click.argument("server", metavar="HOST:PORT"),
+    click.option("--run", "run_path", required=True, type=click.Path(file_okay=False, path_type=Path),
+                 help="Folder of the run on this device."),
+    click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
+                 help="Code that the server's recipe may name as its model; can be repeated."),
+    click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores."),
+    click.option("--tls-ca", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                 help="Encrypt, and trust servers whose certificate this authority (PEM) signed."),
+]  # fmt: skip
+_DATA = [
+    click.option("--data", "source", required=True, metavar="SOURCE", help="digits, folder:PATH or npz:PATH."),
+    click.option("--skip-unreadable", is_flag=True, help="Leave unreadable pictures out instead of stopping."),
+    click.option("--limit", type=click.IntRange(1), help="Use only so many training pictures."),
+]
+
+
+def _with(options: list[Any]) -> Any:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@click.group()
+@click.version_option(package_name="deprune")
+def cli() -> None:
+    """The device's side of split learning: owns the pictures, runs the head of the network."""
+
+
+def _connect(server: str, tls_ca: Path | None, threads: int | None) -> RemoteTail:
+    if threads:
+        torch.set_num_threads(threads)
+    host, _ = parse_address(server)
+    if not tls_ca and not is_loopback(host):
+        console.print("[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link.")
+    return RemoteTail(server, tls_ca)
+
+
+def _load(remote: RemoteTail, source: str, skip: bool, limit: int | None, parts: tuple[str, ...]) -> data_module.Dataset:
+    recipe = remote.opened.recipe
+    channels, height, width = recipe.model.input
+    loaded = data_module.load(
+        source, (channels, height, width), recipe.seed, recipe.data.validation, parts=parts, skip_unreadable=skip,
+        limit=limit,
+    )  # fmt: skip
+    if loaded.skipped:
+        names = ", ".join(loaded.skipped[:5])
+        console.print(f"[yellow]Left out[/yellow] {len(loaded.skipped)} unreadable pictures: {escape(names)}")
+    return loaded
+
+
+@cli.command()
+@_with(_SHARED + _DATA)
+@click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder.")
+@click.option("--head", "head_path", type=click.Path(file_okay=False, path_type=Path),
+              help="Run folder with the trained head, where the recipe starts from a finished run.")
+@click.option("--publish-head", is_flag=True, help="Give the trained head to the server at the end.")
+def train(
+    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None, source: str,
+    skip_unreadable: bool, limit: int | None, overwrite: bool, head_path: Path | None, publish_head: bool,
+) -> None:  # fmt: skip
+    """Train the server's recipe on this device's pictures."""
+    folder = RunFolder(run_path)
+    folder.prepare(overwrite)
+    remote = _connect(server, tls_ca, threads)
+    try:
+        opened = remote.open(trains=True)
+        console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {server}.", highlight=False)
+        loaded = _load(remote, source, skip_unreadable, limit, ("train", "validation", "test"))
+        console.print(
+            f"{len(loaded.train):,} training and {len(loaded.test):,} test pictures in {len(loaded.classes)} classes.",
+            highlight=False,
+        )
+        init = RunFolder(head_path) if head_path else None
+        summary = train_run(remote, loaded, folder, console, allowed, init, publish_head)
+    finally:
+        remote.close()
+    report.show(console, summary)
+    console.print(f"The trained head and summary.json are in {run_path}.", highlight=False)
+
+
+@cli.command()
+@_with(_SHARED + _DATA)
+def evaluate(
+    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None, source: str,
+    skip_unreadable: bool, limit: int | None,
+) -> None:  # fmt: skip
+    """Judge the trained halves on the test part of SOURCE."""
+    remote = _connect(server, tls_ca, threads)
+    try:
+        head = use.open_finished(remote, RunFolder(run_path), allowed)
+        loaded = _load(remote, source, skip_unreadable, limit, ("test",))
+        verdict = use.evaluate(remote, head, loaded)
+        up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
+    finally:
+        remote.close()
+    console.print(
+        f"[bold]{verdict.accuracy:.2%}[/bold] of {verdict.count:,} pictures named rightly, loss {verdict.loss:.4f}; "
+        f"{size(up)} up, {size(down)} down.",
+        highlight=False,
+    )
+
+
+@cli.command()
+@_with(_SHARED)
+@click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
+def predict(
+    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
+    pictures: tuple[Path, ...],
+) -> None:  # fmt: skip
+    """Name the class of each PICTURE, with its probability."""
+    remote = _connect(server, tls_ca, threads)
+    try:
+        head = use.open_finished(remote, RunFolder(run_path), allowed)
+        answers = list(use.predict(remote, head, pictures))
+    finally:
+        remote.close()
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("picture", "class"):
+        table.add_column(name, overflow="fold")
+    table.add_column("probability", justify="right")
+    for path, name, chance in answers:
+        table.add_row(escape(str(path)), escape(name), f"{chance:.1%}")
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: errors of ours are one sentence, never a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        console.print("Interrupted; the server has been told and the run is not finished.")
+        sys.exit(130)
+    except DepruneError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]Error[/red]: {escape(str(error))}", highlight=False)
+        sys.exit(1)

@@ -1,0 +1,288 @@
+"""The tail as seen from the device: encode, send, receive, decode. The only module here that knows gRPC."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from common import channel, recipe, wire
+from common.codecs import CODECS
+from common.errors import FrameError, LinkError, MismatchError, VersionError, from_rpc
+from common.meter import DOWN, UP, Meter
+from common.recipe import Recipe
+from common.rpc import split_pb2 as pb
+from common.rpc import split_pb2_grpc
+from common.schedule import Phase
+from common.tcp_info import Connection, find_server
+from common.wire import Place
+
+# Batches of an evaluation that are on their way at once: hides the link's delay, bounds the memory.
+_IN_FLIGHT = 3
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the handshake told."""
+
+    session: str
+    recipe: Recipe
+    text: str
+    run_id: str
+    phase: Phase
+    head_size: int
+    init_run_id: str
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The server's answer to a step, beside the gradient."""
+
+    loss: float
+    correct: int
+    next: Phase | None
+    then: pb.Then
+
+
+def phase_of(message: pb.Phase) -> Phase:
+    for codec in (message.activation_codec, message.gradient_codec):
+        if codec not in CODECS:
+            raise VersionError(f"the server uses the codec {codec!r}, unknown here; install the same release on both sides")
+    return Phase(
+        message.index, message.from_step, message.width, message.activation_codec, message.gradient_codec,
+        tuple(message.order), message.ranking,
+    )  # fmt: skip
+
+
+class Stream:
+    """One bidirectional stream: counted frames out and in; `wait_s` adds up the time spent waiting for the server."""
+
+    def __init__(self, call: Callable[[Iterator[pb.Frame]], Any], meter: Meter, server: str) -> None:
+        self._meter, self._server = meter, server
+        self._outgoing: queue.SimpleQueue[pb.Frame | None] = queue.SimpleQueue()
+        self._incoming = call(iter(self._outgoing.get, None))
+        self.wait_s = 0.0
+
+    def send(self, frame: pb.Frame) -> None:
+        self._outgoing.put(self._meter.frame(UP, frame))
+
+    def receive(self) -> pb.Frame:
+        started = time.perf_counter()
+        try:
+            frame = next(self._incoming)
+        except StopIteration as error:
+            raise LinkError(f"the server at {self._server} closed the stream early") from error
+        except grpc.RpcError as error:
+            raise from_rpc(error, self._server) from error
+        finally:
+            self.wait_s += time.perf_counter() - started
+        return self._meter.frame(DOWN, frame)
+
+    def close(self) -> None:
+        """End our side; the server has said its last."""
+        self._outgoing.put(None)
+
+    def cancel(self) -> None:
+        self._outgoing.put(None)
+        self._incoming.cancel()
+
+
+class RemoteTail:
+    """A session with one server, from `open` to `close`."""
+
+    def __init__(self, server: str, tls_ca: Path | None = None) -> None:
+        self.server = server
+        self.meter = Meter()
+        self.connection: Connection | None = None
+        self._channel = channel.connect(server, tls_ca)
+        self._stub = split_pb2_grpc.SplitStub(self._channel)
+        self._train: Stream | None = None
+        self.opened: Opened
+
+    def open(self, trains: bool, run_id: str = "", timeout: float = channel.HANDSHAKE_S) -> Opened:
+        """Handshake; checks version and digest before anything is believed."""
+        purpose = pb.TRAIN if trains else pb.USE
+        request = pb.OpenRequest(protocol_version=wire.PROTOCOL_VERSION, purpose=purpose, run_id=run_id)
+        try:
+            reply = self._stub.Open(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.server) from error
+        if reply.protocol_version != wire.PROTOCOL_VERSION:
+            raise VersionError(
+                f"the server speaks protocol version {reply.protocol_version}, this device {wire.PROTOCOL_VERSION}; "
+                f"install the same release of deprune on both"
+            )
+        self.connection = find_server(self.server)
+        self.meter.control(UP, request)
+        self.meter.control(DOWN, reply)
+        parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
+        if parsed.digest() != reply.digest:
+            raise MismatchError(
+                "the recipe's digest is not the one that the server announced: the two sides read it differently; "
+                "install the same release of deprune on both"
+            )
+        self.opened = Opened(
+            reply.session, parsed, reply.recipe, reply.run_id, phase_of(reply.phase), reply.head_size,
+            reply.init_run_id, tuple(reply.classes),
+        )  # fmt: skip
+        return self.opened
+
+    def head_weights(self) -> bytes:
+        """safetensors bytes of the head, as the server hands them out."""
+        request = pb.HeadRequest(session=self.opened.session)
+        self.meter.control(UP, request)
+        try:
+            frames = iter(self._stub.Head(request))
+
+            def receive() -> pb.Frame:
+                return self.meter.frame(DOWN, next(frames))
+
+            return wire.unpack_bytes(receive(), receive, Place(pb.WEIGHTS, 0, 0), self.opened.head_size)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.server) from error
+
+    # Training
+
+    def begin(self, samples: int, classes: tuple[str, ...]) -> tuple[int, bool]:
+        """Start the training stream: the steps of the run, and whether the server waits for a basis."""
+        self._train = Stream(self._stub.Train, self.meter, self.server)
+        begin = pb.Begin(session=self.opened.session, samples=samples, classes=classes)
+        self._train.send(Place(pb.CONTROL, 0, 0).frame(begin=begin))
+        ready = self._train.receive()
+        if not ready.HasField("ready"):
+            raise FrameError(f"Ready was expected, {ready.WhichOneof('body')} came")
+        return ready.ready.steps, ready.ready.basis_wanted
+
+    def send_basis(self, basis: np.ndarray) -> None:
+        """Principal components as rows, then the mean: float32 [w + 1, w]."""
+        for frame in wire.pack(Place(pb.WEIGHTS, 0, 0), basis, "fp32"):
+            self._stream.send(frame)
+
+    @property
+    def _stream(self) -> Stream:
+        assert self._train is not None, "begin comes first"
+        return self._train
+
+    @property
+    def wait_s(self) -> float:
+        return self._stream.wait_s
+
+    def send(self, step: int, phase: Phase, sent: np.ndarray, labels: np.ndarray) -> None:
+        """Send one step: activation [B, width, ...] float32 and labels [B]."""
+        for frame in wire.pack_labels(Place(pb.LABEL, step, phase.index), labels, self.opened.recipe.model.classes):
+            self._stream.send(frame)
+        for frame in wire.pack(Place(pb.ACTIVATION, step, phase.index), sent, phase.activation_codec):
+            self._stream.send(frame)
+
+    def gradient(self, step: int, phase: Phase, shape: tuple[int, ...]) -> np.ndarray:
+        """The gradient of the step that was sent, of the same shape."""
+        stream, place = self._stream, Place(pb.GRADIENT, step, phase.index)
+        return wire.unpack(stream.receive(), stream.receive, place, shape, phase.gradient_codec)
+
+    def result(self, step: int, phase: Phase) -> StepResult:
+        """Loss of the step and what comes next; the server has applied it."""
+        frame = self._stream.receive()
+        wire.check_place(frame, Place(pb.CONTROL, step, phase.index))
+        if not frame.HasField("done"):
+            raise FrameError(f"StepDone was expected, {frame.WhichOneof('body')} came")
+        done = frame.done
+        following = phase_of(done.next) if done.HasField("next") else None
+        if following and following.from_step != step + 1:
+            raise FrameError(f"a phase from step {following.from_step} was announced at step {step}")
+        return StepResult(done.loss, done.correct, following, done.then)
+
+    def leave(self, step: int, phase: Phase, head: bytes = b"") -> None:
+        """End a finished run; `head` is published where it isn't empty."""
+        if head:
+            for frame in wire.pack_bytes(Place(pb.WEIGHTS, step, phase.index), head):
+                self._stream.send(frame)
+        self._stream.send(Place(pb.CONTROL, step, phase.index).frame(leave=pb.Leave(finished=True)))
+        if not (answer := self._stream.receive()).HasField("goodbye"):
+            raise FrameError(f"Goodbye was expected, {answer.WhichOneof('body')} came")
+        self._stream.close()
+
+    def interrupt(self, reason: str) -> None:
+        """Tell the server that the run will not go on; the link may be gone already."""
+        if self._train:
+            self._train.send(Place(pb.CONTROL, 0, 0).frame(leave=pb.Leave(finished=False, reason=reason)))
+            self._train.close()
+            # Give the transport the moment that it takes to send it.
+            time.sleep(0.3)
+
+    # Evaluation
+
+    def evaluate(
+        self, batches: Iterable[tuple[np.ndarray, np.ndarray]], count: int, subset: pb.Subset, phase: Phase,
+        classes: tuple[str, ...], progress: Callable[[int], None] = lambda done: None,
+    ) -> pb.Verdict:  # fmt: skip
+        """Have labelled batches judged: (sent [B, width, ...], labels [B]) each; `count` pictures in all."""
+        stream = self._begin_evaluation(count, subset, classes)
+        waiting: list[int] = []
+        done = number = 0
+
+        def receive() -> None:
+            nonlocal done
+            frame = stream.receive()
+            wire.check_place(frame, Place(pb.EVALUATION, done, phase.index))
+            if not frame.HasField("judged") or frame.judged.count != waiting.pop(0):
+                raise FrameError(f"Judged of evaluation batch {done} was expected, {frame.WhichOneof('body')} came")
+            done += 1
+            progress(done)
+
+        for sent, labels in batches:
+            place = Place(pb.EVALUATION, number, phase.index)
+            for frame in wire.pack_labels(place, labels, self.opened.recipe.model.classes):
+                stream.send(frame)
+            for frame in wire.pack(place, sent, phase.activation_codec):
+                stream.send(frame)
+            waiting.append(len(labels))
+            number += 1
+            if len(waiting) >= _IN_FLIGHT:
+                receive()
+        while waiting:
+            receive()
+        verdict = self._end_evaluation(stream, number, phase)
+        if verdict.count != count:
+            raise FrameError(f"the server judged {verdict.count} pictures, {count} were sent")
+        return verdict
+
+    def predict(self, batches: Iterable[np.ndarray], count: int, phase: Phase) -> Iterator[np.ndarray]:
+        """Logits [B, classes] for each batch of what is sent [B, width, ...]."""
+        stream = self._begin_evaluation(count, pb.SUBSET_UNSPECIFIED, ())
+        number = 0
+        for number, sent in enumerate(batches):
+            place = Place(pb.EVALUATION, number, phase.index)
+            for frame in wire.pack(place, sent, phase.activation_codec):
+                stream.send(frame)
+            shape = (len(sent), self.opened.recipe.model.classes)
+            yield wire.unpack(stream.receive(), stream.receive, place, shape, "fp32")
+        self._end_evaluation(stream, number + 1, phase)
+
+    def _begin_evaluation(self, count: int, subset: pb.Subset, classes: tuple[str, ...]) -> Stream:
+        stream = Stream(self._stub.Evaluate, self.meter, self.server)
+        begin = pb.Begin(session=self.opened.session, samples=count, classes=classes, subset=subset)
+        stream.send(Place(pb.EVALUATION, 0, 0).frame(begin=begin))
+        return stream
+
+    @staticmethod
+    def _end_evaluation(stream: Stream, number: int, phase: Phase) -> pb.Verdict:
+        place = Place(pb.EVALUATION, number, phase.index)
+        stream.send(place.frame(leave=pb.Leave(finished=True)))
+        frame = stream.receive()
+        wire.check_place(frame, place)
+        if not frame.HasField("verdict"):
+            raise FrameError(f"a Verdict was expected, {frame.WhichOneof('body')} came")
+        stream.close()
+        return frame.verdict
+
+    def close(self) -> None:
+        if self.connection:
+            self.connection.close()
+        self._channel.close()

@@ -1,0 +1,75 @@
+"""Where a run's first weights come from: random, a .safetensors of the whole model, or a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from common import weights
+from common import halves as halves_module
+from common.errors import ModelError, RunFolderError
+from common.halves import Halves
+from common.inherit import adopt
+from common.recipe import Recipe
+from common.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Initial:
+    """What to fill new halves with. `run_id`: set where the device must bring the trained head itself."""
+
+    head: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tail: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    run_id: str = ""
+
+    def fill(self, halves: Halves) -> None:
+        if self.head:
+            weights.fill(halves.head, self.head, "model.init")
+        if self.tail:
+            weights.fill(halves.tail, self.tail, "model.init")
+
+
+def initial_weights(recipe: Recipe, halves: Halves, allowed: Collection[str]) -> Initial:
+    """The weights that `model.init` names; ModelError or RunFolderError where they cannot be had."""
+    init = recipe.model.init
+    if not init:
+        return Initial()
+    if init.startswith("run:"):
+        return _from_run(recipe, halves, Path(init.removeprefix("run:")), allowed)
+    whole = weights.read(Path(init))
+    for half in (halves.head, halves.tail):
+        expected = set(half.layers.state_dict())
+        weights.fill(half.layers, {name: value for name, value in whole.items() if name in expected}, init)
+    unknown = whole.keys() - set(halves.head.layers.state_dict()) - set(halves.tail.layers.state_dict())
+    if unknown:
+        raise ModelError(f"the weights in {init} are of another model: it has the unknown {sorted(unknown)[0]}")
+    return Initial(halves.head.state_dict(), halves.tail.state_dict())
+
+
+def _from_run(recipe: Recipe, halves: Halves, folder: Path, allowed: Collection[str]) -> Initial:
+    """A finished run's server folder, or the folder that holds it as `server`.
+
+    The head is handed out where it was published, or lies beside on the same machine (`device`, of the same run);
+    else the device that trained it brings it.
+    """
+    if not (folder / "run.json").is_file() and (folder / "server" / "run.json").is_file():
+        folder = folder / "server"
+    source, _, manifest = RunFolder(folder).read()
+    if source.model.name != recipe.model.name or source.model.cut != recipe.model.cut:
+        raise RunFolderError(
+            f"{folder} trained {source.model.name} cut at {source.model.cut}; "
+            f"the recipe has {recipe.model.name} cut at {recipe.model.cut}"
+        )
+    trained = halves_module.build(source, allowed)
+    RunFolder(folder).fill_half("tail", trained.tail)
+    tail = adopt(halves.tail, trained.tail.state_dict(), recipe, source, manifest)
+    for place in (folder, folder.parent / "device"):
+        if (place / "head.safetensors").is_file() and RunFolder(place).read()[2].run_id == manifest.run_id:
+            RunFolder(place).fill_half("head", trained.head)
+            return Initial(adopt(halves.head, trained.head.state_dict(), recipe, source, manifest), tail)
+    return Initial(tail=tail, run_id=manifest.run_id)
+
+

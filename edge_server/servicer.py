@@ -1,0 +1,285 @@
+"""The RPC methods: unpack, delegate to host and session, pack. Every error of ours leaves here as a gRPC status."""
+
+from __future__ import annotations
+
+import functools
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+
+from common import wire
+from common.errors import DepruneError, FrameError, StoppedError, TooLargeError, VersionError, abort
+from common.meter import DOWN, UP
+from common.progress import Live
+from common.rpc import split_pb2 as pb
+from common.rpc import split_pb2_grpc
+from common.schedule import Phase
+from common.tcp_info import find_peer
+from common.wire import Place
+from edge_server.host import Host, Session
+from edge_server.session import Judgement, Training, judge, logits_of
+
+
+def _unary(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def guarded(self: Servicer, request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return method(self, request, context)
+        except DepruneError as error:
+            return abort(context, error)
+
+    return guarded
+
+
+def _streaming(method: Callable[..., Iterator[pb.Frame]]) -> Callable[..., Iterator[pb.Frame]]:
+    @functools.wraps(method)
+    def guarded(self: Servicer, request: Any, context: grpc.ServicerContext) -> Iterator[pb.Frame]:
+        try:
+            yield from method(self, request, context)
+        except DepruneError as error:
+            self.host.console.print(f"[yellow]Refused[/yellow]: {error}", highlight=False, soft_wrap=True)
+            abort(context, error)
+        except grpc.RpcError:
+            return  # the device is gone; there is no one to tell, and the host has been told by the method
+        except Exception:
+            # A fault of ours: the operator gets the traceback, the device a sentence.
+            self.host.console.print(traceback.format_exc(), markup=False)
+            context.abort(grpc.StatusCode.INTERNAL, "the server met a fault of its own; its log has the details")
+
+    return guarded
+
+
+class Incoming:
+    """The frames that a device sends on one stream, counted; `wait_s` adds up the time spent waiting for them."""
+
+    def __init__(self, frames: Iterator[pb.Frame], host: Host) -> None:
+        self._frames, self._host = frames, host
+        self.wait_s = 0.0
+        first = next(frames, None)
+        if first is None or not first.HasField("begin"):
+            raise FrameError("a stream starts with Begin")
+        self.begin = first.begin
+        self.session: Session = host.session(first.begin.session)
+        self.session.meter.frame(UP, first)
+
+    def __call__(self) -> pb.Frame:
+        started = time.perf_counter()
+        frame = next(self._frames, None)
+        self.wait_s += time.perf_counter() - started
+        if frame is None:
+            raise StoppedError("the device closed the stream without a Leave")
+        if self._host.stopping and not frame.HasField("leave"):
+            raise StoppedError("the server was stopped by its operator; the run is not finished")
+        return self.session.meter.frame(UP, frame)
+
+
+def phase_message(phase: Phase) -> pb.Phase:
+    return pb.Phase(
+        index=phase.index, from_step=phase.from_step, width=phase.width, activation_codec=phase.activation_codec,
+        gradient_codec=phase.gradient_codec, order=phase.order, ranking=phase.ranking,
+    )  # fmt: skip
+
+
+class Servicer(split_pb2_grpc.SplitServicer):
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    @_unary
+    def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
+        if request.protocol_version != wire.PROTOCOL_VERSION:
+            raise VersionError(
+                f"the device speaks protocol version {request.protocol_version}, this server {wire.PROTOCOL_VERSION}; "
+                f"install the same release of deprune on both"
+            )
+        if request.purpose not in (pb.TRAIN, pb.USE):
+            raise FrameError(f"Open has purpose {request.purpose}; TRAIN (1) or USE (2) was expected")
+        host, trains = self.host, request.purpose == pb.TRAIN
+        session = host.open(trains, request.run_id, find_peer(context.peer()))
+        reply = pb.OpenReply(
+            protocol_version=wire.PROTOCOL_VERSION,
+            session=session.name,
+            recipe=host.text,
+            digest=host.recipe.digest(),
+            run_id=host.run_id,
+            phase=phase_message(host.first_phase()),
+            limits=pb.Limits(max_frame_bytes=wire.FRAME_BYTES, max_tensor_elements=wire.MAX_TENSOR_ELEMENTS),
+            head_size=len(host.head_weights(session)) if trains or not request.run_id else 0,
+            init_run_id=host.initial.run_id if trains else "",
+            classes=host.served.manifest.classes if host.served else (),
+        )
+        session.meter.control(UP, request)
+        session.meter.control(DOWN, reply)
+        return reply
+
+    @_streaming
+    def Head(self, request: pb.HeadRequest, context: grpc.ServicerContext) -> Iterator[pb.Frame]:
+        session = self.host.session(request.session)
+        session.meter.control(UP, request)
+        for frame in wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), self.host.head_weights(session)):
+            yield session.meter.frame(DOWN, frame)
+
+    @_streaming
+    def Train(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
+        receive = Incoming(frames, self.host)
+        session, begin = receive.session, receive.begin
+        training = self.host.begin(session, begin.samples, tuple(begin.classes))
+        host, interrupted = self.host, ""
+        session.streams += 1
+        host.console.print(
+            f"A device trains [bold]{host.recipe.name}[/bold]: {training.coordinator.steps:,} steps of "
+            f"{training.batch} pictures, {begin.samples:,} pictures an epoch.", highlight=False,
+        )  # fmt: skip
+        try:
+            with Live(host.console, training.coordinator.steps) as live:
+                wanted = host.recipe.principal
+                ready = pb.Ready(steps=training.coordinator.steps, basis_wanted=wanted)
+                yield session.meter.frame(DOWN, Place(pb.CONTROL, 0, 0).frame(ready=ready))
+                if wanted:
+                    training.rotate(self._basis(receive, training))
+                session.meter.lap()
+                while True:
+                    frame = receive()
+                    if frame.HasField("leave"):
+                        interrupted = "" if frame.leave.finished else frame.leave.reason or "its user stopped it"
+                        break
+                    if frame.role == pb.WEIGHTS and training.test:
+                        yield from self._finish(frame, receive, training)
+                        return
+                    yield from self._step(frame, receive, training, live)
+            if not interrupted:
+                yield from self._finish(None, receive, training)
+        finally:
+            session.streams -= 1
+            host.end(session, interrupted)
+
+    def _basis(self, receive: Incoming, training: Training) -> np.ndarray:
+        frame, place = receive(), Place(pb.WEIGHTS, 0, 0)
+        shape = wire.announced(frame)
+        if len(shape) != 2 or shape[0] != shape[1] + 1 or not 1 <= shape[1] <= training.halves.channels:
+            raise FrameError(f"the basis has shape {list(shape)}; [w + 1, w] with w up to {training.halves.channels} fits")
+        return wire.unpack(frame, receive, place, shape, "fp32")
+
+    def _step(self, frame: pb.Frame, receive: Incoming, training: Training, live: Live) -> Iterator[pb.Frame]:
+        """One step: labels and activation in, gradient and StepDone out."""
+        session, phase, step = receive.session, training.phase, training.step
+        if step >= training.coordinator.steps:
+            raise FrameError(f"the run has {training.coordinator.steps} steps and all are done; Leave was expected")
+        clock = time.perf_counter
+        first_wait, receive.wait_s, started = receive.wait_s, 0.0, clock()
+        labels = wire.unpack_labels(
+            frame, receive, Place(pb.LABEL, step, phase.index), training.batch, training.recipe.model.classes
+        )
+        place = Place(pb.ACTIVATION, step, phase.index)
+        sent = wire.unpack(receive(), receive, place, training.sent_shape, phase.activation_codec)
+        decoded = clock()
+        with training.lock:
+            gradient, loss, correct = training.learn(sent, labels)
+            learnt = clock()
+            for out in wire.pack(Place(pb.GRADIENT, step, phase.index), gradient, phase.gradient_codec):
+                yield session.meter.frame(DOWN, out)
+            encoded = clock()
+            # The gradient is on its way: the weights move while the device runs its own backward pass.
+            decision = training.apply()
+        done = pb.StepDone(loss=loss, correct=correct, then=decision.then)
+        if decision.phase:
+            done.next.CopyFrom(phase_message(decision.phase))
+        applied = clock()
+        yield session.meter.frame(DOWN, Place(pb.CONTROL, step, phase.index).frame(done=done))
+        wait, receive.wait_s = receive.wait_s, 0.0
+        line = {
+            "step": step, "phase": phase.index, "width": phase.width, "loss": loss,
+            "accuracy": correct / training.batch, "bytes": session.meter.lap(),
+            "seconds": {
+                "wait": round(first_wait + wait, 6), "decode": round(decoded - started - wait, 6),
+                "tail": round(learnt - decoded + applied - encoded, 6), "encode": round(encoded - learnt, 6),
+            },
+        }  # fmt: skip
+        warning = self.host.folder.metrics.append(line) if self.host.folder.metrics else None
+        if warning:
+            live.say(f"[yellow]Warning[/yellow]: {warning}")
+        up, down = session.meter.total(UP).message, session.meter.total(DOWN).message
+        live.step(step + 1, phase.width, loss, correct / training.batch, up, down)
+
+    def _finish(self, frame: pb.Frame | None, receive: Incoming, training: Training) -> Iterator[pb.Frame]:
+        """The published head, if `frame` starts one, and the end of the run."""
+        head = b""
+        if frame:
+            size = wire.announced(frame)[0] if wire.announced(frame) else 0
+            head = wire.unpack_bytes(frame, receive, Place(pb.WEIGHTS, training.step, training.phase.index), size)
+            if not receive().HasField("leave"):
+                raise FrameError("after the published head Leave was expected")
+        if training.test is None:
+            raise FrameError("Leave says finished, but the run is not; evaluate the test part first")
+        goodbye = Place(pb.CONTROL, training.step, training.phase.index).frame(goodbye=pb.Goodbye())
+        receive.session.meter.frame(DOWN, goodbye)
+        self.host.finish(receive.session, head)
+        yield goodbye
+
+    @_streaming
+    def Evaluate(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
+        receive = Incoming(frames, self.host)
+        session, training, served = receive.session, receive.session.training, self.host.served
+        subset = receive.begin.subset
+        if training:
+            halves, phase = training.halves, training.phase
+        elif served:
+            halves, phase = served.halves, served.manifest.phase
+            self._check_classes(tuple(receive.begin.classes))
+        else:
+            raise FrameError("Evaluate needs a training session, or a server with a finished run")
+        session.streams += 1
+        total, number, recipe = Judgement(), 0, self.host.recipe
+        try:
+            if training:
+                training.lock.acquire()
+                halves.tail.eval()
+            while not (frame := receive()).HasField("leave"):
+                labels = None
+                place = Place(pb.EVALUATION, number, phase.index)
+                if frame.part.tensor.dtype != "float32":
+                    labels = wire.unpack_labels(frame, receive, place, None, recipe.model.classes)
+                    frame = receive()
+                count = (wire.announced(frame) or (0,))[0]
+                if not 1 <= count <= recipe.data.evaluation_batch or (labels is not None and len(labels) != count):
+                    raise TooLargeError(
+                        f"an evaluation batch of {count} pictures came; 1 to {recipe.data.evaluation_batch} fit, "
+                        f"as many as labels"
+                    )
+                shape = halves.sent_shape(count, phase.width)
+                sent = wire.unpack(frame, receive, place, shape, phase.activation_codec)
+                if labels is None:
+                    logits = logits_of(halves, sent, recipe.precision).numpy()
+                    for out in wire.pack(place, logits, "fp32"):
+                        yield session.meter.frame(DOWN, out)
+                else:
+                    result = judge(halves, sent, labels, recipe.precision)
+                    total += result
+                    judged = pb.Judged(count=result.count, loss=result.loss, correct=result.correct)
+                    yield session.meter.frame(DOWN, place.frame(judged=judged))
+                number += 1
+            verdict = pb.Verdict(count=total.count, loss=total.mean_loss, accuracy=total.accuracy)
+            if training and subset in (pb.VALIDATION, pb.TEST):
+                decision = training.judged(total, subset == pb.TEST)
+                verdict.finished = decision.then == pb.FINISH
+                if decision.phase:
+                    verdict.next.CopyFrom(phase_message(decision.phase))
+            yield session.meter.frame(DOWN, Place(pb.EVALUATION, number, phase.index).frame(verdict=verdict))
+        finally:
+            session.streams -= 1
+            if training:
+                halves.tail.train()
+                training.lock.release()
+
+    def _check_classes(self, classes: tuple[str, ...]) -> None:
+        assert self.host.served
+        expected = self.host.served.manifest.classes
+        if classes and classes != expected:
+            odd = [f"{a} for {b}" for a, b in zip(classes, expected, strict=False) if a != b][:3]
+            raise FrameError(
+                f"the device's classes are not those of the run ({len(classes)} for {len(expected)}: "
+                f"{', '.join(odd) or 'others'}); use data with the same class folders"
+            )
