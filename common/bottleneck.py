@@ -14,6 +14,8 @@ from torch import Tensor, nn
 class _Sized(nn.Module):
     """What all encoders and decoders share: the channels of the cut, the width now sent, the channels' order."""
 
+    order: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
@@ -96,7 +98,7 @@ class LinearDecoder(_Sized):
     def rotate(self, components: Tensor, mean: Tensor) -> None:
         """The answer to the encoder's `rotate`: what is decoded stays the same."""
         count = len(mean)
-        self.bias += self.weight[:, :count] @ mean
+        self.bias.add_(self.weight[:, :count] @ mean)
         self.weight[:, :count] = self.weight[:, :count] @ components.T
 
     @torch.no_grad()

@@ -115,9 +115,9 @@ def abort(context: grpc.ServicerContext, error: DepruneError) -> None:
 def from_rpc(error: grpc.RpcError, server: str) -> DepruneError:
     """The error that `error` stands for, seen from a device connected to `server` (HOST:PORT)."""
     code, details = error.code(), error.details() or ""
-    for key, value in error.trailing_metadata() or ():
-        if key == _METADATA_KEY and value in _BY_NAME:
-            return _BY_NAME[value](details)
+    metadata: dict[str, str] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
+    if metadata.get(_METADATA_KEY) in _BY_NAME:
+        return _BY_NAME[metadata[_METADATA_KEY]](details)
     if code == grpc.StatusCode.UNAVAILABLE:
         return LinkError(
             f"no server answers at {server} ({details}); check the address and that edge-server is running there"

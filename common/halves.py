@@ -60,9 +60,9 @@ def build(recipe: Recipe, allowed: Collection[str] = ()) -> Halves:
     partition raise them. The caller drops the half that it doesn't need."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        whole = models.build(recipe.model.name, tuple(recipe.model.input), recipe.model.classes, allowed)
-    head, tail = split(whole, recipe.model.cut, tuple(recipe.model.input))
-    shape = cut_shape(head, tuple(recipe.model.input))
+        whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
+    head, tail = split(whole, recipe.model.cut, recipe.model.input)
+    shape = cut_shape(head, recipe.model.input)
     encoder, decoder = bottleneck.build(recipe.bottleneck.kind, shape[0], recipe.seed)
     return Halves(Head(head, encoder), Tail(tail, decoder), shape)
 

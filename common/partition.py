@@ -152,7 +152,9 @@ class _Plan:
         if len(calls) > 1:
             names = ", ".join(node.name for node in calls)
             raise CutError(f"the module {cut} runs several times, so say after which: {names}")
-        inside = calls or [n for n in self.nodes if any(cut == p for p, _ in n.meta.get("nn_module_stack", {}).values())]
+        inside = calls or [
+            n for n in self.nodes if any(cut == p for p, _ in n.meta.get("nn_module_stack", {}).values())
+        ]
         if not inside:
             raise CutError(f"there is no cut {cut!r} in this model; {self.advice(cut)}")
         return inside[-1]
@@ -289,9 +291,7 @@ def _unify(kind: str, roots: list[nn.Module], graphs: list[fx.Graph], training: 
     for ours, theirs in zip(in_training, in_evaluation, strict=False):
         if ours.op != "call_function" or ours.target not in _DROPOUTS or theirs.target is not ours.target:
             continue
-        options, other = (
-            inspect.signature(node.target).bind(*node.args, **node.kwargs) for node in (ours, theirs)
-        )
+        options, other = (inspect.signature(node.target).bind(*node.args, **node.kwargs) for node in (ours, theirs))
         options.apply_defaults()
         other.apply_defaults()
         on, off = options.arguments, other.arguments
@@ -391,7 +391,7 @@ def _all_tensors(model: nn.Module) -> Iterable[torch.Tensor]:
 
 def _named_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by every name they have."""
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     return named
 

@@ -35,13 +35,13 @@ def _one_of(where: str, value: str, legal: typing.Collection[str]) -> None:
 @dataclass(frozen=True)
 class ModelRecipe:
     name: str  # a built-in name, or "package.module:factory" that each side's user allowed
-    input: tuple[int, ...]  # channels, height, width of a picture
+    input: tuple[int, int, int]  # channels, height, width of a picture
     classes: int
     cut: str  # the graph node after which the model is cut; `edge-server cuts` lists them
     init: str = ""  # "" random, "run:DIR" a finished run's server folder, or a .safetensors of the whole model
 
     def __post_init__(self) -> None:
-        legal_input = len(self.input) == 3 and all(1 <= side <= 1024 for side in self.input)
+        legal_input = all(1 <= side <= 1024 for side in self.input)
         _demand(legal_input, f"model.input is {list(self.input)}; give channels, height, width, each 1 to 1024")
         _demand(2 <= self.classes <= 65535, f"model.classes is {self.classes}; give 2 to 65535")
         known = not self.init or self.init.startswith("run:") or self.init.endswith(".safetensors")
@@ -60,7 +60,9 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         _demand(1 <= self.batch <= 65536, f"data.batch is {self.batch}; give 1 to 65536")
-        _demand(1 <= self.evaluation_batch <= 65536, f"data.evaluation_batch is {self.evaluation_batch}; give 1 to 65536")
+        _demand(
+            1 <= self.evaluation_batch <= 65536, f"data.evaluation_batch is {self.evaluation_batch}; give 1 to 65536"
+        )
         _demand(0 <= self.crop <= 64, f"data.crop is {self.crop}; give 0 to 64 pixels")
         _demand(0 <= self.validation < 1, f"data.validation is {self.validation}; give a share from 0 up to below 1")
         _demand(all(value > 0 for value in self.std), "data.std must be above 0")
@@ -69,7 +71,9 @@ class DataRecipe:
 @dataclass(frozen=True)
 class BottleneckRecipe:
     kind: str = "none"  # "none" all channels as they are, "channels" the most important, "linear" a learnt 1x1 map
-    start: str = "auto"  # linear: "orthogonal", "principal" (components of the activation), or auto: principal with init
+    start: str = (
+        "auto"  # linear: "orthogonal", "principal" (components of the activation), or auto: principal with init
+    )
     principal_pictures: int = 1024  # linear, principal: pictures that the device takes the components of
     ranking_steps: int = 4  # channels: steps at full width before each phase, to measure what a channel is worth
 
@@ -241,7 +245,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if args[-1] is Ellipsis:
             return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
         _demand(len(value) == len(args), f"{where} has {len(value)} items; give {len(args)}")
-        return tuple(_convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
+        return tuple(
+            _convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True))
+        )
     if hint is float and type(value) is int:
         value = float(value)
     names = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}

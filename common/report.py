@@ -46,7 +46,7 @@ def summarise(
     recipe: Recipe, cut: tuple[int, ...], outcome: Outcome, meter: Meter, kernel: dict[str, int] | None, side: str
 ) -> dict[str, Any]:
     """What summary.json holds. `kernel`: bytes "up", "down" and "retransmitted" of the session's connection."""
-    bytes_ = meter.report(kernel and kernel["up"], kernel and kernel["down"])
+    bytes_ = meter.report(kernel["up"] if kernel else None, kernel["down"] if kernel else None)
     plain = plain_bytes(recipe, cut, outcome.samples)
     return {
         "side": side,
@@ -65,7 +65,7 @@ def summarise(
         "samples": outcome.samples,
         "wall_s": round(outcome.wall_s, 3),
         "bytes": bytes_,
-        "retransmitted": kernel and kernel["retransmitted"],
+        "retransmitted": kernel["retransmitted"] if kernel else None,
         "plain_bytes": plain,
         "times_fewer": {way: round(_fewer(bytes_, plain, (way,)), 3) for way in ("up", "down")}
         | {"total": round(_fewer(bytes_, plain, ("up", "down")), 3)},

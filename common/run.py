@@ -49,7 +49,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise RunFolderError(f"{path} cannot be written: {error.strerror}; what was there before is unchanged") from error
+        raise RunFolderError(
+            f"{path} cannot be written: {error.strerror}; what was there before is unchanged"
+        ) from error
 
 
 class MetricsLog:
@@ -112,7 +114,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} already holds {kind} run; choose another --run, or pass --overwrite")
         if free < needed_bytes + _SPARE_BYTES:
             raise RunFolderError(
-                f"{self.path} has {free / 1e6:.0f} MB of free disk; this run needs {(needed_bytes + _SPARE_BYTES) / 1e6:.0f}"
+                f"{self.path} has {free / 1e6:.0f} MB of free disk; "
+                f"this run needs {(needed_bytes + _SPARE_BYTES) / 1e6:.0f}"
             )
 
     def start(self, recipe_text: str) -> None:

@@ -64,6 +64,8 @@ def planned(recipe: Recipe, channels: int, steps_per_epoch: int) -> tuple[list[S
         pieces = stretches(resolve(width, channels), start, channels, ranking)
         # A phase shorter than its ranking is measured for what there is of it; one without steps is left out.
         result += [piece for piece in pieces if piece.from_step < end]
+    if not result:  # a run shorter than half a step is one step of its first phase
+        result = stretches(resolve(schedule.phases[0][0], channels), 0, channels, 0)
     return result, max(1, steps_of(epochs, steps_per_epoch))
 
 

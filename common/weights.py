@@ -38,8 +38,11 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) ->
     state = module.state_dict()
     missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
     if missing or extra:
-        words = [f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-                 for what, names in (("it lacks", missing), ("it has the unknown", extra)) if names]
+        words = [
+            f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+            for what, names in (("it lacks", missing), ("it has the unknown", extra))
+            if names
+        ]
         raise ModelError(f"the weights in {source} are of another model: {' and '.join(words)}")
     for name, value in state.items():
         came = tensors[name]

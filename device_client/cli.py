@@ -62,11 +62,15 @@ def _connect(server: str, tls_ca: Path | None, threads: int | None) -> RemoteTai
         torch.set_num_threads(threads)
     host, _ = parse_address(server)
     if not tls_ca and not is_loopback(host):
-        console.print("[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link.")
+        console.print(
+            "[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link."
+        )
     return RemoteTail(server, tls_ca)
 
 
-def _load(remote: RemoteTail, source: str, skip: bool, limit: int | None, parts: tuple[str, ...]) -> data_module.Dataset:
+def _load(
+    remote: RemoteTail, source: str, skip: bool, limit: int | None, parts: tuple[str, ...]
+) -> data_module.Dataset:
     recipe = remote.opened.recipe
     channels, height, width = recipe.model.input
     loaded = data_module.load(
@@ -82,8 +86,12 @@ def _load(remote: RemoteTail, source: str, skip: bool, limit: int | None, parts:
 @cli.command()
 @_with(_SHARED + _DATA)
 @click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder.")
-@click.option("--head", "head_path", type=click.Path(file_okay=False, path_type=Path),
-              help="Run folder with the trained head, where the recipe starts from a finished run.")
+@click.option(
+    "--head",
+    "head_path",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Run folder with the trained head, where the recipe starts from a finished run.",
+)
 @click.option("--publish-head", is_flag=True, help="Give the trained head to the server at the end.")
 def train(
     server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None, source: str,

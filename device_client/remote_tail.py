@@ -35,7 +35,7 @@ class Opened:
     recipe: Recipe
     text: str
     run_id: str
-    phase: Phase
+    phase: Phase | None  # of the finished run; None in training
     head_size: int
     init_run_id: str
     classes: tuple[str, ...]
@@ -54,7 +54,9 @@ class StepResult:
 def phase_of(message: pb.Phase) -> Phase:
     for codec in (message.activation_codec, message.gradient_codec):
         if codec not in CODECS:
-            raise VersionError(f"the server uses the codec {codec!r}, unknown here; install the same release on both sides")
+            raise VersionError(
+                f"the server uses the codec {codec!r}, unknown here; install the same release on both sides"
+            )
     return Phase(
         message.index, message.from_step, message.width, message.activation_codec, message.gradient_codec,
         tuple(message.order), message.ranking,
@@ -129,7 +131,7 @@ class RemoteTail:
                 "install the same release of deprune on both"
             )
         self.opened = Opened(
-            reply.session, parsed, reply.recipe, reply.run_id, phase_of(reply.phase), reply.head_size,
+            reply.session, parsed, reply.recipe, reply.run_id, phase_of(reply.phase) if reply.HasField("phase") else None, reply.head_size,
             reply.init_run_id, tuple(reply.classes),
         )  # fmt: skip
         return self.opened
@@ -150,15 +152,15 @@ class RemoteTail:
 
     # Training
 
-    def begin(self, samples: int, classes: tuple[str, ...]) -> tuple[int, bool]:
-        """Start the training stream: the steps of the run, and whether the server waits for a basis."""
+    def begin(self, samples: int, classes: tuple[str, ...]) -> tuple[int, bool, Phase]:
+        """Start the training stream: steps of the run, whether the server waits for a basis, the first phase."""
         self._train = Stream(self._stub.Train, self.meter, self.server)
         begin = pb.Begin(session=self.opened.session, samples=samples, classes=classes)
         self._train.send(Place(pb.CONTROL, 0, 0).frame(begin=begin))
         ready = self._train.receive()
         if not ready.HasField("ready"):
             raise FrameError(f"Ready was expected, {ready.WhichOneof('body')} came")
-        return ready.ready.steps, ready.ready.basis_wanted
+        return ready.ready.steps, ready.ready.basis_wanted, phase_of(ready.ready.phase)
 
     def send_basis(self, basis: np.ndarray) -> None:
         """Principal components as rows, then the mean: float32 [w + 1, w]."""

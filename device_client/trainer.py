@@ -33,7 +33,7 @@ class Trainer:
         self.remote, self.data, self.folder, self.console = remote, data, folder, console
         self.opened = remote.opened
         self.recipe: Recipe = self.opened.recipe
-        self.phases: list[Phase] = [self.opened.phase]
+        self.phases: list[Phase] = []
         self.batch = min(self.recipe.data.batch, len(data.train))
         if not self.batch:
             raise DataError("the training part is empty; give more pictures or a smaller data.validation")
@@ -64,17 +64,19 @@ class Trainer:
             )
         source, _, manifest = init.read()
         if manifest.run_id != wanted:
-            raise MismatchError(f"{init.path} holds the head of run {manifest.run_id}; the recipe starts from run {wanted}")
+            raise MismatchError(
+                f"{init.path} holds the head of run {manifest.run_id}; the recipe starts from run {wanted}"
+            )
         trained = weights.read(init.path / "head.safetensors")
         adopt(self.head, trained, self.recipe, source, manifest)
 
     def fit(self) -> None:
         """Train from the first step to the last."""
-        self.steps, basis_wanted = self.remote.begin(len(self.data.train), self.data.classes)
+        self.steps, basis_wanted, first = self.remote.begin(len(self.data.train), self.data.classes)
         if basis_wanted:
             self._rotate()
         self.head.train()
-        self._switch(self.phase)
+        self._switch(first)
         self.remote.meter.lap()
         inputs, labels = self._batch(0)
         with Live(self.console, self.steps) as live:
@@ -86,7 +88,9 @@ class Trainer:
                 if warning:
                     live.say(f"[yellow]Warning[/yellow]: {warning}")
                 total = self.remote.meter.total
-                live.step(self.step, line["width"], line["loss"], line["accuracy"], total(UP).message, total(DOWN).message)
+                live.step(
+                    self.step, line["width"], line["loss"], line["accuracy"], total(UP).message, total(DOWN).message
+                )
                 if self.then == pb.FINISH or (self.then == pb.VALIDATE and self._validate(live)):
                     return
 
@@ -130,8 +134,7 @@ class Trainer:
         return torch.from_numpy(batches.normalise(pictures, recipe.mean, recipe.std)), part.labels[chosen]
 
     def _switch(self, phase: Phase) -> None:
-        if phase is not self.phase:
-            self.phases.append(phase)
+        self.phases.append(phase)
         self.head.bottleneck.resize(phase.width, phase.order)
 
     @torch.no_grad()
@@ -174,7 +177,8 @@ class Trainer:
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
         outcome = report.Outcome(
             self.opened.run_id, verdict.accuracy, verdict.loss, self.step, samples,
-            round(samples / len(self.data.train), 4), time.monotonic() - self.started, tuple(self.phases),
+            round(self.step / (len(self.data.train) // self.batch), 4), time.monotonic() - self.started,
+            tuple(self.phases),
         )  # fmt: skip
         seen = self.remote.connection.read() if self.remote.connection else None
         kernel = report.kernel_of(device=seen)

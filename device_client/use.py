@@ -14,6 +14,7 @@ from common.halves import Head
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
+from common.schedule import Phase
 from device_client.data import Dataset, Part, load_picture
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import sent_batches
@@ -37,15 +38,24 @@ def open_finished(remote: RemoteTail, folder: RunFolder, allowed: tuple[str, ...
         folder.fill_half("head", head)
     else:
         weights.fill(head, weights.from_bytes(remote.head_weights(), "the server"), "the server")
-    head.bottleneck.resize(opened.phase.width, opened.phase.order)
+    head.bottleneck.resize(_phase(remote).width, _phase(remote).order)
     return head.eval()
+
+
+def _phase(remote: RemoteTail) -> Phase:
+    """How the finished run left bottleneck and codecs."""
+    if remote.opened.phase is None:
+        raise MismatchError(
+            "the server did not say in which phase its run ended; install the same release on both sides"
+        )
+    return remote.opened.phase
 
 
 def evaluate(remote: RemoteTail, head: Head, data: Dataset) -> pb.Verdict:
     """Judge the test part."""
     opened = remote.opened
     sent = sent_batches(head, data.test, opened.recipe)
-    return remote.evaluate(sent, len(data.test), pb.TEST, opened.phase, data.classes)
+    return remote.evaluate(sent, len(data.test), pb.TEST, _phase(remote), data.classes)
 
 
 def predict(remote: RemoteTail, head: Head, paths: Sequence[Path]) -> Iterator[tuple[Path, str, float]]:
@@ -56,7 +66,7 @@ def predict(remote: RemoteTail, head: Head, paths: Sequence[Path]) -> Iterator[t
     pictures = np.stack([load_picture(path, (channels, height, width)) for path in paths])
     part = Part(pictures, np.zeros(len(pictures), np.int64))
     sent = (batch for batch, _ in sent_batches(head, part, recipe))
-    logits = np.concatenate(list(remote.predict(sent, len(part), opened.phase)))
+    logits = np.concatenate(list(remote.predict(sent, len(part), _phase(remote))))
     chances = torch.from_numpy(logits).softmax(1)
     for path, chance in zip(paths, chances, strict=True):
         best = int(chance.argmax())

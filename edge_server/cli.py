@@ -31,14 +31,29 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--listen", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT",
-              help="Where to listen; port 0 picks a free one and says which.")
-@click.option("--run", "run_path", required=True, type=click.Path(file_okay=False, path_type=Path),
-              help="Folder of the run: written when RECIPE is given, else a finished run to serve.")
+@click.option(
+    "--listen",
+    default="127.0.0.1:50051",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where to listen; port 0 picks a free one and says which.",
+)
+@click.option(
+    "--run",
+    "run_path",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the run: written when RECIPE is given, else a finished run to serve.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder.")
 @click.option("--once", is_flag=True, help="Exit when the run is finished, instead of serving it.")
-@click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
-              help="Code that a recipe may name as its model; can be repeated.")
+@click.option(
+    "--allow-model",
+    "allowed",
+    multiple=True,
+    metavar="PACKAGE.MODULE:FACTORY",
+    help="Code that a recipe may name as its model; can be repeated.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores.")
 @click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificate (PEM).")
 @click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its key (PEM).")
@@ -61,7 +76,9 @@ def serve(
     server = Server(host, listen, (tls_cert, tls_key) if tls_cert and tls_key else None, insecure)
     address = f"{listen.rpartition(':')[0]}:{server.port}"
     if insecure and not tls_cert:
-        console.print("[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link.")
+        console.print(
+            "[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link."
+        )
     doing = f"waiting for a device to train {parsed.name}" if recipe else f"serving run {host.run_id} in {run_path}"
     console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.", highlight=False)
     caught = run(server, once)

@@ -82,7 +82,12 @@ class Coordinator:
         codec = self._recipe.codec
         self.phases.append(
             Phase(
-                len(self.phases), stretch.from_step, stretch.width, codec.activation, codec.gradient, self._order,
+                len(self.phases),
+                stretch.from_step,
+                stretch.width,
+                codec.activation,
+                codec.gradient,
+                self._order,
                 stretch.ranking,
             )
         )

@@ -11,7 +11,6 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-import torch
 from rich.console import Console
 
 from common import halves as halves_module
@@ -21,7 +20,6 @@ from common.halves import Halves
 from common.meter import Meter
 from common.recipe import Recipe
 from common.run import Manifest, RunFolder
-from common.schedule import Phase
 from common.tcp_info import Connection
 from edge_server.coordinator import Coordinator
 from edge_server.initial import Initial, initial_weights
@@ -116,11 +114,13 @@ class Host:
             raise MismatchError("this server has no finished run yet; wait until training ends")
         elif run_id and run_id != self.run_id:
             raise MismatchError(
-                f"the device's head is of run {run_id}, this server serves run {self.run_id}; only halves of one run fit"
+                f"the device's head is of run {run_id}, this server serves run {self.run_id}; "
+                f"only halves of one run fit"
             )
         elif not run_id and not self.served.head:
             raise MismatchError(
-                f"the head of run {self.run_id} was not published; use --run with the folder of the device that trained it"
+                f"the head of run {self.run_id} was not published; "
+                f"use --run with the folder of the device that trained it"
             )
         with self._lock:
             self._forget()
@@ -134,7 +134,9 @@ class Host:
         with self._lock:
             session = self._sessions.get(name)
         if session is None:
-            raise FrameError("this session is not known here (the server was restarted, or it was idle too long); reconnect")
+            raise FrameError(
+                "this session is not known here (the server was restarted, or it was idle too long); reconnect"
+            )
         session.touched = time.monotonic()
         return session
 
@@ -243,13 +245,6 @@ class Host:
         halves = halves_module.build(self.recipe, self._allowed)
         self.initial.fill(halves)
         return weights.to_bytes(halves.head)
-
-    def first_phase(self) -> Phase:
-        if self.served:
-            return self.served.manifest.phase
-        with torch.no_grad():
-            channels = halves_module.build(self.recipe, self._allowed).channels
-        return Coordinator(self.recipe, channels, 1).phases[0]
 
 
 def _check_widths(recipe: Recipe, channels: int) -> None:

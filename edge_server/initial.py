@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from common import weights
 from common import halves as halves_module
+from common import weights
 from common.errors import ModelError, RunFolderError
 from common.halves import Halves
 from common.inherit import adopt
@@ -71,5 +71,3 @@ def _from_run(recipe: Recipe, halves: Halves, folder: Path, allowed: Collection[
             RunFolder(place).fill_half("head", trained.head)
             return Initial(adopt(halves.head, trained.head.state_dict(), recipe, source, manifest), tail)
     return Initial(tail=tail, run_id=manifest.run_id)
-
-

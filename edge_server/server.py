@@ -25,9 +25,7 @@ _SERVICE = split_pb2.DESCRIPTOR.services_by_name["Split"].full_name
 class Server:
     """A host behind an address; `port` is known once it is started."""
 
-    def __init__(
-        self, host: Host, address: str, tls: tuple[Path, Path] | None = None, insecure: bool = False
-    ) -> None:
+    def __init__(self, host: Host, address: str, tls: tuple[Path, Path] | None = None, insecure: bool = False) -> None:
         name, _ = parse_address(address)
         if not (tls or insecure or is_loopback(name)):
             raise DepruneError(

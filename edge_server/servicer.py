@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from rich.markup import escape
 
 from common import wire
 from common.errors import DepruneError, FrameError, StoppedError, TooLargeError, VersionError, abort
@@ -29,8 +30,8 @@ def _unary(method: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: Servicer, request: Any, context: grpc.ServicerContext) -> Any:
         try:
             return method(self, request, context)
-        except DepruneError as error:
-            return abort(context, error)
+        except Exception as error:  # noqa: BLE001 -- the last stop before gRPC, which would only print it
+            return self.fail(context, error)
 
     return guarded
 
@@ -40,15 +41,10 @@ def _streaming(method: Callable[..., Iterator[pb.Frame]]) -> Callable[..., Itera
     def guarded(self: Servicer, request: Any, context: grpc.ServicerContext) -> Iterator[pb.Frame]:
         try:
             yield from method(self, request, context)
-        except DepruneError as error:
-            self.host.console.print(f"[yellow]Refused[/yellow]: {error}", highlight=False, soft_wrap=True)
-            abort(context, error)
         except grpc.RpcError:
             return  # the device is gone; there is no one to tell, and the host has been told by the method
-        except Exception:
-            # A fault of ours: the operator gets the traceback, the device a sentence.
-            self.host.console.print(traceback.format_exc(), markup=False)
-            context.abort(grpc.StatusCode.INTERNAL, "the server met a fault of its own; its log has the details")
+        except Exception as error:  # noqa: BLE001 -- as above
+            self.fail(context, error)
 
     return guarded
 
@@ -88,6 +84,14 @@ class Servicer(split_pb2_grpc.SplitServicer):
     def __init__(self, host: Host) -> None:
         self.host = host
 
+    def fail(self, context: grpc.ServicerContext, error: Exception) -> None:
+        """End the RPC: an error of ours with its own sentence, a fault with a traceback for the operator alone."""
+        if isinstance(error, DepruneError):
+            self.host.console.print(f"[yellow]Refused[/yellow]: {escape(str(error))}", highlight=False)
+            abort(context, error)
+        self.host.console.print("".join(traceback.format_exception(error)), markup=False)
+        context.abort(grpc.StatusCode.INTERNAL, "the server met a fault of its own; its log has the details")
+
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
         if request.protocol_version != wire.PROTOCOL_VERSION:
@@ -105,7 +109,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             recipe=host.text,
             digest=host.recipe.digest(),
             run_id=host.run_id,
-            phase=phase_message(host.first_phase()),
+            phase=phase_message(host.served.manifest.phase) if host.served else None,
             limits=pb.Limits(max_frame_bytes=wire.FRAME_BYTES, max_tensor_elements=wire.MAX_TENSOR_ELEMENTS),
             head_size=len(host.head_weights(session)) if trains or not request.run_id else 0,
             init_run_id=host.initial.run_id if trains else "",
@@ -136,7 +140,8 @@ class Servicer(split_pb2_grpc.SplitServicer):
         try:
             with Live(host.console, training.coordinator.steps) as live:
                 wanted = host.recipe.principal
-                ready = pb.Ready(steps=training.coordinator.steps, basis_wanted=wanted)
+                phase = phase_message(training.phase)
+                ready = pb.Ready(steps=training.coordinator.steps, basis_wanted=wanted, phase=phase)
                 yield session.meter.frame(DOWN, Place(pb.CONTROL, 0, 0).frame(ready=ready))
                 if wanted:
                     training.rotate(self._basis(receive, training))
@@ -160,7 +165,9 @@ class Servicer(split_pb2_grpc.SplitServicer):
         frame, place = receive(), Place(pb.WEIGHTS, 0, 0)
         shape = wire.announced(frame)
         if len(shape) != 2 or shape[0] != shape[1] + 1 or not 1 <= shape[1] <= training.halves.channels:
-            raise FrameError(f"the basis has shape {list(shape)}; [w + 1, w] with w up to {training.halves.channels} fits")
+            raise FrameError(
+                f"the basis has shape {list(shape)}; [w + 1, w] with w up to {training.halves.channels} fits"
+            )
         return wire.unpack(frame, receive, place, shape, "fp32")
 
     def _step(self, frame: pb.Frame, receive: Incoming, training: Training, live: Live) -> Iterator[pb.Frame]:

@@ -15,6 +15,7 @@ from common.bottleneck import LinearDecoder
 from common.errors import DivergedError
 from common.halves import Halves, reseed
 from common.recipe import Recipe
+from common.rpc import split_pb2 as pb
 from common.schedule import Phase
 from edge_server.coordinator import Coordinator, Decision
 
@@ -89,7 +90,7 @@ class Training:
 
     @property
     def epochs(self) -> float:
-        return round(self.trained / self.samples, 4)
+        return round(self.step / max(1, self.samples // self.batch), 4)
 
     def rotate(self, basis: np.ndarray) -> None:
         """Start from the device's principal components: `basis` [w + 1, w], components as rows, then the mean."""
@@ -138,7 +139,7 @@ class Training:
         """Take in a finished evaluation; the test part decides nothing."""
         if on_test:
             self.test = result
-            return Decision(0)
+            return Decision(pb.STEP)
         decision = self.coordinator.after_validation(self.step - 1, result.mean_loss)
         if decision.phase:
             self.switch(decision.phase)

@@ -22,7 +22,7 @@ class Fp32:
     def encode(self, tensor: Tensor) -> Buffer:
         require_finite(*_range(tensor))
         # A view where memory already is little-endian C order (everywhere that matters): no copy.
-        return memoryview(np.ascontiguousarray(tensor, "<f4")).cast("B") if tensor.size else b""
+        return np.ascontiguousarray(tensor, "<f4").data.cast("B") if tensor.size else b""
 
     def decode(self, payload: Buffer, shape: tuple[int, ...]) -> Tensor:
         require_size(payload, self.bound(shape), self.name)
@@ -46,7 +46,7 @@ class Fp16:
             tensor = np.clip(tensor, -_FP16_MAX, _FP16_MAX)
         # torch converts ten times as fast as numpy here; both round to nearest even.
         half = torch.from_numpy(np.ascontiguousarray(tensor)).half().numpy()
-        return memoryview(half.astype("<f2", copy=False)).cast("B") if half.size else b""
+        return half.astype("<f2", copy=False).data.cast("B") if half.size else b""
 
     def decode(self, payload: Buffer, shape: tuple[int, ...]) -> Tensor:
         require_size(payload, self.bound(shape), self.name)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
 from torch import nn
 
@@ -77,7 +77,7 @@ def _call_custom(name: str, input_shape: tuple[int, int, int], classes: int) -> 
         # SystemExit: a script without a main guard must not end the server in silence.
         except (Exception, SystemExit) as error:
             raise ModelError(
-                f"the module of model {name} cannot be imported from {os.getcwd()} ({_one_line(error)})"
+                f"the module of model {name} cannot be imported from {Path.cwd()} ({_one_line(error)})"
             ) from error
         factory = getattr(module, factory_name, None)
         if not callable(factory):
@@ -99,7 +99,7 @@ def _call_custom(name: str, input_shape: tuple[int, int, int], classes: int) -> 
 @contextlib.contextmanager
 def _current_folder_importable() -> Iterator[None]:
     """Console scripts, unlike `python -m`, do not search the folder they are started in."""
-    folder = os.getcwd()
+    folder = str(Path.cwd())
     if folder in sys.path or "" in sys.path:
         yield
         return

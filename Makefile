@@ -1,0 +1,33 @@
+# `make demo` and `make test` set up all they need in .venv; nothing else is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint bench-step clean
+
+setup: $(VENV)/.ready
+
+# torch comes first and pinned: left to the resolver, it brings several GB of CUDA on Linux.
+$(VENV)/.ready: pyproject.toml constraints.txt protos/split.proto hatch_build.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-step: setup
+	$(BIN)/python -m benchmarks.step
+
+clean:
+	rm -rf $(VENV) common/rpc build dist *.egg-info

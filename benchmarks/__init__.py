@@ -1,0 +1,1 @@
+"""Measurements and the demo: everything here runs the two real processes."""

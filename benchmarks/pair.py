@@ -1,0 +1,57 @@
+"""Starts the two processes the way a user does; the demo, the benchmarks and the tests stand on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_LISTENS = re.compile(r"listens on (\S+),")
+
+
+def command(name: str, *arguments: object) -> list[str]:
+    """The command line of `edge-server` or `device-client` in this environment."""
+    module = {"edge-server": "edge_server.cli", "device-client": "device_client.cli"}[name]
+    return [sys.executable, "-c", f"from {module} import main; main()", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """What the processes see: passive waiting, so that one side's idle threads don't take the other's core."""
+    return os.environ | {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "100"}
+
+
+@contextlib.contextmanager
+def server(*arguments: object, log: Path, timeout: float = 60) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`edge-server serve ARGUMENTS` on a free port of loopback: the process and HOST:PORT; killed at the end."""
+    line = command("edge-server", "serve", *arguments, "--listen", "127.0.0.1:0")
+    with log.open("wb") as output:
+        process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
+    try:
+        yield process, _address(process, log, timeout)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: Path, timeout: float) -> str:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        found = _LISTENS.search(log.read_text())
+        if found:
+            return found.group(1)
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise RuntimeError(f"edge-server did not start:\n{log.read_text()}")
+
+
+def device(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """`device-client ARGUMENTS`, to its end."""
+    line = command("device-client", *arguments)
+    return subprocess.run(line, text=True, env=environment(), **options)  # type: ignore[call-overload, no-any-return]

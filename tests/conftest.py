@@ -1,0 +1,79 @@
+"""What the tests share: small recipes, and whole runs of the two real processes, each trained once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import pair
+
+
+def recipe_text(method: str = "plain", **changes: str) -> str:
+    """A small recipe for the digits; `changes` replace whole tables or top keys by TOML text."""
+    parts = {
+        "top": f'name = "test-{method}"\nmethod = "{method}"\nseed = 3',
+        "model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"',
+        "data": "batch = 32\ncrop = 1\nflip = true",
+        "bottleneck": 'kind = "none"',
+        "codec": 'activation = "fp32"\ngradient = "fp32"',
+        "schedule": "phases = [[0, 0.5]]",
+        "optimiser": "lr = 0.05",
+    } | changes
+    return parts.pop("top") + "\n" + "".join(f"\n[{name}]\n{body}\n" for name, body in parts.items())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of the two processes."""
+
+    path: Path
+    output: str  # of the device
+    log: str  # of the server
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.toml"
+
+    def summary(self, side: str) -> dict[str, Any]:
+        return json.loads((self.path / side / "summary.json").read_text())
+
+    def metrics(self, side: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / side / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(path: Path, text: str, *, server: tuple[object, ...] = (), device: tuple[object, ...] = ()) -> Run:
+    """Train the recipe in `text` with both processes, one thread each; fails with both outputs."""
+    path.mkdir(parents=True, exist_ok=True)
+    recipe, log = path / "recipe.toml", path / "server.log"
+    recipe.write_text(text)
+    arguments = (recipe, "--run", path / "server", "--once", "--threads", 1, *server)
+    with pair.server(*arguments, log=log) as (process, address):
+        done = pair.device(
+            "train", address, "--data", "digits", "--run", path / "device", "--threads", 1, *device, capture_output=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
+        assert process.wait(timeout=30) == 0, log.read_text()
+    return Run(path, done.stdout, log.read_text())
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """20 steps of plain: raw fp32 and no bottleneck."""
+    text = recipe_text(schedule="phases = [[0, 0.4546]]")
+    return train(tmp_path_factory.mktemp("plain"), text)
+
+
+@pytest.fixture(scope="session")
+def deprune_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A short deprune run, its head published, good enough to name digits."""
+    text = recipe_text(
+        "deprune",
+        bottleneck='kind = "linear"',
+        codec='activation = "int8"\ngradient = "int8"',
+        schedule="phases = [[2, 1], [4, 1], [8, 2]]",
+    )
+    return train(tmp_path_factory.mktemp("deprune"), text, device=("--publish-head",))

@@ -1,0 +1,147 @@
+"""Whole runs: the meters' books, the phases, the summaries, evaluation and prediction with the trained halves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import pair
+from device_client import data
+from tests.conftest import Run, recipe_text, train
+
+
+@pytest.mark.parametrize("fixture", ["plain_run", "deprune_run"])
+def test_books_of_both_sides_agree(fixture: str, request: pytest.FixtureRequest) -> None:
+    run: Run = request.getfixturevalue(fixture)
+    device, server = run.summary("device"), run.summary("server")
+    for way in ("up", "down"):
+        assert device["bytes"][way]["by_role"] == server["bytes"][way]["by_role"]
+        for depth in ("payload", "message"):
+            assert device["bytes"][way][depth] == server["bytes"][way][depth] > 0
+    assert [line["bytes"] for line in run.metrics("device")] == [line["bytes"] for line in run.metrics("server")]
+    assert device["plain_bytes"] == server["plain_bytes"]
+    assert device["accuracy"] == server["accuracy"]
+
+
+def test_kernel_bytes_are_message_bytes_and_a_little(tmp_path: Path) -> None:
+    text = recipe_text(
+        model='name = "tiny"\ninput = [1, 32, 32]\nclasses = 10\ncut = "stage1_relu2"',
+        data="batch = 128",
+        schedule="phases = [[0, 1]]",
+    )
+    run = train(tmp_path, text)
+    for side in ("device", "server"):
+        counts = run.summary(side)["bytes"]
+        for way in ("up", "down"):
+            # The last message of a direction may still be on its way when the counters are read.
+            assert counts[way]["message"] - 1000 <= counts[way]["kernel"] <= 1.05 * counts[way]["message"]
+
+
+def test_plain_bytes_are_what_plain_sends(plain_run: Run) -> None:
+    summary = plain_run.summary("device")
+    up, down = summary["bytes"]["up"]["by_role"], summary["bytes"]["down"]["by_role"]
+    assert summary["plain_bytes"]["up"] == up["activation"]["payload"] + up["label"]["payload"]
+    assert summary["plain_bytes"]["down"] == down["gradient"]["payload"] == 20 * 32 * 32 * 8 * 8 * 4
+    assert summary["times_fewer"]["total"] == pytest.approx(1, abs=0.01)
+
+
+def test_width_changes_at_the_announced_step(deprune_run: Run) -> None:
+    per_epoch = 1438 // 32
+    expected = [2] * per_epoch + [4] * per_epoch + [8] * 2 * per_epoch
+    for side in ("device", "server"):
+        assert [line["width"] for line in deprune_run.metrics(side)] == expected
+        phases = deprune_run.summary(side)["phases"]
+        assert phases == [
+            {"from_step": 0, "width": 2},
+            {"from_step": per_epoch, "width": 4},
+            {"from_step": 2 * per_epoch, "width": 8},
+        ]
+    raw = deprune_run.summary("device")["bytes"]["up"]["by_role"]["activation"]["raw"]
+    assert raw == sum(expected) * 32 * 8 * 8 * 4
+
+
+def test_summary_has_every_field(deprune_run: Run) -> None:
+    summary = deprune_run.summary("device")
+    fields = [
+        "method",
+        "model",
+        "cut",
+        "seed",
+        "accuracy",
+        "loss",
+        "epochs",
+        "steps",
+        "samples",
+        "wall_s",
+        "bytes",
+        "plain_bytes",
+        "phases",
+    ]
+    assert set(fields) <= summary.keys()
+    assert (summary["method"], summary["model"], summary["epochs"], summary["steps"]) == ("deprune", "tiny", 4, 176)
+    assert summary["accuracy"] > 0.9
+    line = deprune_run.metrics("device")[0]
+    assert {"step", "phase", "width", "loss", "bytes", "seconds"} <= line.keys()
+    assert line["seconds"].keys() == {"head", "encode", "wait", "decode"}
+    assert "times fewer" in deprune_run.output and "times fewer" in deprune_run.log
+
+
+def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path: Path) -> None:
+    loaded = data.load("digits", (1, 8, 8), 0, 0.0, parts=("test",))
+    names = []
+    for digit in (3, 7):
+        index = int(np.flatnonzero(loaded.test.labels == digit)[0])
+        names.append(tmp_path / f"{digit}.png")
+        Image.fromarray(loaded.test.pictures[index][0]).save(names[-1])
+    with pair.server("--run", deprune_run.path / "server", log=tmp_path / "log") as (process, address):
+        # One device with its own head, one that is handed the published one, at the same time.
+        others = pair.command("device-client", "predict", address, "--run", tmp_path / "other", names[0])
+        other = subprocess.Popen(others, stdout=subprocess.PIPE, text=True, env=pair.environment())
+        run = deprune_run.path / "device"
+        judged = pair.device("evaluate", address, "--data", "digits", "--run", run, capture_output=True)
+        named = pair.device("predict", address, "--run", run, *names, capture_output=True)
+        text, _ = other.communicate(timeout=60)
+        process.terminate()
+        assert process.wait(timeout=15) == 0
+    assert f"{deprune_run.summary('device')['accuracy']:.2%}" in judged.stdout, judged.stdout + judged.stderr
+    rows = {line.split()[0].rpartition("/")[2]: line.split() for line in named.stdout.splitlines() if ".png" in line}
+    assert (rows["3.png"][2], rows["7.png"][2]) == ("3", "7"), named.stdout + named.stderr
+    assert "3.png" in text
+
+
+@pytest.mark.parametrize("kind", ["channels", "linear"])
+def test_prune_starts_from_a_finished_run(plain_run: Run, tmp_path: Path, kind: str) -> None:
+    model = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\n'
+    text = recipe_text(
+        "prune",
+        model=model + f'init = "run:{plain_run.path}"',
+        bottleneck=f'kind = "{kind}"\nranking_steps = 3',
+        schedule="phases = [[8, 0.25], [4, 0.25]]",
+    )
+    run = train(tmp_path, text)
+    widths = [line["width"] for line in run.metrics("device")]
+    by_rank = [32] * 3 + [8] * 8 + [32] * 3 + [4] * 8
+    assert widths == (by_rank if kind == "channels" else [8] * 11 + [4] * 11)
+    # The trained network is what it starts from: not the loss of a random one.
+    assert run.metrics("device")[0]["loss"] < plain_run.metrics("device")[2]["loss"]
+    assert ("weights" in run.summary("device")["bytes"]["up"]["by_role"]) == (kind == "linear")
+
+
+def test_plateau_widens_when_validation_stops_gaining(tmp_path: Path) -> None:
+    text = recipe_text(
+        "deprune",
+        data="batch = 256\nvalidation = 0.2",
+        bottleneck='kind = "linear"',
+        schedule='kind = "plateau"\nwidths = [2, 4]\npatience = 1\nmin_gain = 0.99\nmax_epochs = 9',
+    )
+    run = train(tmp_path, text)
+    # No epoch after a width's first gains 99 %: two epochs a width, then the end.
+    phases = [(phase["from_step"], phase["width"]) for phase in run.summary("device")["phases"]]
+    per_epoch = run.summary("device")["steps"] // 4
+    assert phases == [(0, 2), (2 * per_epoch, 4)]
+    assert json.dumps(run.summary("server")["phases"]) == json.dumps(run.summary("device")["phases"])
