@@ -108,12 +108,15 @@ class RemoteTail:
         self._train: Stream | None = None
         self.opened: Opened
 
-    def open(self, trains: bool, run_id: str = "", timeout: float = channel.HANDSHAKE_S) -> Opened:
-        """Handshake; checks version and digest before anything is believed."""
+    def open(self, trains: bool, run_id: str = "", wait_s: float = 0.0) -> Opened:
+        """Handshake; checks version and digest before anything is believed.
+
+        `wait_s`: how long to keep trying while no server answers yet.
+        """
         purpose = pb.TRAIN if trains else pb.USE
         request = pb.OpenRequest(protocol_version=wire.PROTOCOL_VERSION, purpose=purpose, run_id=run_id)
         try:
-            reply = self._stub.Open(request, timeout=timeout)
+            reply = self._stub.Open(request, timeout=wait_s or channel.HANDSHAKE_S, wait_for_ready=wait_s > 0)
         except grpc.RpcError as error:
             raise from_rpc(error, self.server) from error
         if reply.protocol_version != wire.PROTOCOL_VERSION:
@@ -131,8 +134,9 @@ class RemoteTail:
                 "install the same release of deprune on both"
             )
         self.opened = Opened(
-            reply.session, parsed, reply.recipe, reply.run_id, phase_of(reply.phase) if reply.HasField("phase") else None, reply.head_size,
-            reply.init_run_id, tuple(reply.classes),
+            reply.session, parsed, reply.recipe, reply.run_id,
+            phase_of(reply.phase) if reply.HasField("phase") else None,
+            reply.head_size, reply.init_run_id, tuple(reply.classes),
         )  # fmt: skip
         return self.opened
 

@@ -1,0 +1,255 @@
+"""Everything that is refused, with the sentence that says what was wrong; and that nothing is lost by it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from benchmarks import pair
+from common import wire
+from common.errors import FrameError, RecipeError, TooLargeError, VersionError, from_rpc
+from common.recipe import parse
+from common.rpc import split_pb2 as pb
+from common.rpc import split_pb2_grpc
+from common.wire import Place
+from device_client.remote_tail import RemoteTail
+from tests.conftest import Run, recipe_text
+
+CLASSES = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server waiting to train the small plain recipe; a refused device must leave it waiting."""
+    path = tmp_path_factory.mktemp("refusals")
+    (path / "recipe.toml").write_text(recipe_text())
+    arguments = (path / "recipe.toml", "--run", path / "run", "--threads", 1)
+    with pair.server(*arguments, log=path / "log") as (process, address):
+        yield address
+        assert process.poll() is None, (path / "log").read_text()
+
+
+def good_step(**changes: Any) -> list[pb.Frame]:
+    """The frames of step 0, with the fields of one named frame replaced."""
+    labels = list(wire.pack_labels(Place(pb.LABEL, 0, 0), np.zeros(32, np.int64), 10))
+    sent = list(wire.pack(Place(pb.ACTIVATION, 0, 0), np.ones((32, 32, 8, 8), np.float32), "fp32"))
+    return labels + sent
+
+
+def answer(address: str, frames: list[pb.Frame]) -> Exception | pb.Frame:
+    """Open, Begin and send `frames`: the server's answer to them, or the error it refused them with."""
+    remote = RemoteTail(address)
+    try:
+        remote.open(trains=True)
+        remote.begin(1438, CLASSES)
+        for frame in frames:
+            remote._stream.send(frame)
+        remote._stream.close()
+        return remote._stream.receive()
+    except Exception as error:
+        return error
+    finally:
+        remote.close()
+        time.sleep(0.2)  # the server notices that this device is gone
+
+
+def test_a_good_step_is_answered(server: str) -> None:
+    frame = answer(server, good_step())
+    assert isinstance(frame, pb.Frame) and frame.role == pb.GRADIENT
+
+
+def broken(name: str) -> list[pb.Frame]:
+    frames = good_step()
+    label, first, last = frames[0], frames[1], frames[-1]
+    if name == "step":
+        label.step = 5
+    elif name == "phase":
+        first.phase = 1
+    elif name == "role":
+        label.role = pb.GRADIENT
+    elif name == "shape":
+        first.part.tensor.shape[1] = 16
+    elif name == "dtype":
+        first.part.tensor.dtype = "float64"
+    elif name == "codec":
+        first.part.tensor.codec = "int8"
+    elif name == "label":
+        label.part.data = bytes([200]) + label.part.data[1:]
+    elif name == "size":
+        first.part.tensor.payload = 1 << 40
+    elif name == "truncated":
+        last.part.data = last.part.data[:-1]
+    elif name == "nan":
+        last.part.data = last.part.data[:-4] + np.float32("nan").tobytes()
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("step", "label of step 0, phase 0 was expected; label of step 5"),
+        ("phase", "activation of step 0, phase 0 was expected; activation of step 0, phase 1 came"),
+        ("role", "label of step 0, phase 0 was expected; gradient"),
+        ("shape", r"shape [32, 32, 8, 8] was expected, [32, 16, 8, 8] came"),
+        ("dtype", "dtype float32 was expected, float64 came"),
+        ("codec", "codec fp32 was expected, int8 came"),
+        ("label", "label 200 came; the recipe has classes 0 to 9"),
+        ("size", "1,099,511,627,776 bytes in 1 parts were announced"),
+        ("truncated", "bytes"),
+        ("nan", "NaN or Inf"),
+    ],
+)
+def test_wrong_frames_are_refused_in_words(server: str, name: str, words: str) -> None:
+    error = answer(server, broken(name))
+    assert isinstance(error, TooLargeError if name == "size" else FrameError), error
+    assert words in str(error)
+
+
+def test_wrong_protocol_version(server: str) -> None:
+    with grpc.insecure_channel(server) as channel, pytest.raises(grpc.RpcError) as refused:
+        split_pb2_grpc.SplitStub(channel).Open(pb.OpenRequest(protocol_version=99, purpose=pb.TRAIN))
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    error = from_rpc(refused.value, server)
+    assert isinstance(error, VersionError) and "version 99, this server 1" in str(error)
+
+
+def test_health_and_reflection(server: str) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    with grpc.insecure_channel(server) as channel:
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="deprune.v1.Split"))
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        reply = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request])))
+        assert "deprune.v1.Split" in {service.name for service in reply.list_services_response.service}
+
+
+def test_second_device_on_a_one_device_session(server: str) -> None:
+    first = RemoteTail(server)
+    first.open(trains=True)
+    first.begin(1438, CLASSES)
+    try:
+        error = answer(server, [])
+        assert "already being trained by another device (step 0 of" in str(error)
+    finally:
+        first.close()
+        time.sleep(0.3)
+
+
+def test_classes_that_do_not_match(server: str, tmp_path: Path) -> None:
+    pictures = np.zeros((40, 16, 16), np.uint8)
+    labels = np.arange(40) % 3
+    np.savez(tmp_path / "three.npz", train_x=pictures, train_y=labels, test_x=pictures, test_y=labels)
+    source = f"npz:{tmp_path / 'three.npz'}"
+    done = pair.device("train", server, "--data", source, "--run", tmp_path / "run", capture_output=True)
+    assert done.returncode == 1 and "3 classes, the recipe test-plain has 10" in done.stderr.replace("\n", " ")
+
+
+def test_no_server_and_no_traceback(tmp_path: Path) -> None:
+    done = pair.device("train", "127.0.0.1:9", "--data", "digits", "--run", tmp_path / "run", capture_output=True)
+    assert done.returncode == 1 and "no server answers at 127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_folder_in_use_is_left_alone(plain_run: Run) -> None:
+    before = (plain_run.path / "device" / "summary.json").read_bytes()
+    run = plain_run.path / "device"
+    done = pair.device("train", "127.0.0.1:9", "--data", "digits", "--run", run, capture_output=True)
+    assert done.returncode == 1 and "already holds a finished run" in done.stderr
+    assert (run / "summary.json").read_bytes() == before
+
+
+def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path) -> None:
+    with pair.server("--run", deprune_run.path / "server", log=tmp_path / "log") as (_, address):
+        run = plain_run.path / "device"
+        done = pair.device("evaluate", address, "--data", "digits", "--run", run, capture_output=True)
+    assert done.returncode == 1 and "only halves of one run fit" in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optimiser": "learning_rate = 1"}, "unknown key optimiser.learning_rate"),
+        ({"optimiser": 'lr = "fast"'}, "optimiser.lr is 'fast'; give a number"),
+        ({"data": "batch = true"}, "data.batch is True; give a whole number"),
+        ({"codec": 'activation = "jpeg"'}, "codec.activation is 'jpeg'; legal are fp32, fp16, int8"),
+        ({"schedule": "phases = [[0, 1, 2]]"}, "schedule.phases[0] has 3 items; give 2"),
+        ({"schedule": "phases = [[4, 1]]"}, 'bottleneck.kind "none" sends all channels'),
+        ({"schedule": 'kind = "plateau"\nwidths = [0]'}, "needs data.validation above 0"),
+        ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
+    ],
+)
+def test_recipes(change: dict[str, str], words: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse(recipe_text(**change), "my.toml")
+    assert words in str(refused.value) and str(refused.value).startswith("my.toml: ")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ('name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage9"', "there is no cut 'stage9'"),
+        ('name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_conv1"', "stage1_relu2"),
+        ('name = "os:getcwd"\ninput = [1, 16, 16]\nclasses = 10\ncut = "x"', "--allow-model"),
+    ],
+)
+def test_models_and_cuts_are_refused_at_the_start(model: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_text(model=model))
+    line = pair.command("edge-server", "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=pair.environment())
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_listening_outside_needs_a_word(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_text())
+    line = pair.command("edge-server", "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    done = subprocess.run([*line, "--listen", "0.0.0.0:0"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "--tls-cert" in done.stderr
+
+
+def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
+    """/dev/full fails every write as a full disk does."""
+    from tests.conftest import train
+
+    (tmp_path / "device").mkdir()
+    (tmp_path / "device" / "metrics.jsonl").symlink_to("/dev/full")
+    run = train(tmp_path, recipe_text(schedule="phases = [[0, 0.1]]"), device=("--overwrite",))
+    assert "No space left on device" in run.output and "goes on without it" in run.output
+    assert run.summary("device")["steps"] == 4
+
+
+@pytest.mark.parametrize("side", ["device", "server"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_either_side_ends_both_with_a_sentence(side: str, number: signal.Signals, tmp_path: Path) -> None:
+    if (side, number) == ("device", signal.SIGTERM):
+        pytest.skip("a device has no SIGTERM behaviour of its own")
+    (tmp_path / "recipe.toml").write_text(recipe_text(schedule="phases = [[0, 500]]"))
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
+    with pair.server(*arguments, log=tmp_path / "log") as (server_process, address):
+        line = pair.command("device-client", "train", address, "--data", "digits", "--run", tmp_path / "device")
+        with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=pair.environment()) as device:
+            metrics = tmp_path / "device" / "metrics.jsonl"
+            deadline = time.monotonic() + 60
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            os.kill((device if side == "device" else server_process).pid, number)
+            out, err = device.communicate(timeout=20)
+        server_process.wait(timeout=20)
+    log = (tmp_path / "log").read_text()
+    assert device.returncode != 0 and server_process.returncode != 0
+    assert "Traceback" not in out + err + log, out + err + log
+    if side == "device":
+        assert "Interrupted" in out and "the device left at step" in log
+    else:
+        assert "stopped by its operator" in err and f"stopped by {number.name}" in log
