@@ -88,7 +88,7 @@ def describe_cuts(model: nn.Module, input_shape: tuple[int, ...]) -> list[CutInf
 
     The model runs twice in all, on small batches, whatever the number of cuts.
     """
-    plan = _Plan(model, input_shape)
+    plan = _Plan(model, input_shape, flops=True)
     all_flops = sum(result.flops for result in plan.results.values())
     all_params = sum(p.numel() for p in model.parameters())
     found = []
@@ -131,13 +131,13 @@ def cut_shape(head: fx.GraphModule, input_shape: tuple[int, ...]) -> tuple[int, 
 class _Plan:
     """A traced model with what is needed to judge its cuts: who uses which state, and what each node computes."""
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, ...] | None) -> None:
+    def __init__(self, model: nn.Module, input_shape: tuple[int, ...] | None, flops: bool = False) -> None:
         self.model = model
         # A root for each half: the two must not even share a stateless module, whose mode each sets for itself.
         self.roots, self.graph = _trace(model)
         self.nodes = list(self.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.results = {} if input_shape is None else _run(self.roots[0], self.graph, input_shape)
+        self.results = {} if input_shape is None else _run(self.roots[0], self.graph, input_shape, flops)
         self.from_input: set[fx.Node] = set()
         for node in self.nodes:
             if node.op == "placeholder" or any(n in self.from_input for n in node.all_input_nodes):
@@ -303,6 +303,9 @@ def _unify(kind: str, roots: list[nn.Module], graphs: list[fx.Graph], training: 
         dropouts.append((path, _DROPOUTS[ours.target](on["p"], on["inplace"])))
         for node in (ours, theirs):
             node.op, node.target, node.args, node.kwargs = "call_module", path, node.args[:1], {}
+    for root in roots:
+        for path, module in dropouts:
+            root.add_module(path, copy.copy(module).train(training))
     for ours, theirs in zip(in_training, in_evaluation, strict=False):
         if _describe(roots[0], ours) != _describe(roots[1], theirs):
             raise ModelError(
@@ -338,31 +341,38 @@ class _Result:
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps what each node computed: shape, dtype, FLOPs."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, flops: bool) -> None:
         super().__init__(root, graph=graph)
+        self._flops = flops
         self.seen: dict[str, tuple[tuple[int, ...] | None, torch.dtype | None, int]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        count = 0
+        if self._flops:
+            with FlopCounterMode(display=False) as counter:
+                value = super().run_node(n)
+            count = counter.get_total_flops()
+        else:
             value = super().run_node(n)
         shaped = isinstance(value, torch.Tensor)
         self.seen[n.name] = (
             tuple(value.shape) if shaped else None,
             value.dtype if shaped else None,
-            counter.get_total_flops(),
+            count,
         )
         return value
 
 
-def _run(root: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...]) -> dict[str, _Result]:
-    """What every node computes for inputs of `input_shape`; `root`'s modes, statistics and the random state stay."""
+def _run(root: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], flops: bool = False) -> dict[str, _Result]:
+    """What every node computes for inputs of `input_shape`, FLOPs only if asked for (they take most of the time);
+    `root`'s modes, statistics and the random state stay."""
     modes = {module: module.training for module in root.modules()}
     runs = []
     try:
         root.eval()
         with torch.no_grad(), _fork_rng(root):
             for batch in _BATCHES:
-                recorder = _Recorder(root, graph)
+                recorder = _Recorder(root, graph, flops)
                 recorder.run(torch.zeros(batch, *input_shape))
                 runs.append(recorder.seen)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:

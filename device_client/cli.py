@@ -92,17 +92,25 @@ def _load(
     type=click.Path(file_okay=False, path_type=Path),
     help="Run folder with the trained head, where the recipe starts from a finished run.",
 )
+@click.option(
+    "--wait",
+    default=0.0,
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="Keep trying so long while the server is not up yet.",
+)
 @click.option("--publish-head", is_flag=True, help="Give the trained head to the server at the end.")
 def train(
     server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None, source: str,
-    skip_unreadable: bool, limit: int | None, overwrite: bool, head_path: Path | None, publish_head: bool,
+    skip_unreadable: bool, limit: int | None, overwrite: bool, head_path: Path | None, wait: float,
+    publish_head: bool,
 ) -> None:  # fmt: skip
     """Train the server's recipe on this device's pictures."""
     folder = RunFolder(run_path)
     folder.prepare(overwrite)
     remote = _connect(server, tls_ca, threads)
     try:
-        opened = remote.open(trains=True)
+        opened = remote.open(trains=True, wait_s=wait)
         console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {server}.", highlight=False)
         loaded = _load(remote, source, skip_unreadable, limit, ("train", "validation", "test"))
         console.print(

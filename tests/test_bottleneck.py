@@ -1,0 +1,92 @@
+"""The bottleneck and the schedule: prefixes, rotations, ranking, and which width comes when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from common import bottleneck, schedule
+from common.recipe import parse
+from common.schedule import Plateau
+from tests.conftest import recipe_text
+
+
+@pytest.mark.parametrize("kind", ["none", "channels", "linear"])
+@pytest.mark.parametrize("shape", [(5, 8), (5, 8, 3), (5, 8, 3, 4)])
+def test_full_width_is_lossless(kind: str, shape: tuple[int, ...]) -> None:
+    encoder, decoder = bottleneck.build(kind, 8, seed=1)
+    x = torch.randn(shape)
+    torch.testing.assert_close(decoder(encoder(x)), x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["channels", "linear"])
+def test_a_narrower_width_is_a_prefix(kind: str) -> None:
+    encoder, decoder = bottleneck.build(kind, 8, seed=1)
+    x = torch.randn(2, 8, 3, 3)
+    order = (3, 1, 4, 0, 5, 2, 6, 7) if kind == "channels" else ()
+    encoder.resize(5, order)
+    wide = encoder(x)
+    encoder.resize(2)
+    assert encoder(x).shape == (2, 2, 3, 3)
+    torch.testing.assert_close(encoder(x), wide[:, :2])
+    decoder.resize(2, order)
+    assert decoder(encoder(x)).shape == x.shape
+    if kind == "channels":
+        kept = decoder(encoder(x))
+        torch.testing.assert_close(kept[:, [3, 1]], x[:, [3, 1]])
+        assert not kept[:, [0, 2, 4, 5, 6, 7]].any()
+
+
+def test_principal_components_lose_least() -> None:
+    """Data of rank 3 in 8 channels pass a width of 3 unharmed once both sides have rotated."""
+    torch.manual_seed(0)
+    x = torch.einsum("bkhw,kc->bchw", torch.randn(64, 3, 4, 4), torch.randn(3, 8)) + 5
+    encoder, decoder = bottleneck.build("linear", 8, seed=1)
+    components, mean = bottleneck.principal_components(encoder(x))
+    encoder.rotate(components, mean)
+    decoder.rotate(components, mean)
+    torch.testing.assert_close(decoder(encoder(x)), x, rtol=1e-3, atol=1e-3)
+    for half in (encoder, decoder):
+        half.resize(3)
+    torch.testing.assert_close(decoder(encoder(x)), x, rtol=1e-3, atol=1e-3)
+    for half in (encoder, decoder):
+        half.resize(2)
+    assert (decoder(encoder(x)) - x).abs().max() > 0.1
+
+
+def test_ranking_finds_the_channels_that_matter() -> None:
+    activation = torch.ones(4, 3, 2, 2)
+    gradient = torch.zeros(4, 3, 2, 2)
+    gradient[:, 2] = 1
+    gradient[:, 0] = -0.5
+    scores = bottleneck.rank_channels(activation, gradient)
+    assert bottleneck.reorder((0, 1, 2), 0, scores) == (2, 0, 1)
+    # What has been sent stays in front, so a wider width only adds channels.
+    assert bottleneck.reorder((1, 0, 2), 1, scores) == (1, 2, 0)
+
+
+def test_epochs_become_steps() -> None:
+    parsed = parse(
+        recipe_text(
+            "deprune", bottleneck='kind = "channels"\nranking_steps = 2', schedule="phases = [[2, 0.5], [0, 1]]"
+        )
+    )
+    plan, steps = schedule.planned(parsed, 32, 10)
+    assert steps == 15
+    assert [(s.from_step, s.width, s.ranking) for s in plan] == [(0, 32, True), (2, 2, False), (5, 32, False)]
+
+
+def test_plateau_moves_on_after_patience() -> None:
+    recipe = parse(
+        recipe_text(
+            "deprune",
+            data="validation = 0.1",
+            bottleneck='kind = "linear"',
+            schedule='kind = "plateau"\nwidths = [2, 4]\npatience = 2\nmin_gain = 0.1',
+        )
+    ).schedule
+    state, seen = Plateau(), []
+    for loss in (1.0, 0.8, 0.79, 0.78, 0.9, 0.9, 0.9):
+        state = schedule.after_validation(state, loss, recipe)
+        seen.append((state.position, state.finished))
+    assert seen == [(0, False)] * 3 + [(1, False)] * 3 + [(1, True)]

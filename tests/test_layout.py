@@ -1,0 +1,42 @@
+"""The sides never import each other, and common imports neither."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "common": {"device_client", "edge_server"},
+    "device_client": {"edge_server"},
+    "edge_server": {"device_client"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_no_side_imports_the_other(package: str) -> None:
+    modules = sorted((ROOT / package).rglob("*.py"))
+    assert len(modules) > 4
+    for module in modules:
+        assert not imported(module) & FORBIDDEN[package], module
+
+
+def test_only_the_edges_know_grpc() -> None:
+    allowed = {"wire", "channel", "errors", "remote_tail", "servicer", "server"}
+    for package in FORBIDDEN:
+        for module in sorted((ROOT / package).rglob("*.py")):
+            if "rpc" not in module.parts and "grpc" in imported(module):
+                assert module.stem in allowed, module

@@ -1,0 +1,130 @@
+"""Cuts: two halves are the whole at every legal cut, and what cannot be cut is refused with what can."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import models
+from common.errors import CutError, ModelError
+from common.partition import describe_cuts, legal_cuts, split
+
+INPUT = (3, 32, 32)
+
+
+class Residual(nn.Module):
+    """A residual edge and a functional dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        y = self.second(x) + x
+        y = F.dropout(y, 0.5, training=self.training)
+        return self.last(y).mean((2, 3))
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.relu(self.conv(x))).mean((2, 3))
+
+
+class Modal(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 2 if self.training else x).relu().mean((2, 3))
+
+
+class Two(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_halves_are_the_whole(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.build(name, INPUT, 10).eval()
+    x = torch.randn(2, *INPUT)
+    with torch.no_grad():
+        expected = model(x)
+        cuts = legal_cuts(model, INPUT)
+        assert len(cuts) > 8
+        # All cuts of the small one; of the others some, for tracing them takes a while.
+        for cut in cuts if name == "tiny" else cuts[2 :: len(cuts) // 3]:
+            head, tail = split(model, cut)
+            assert torch.equal(tail(head(x)), expected), cut
+            assert not head.state_dict().keys() & tail.state_dict().keys()
+            assert head.state_dict().keys() | tail.state_dict().keys() == model.state_dict().keys()
+
+
+def test_batch_norm_learns_on_both_halves() -> None:
+    torch.manual_seed(0)
+    model = models.build("tiny", INPUT, 10).train()
+    head, tail = split(model, "stage1_relu2", INPUT)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tail(head(torch.randn(4, *INPUT)))
+    for half in (head, tail):
+        moved = [
+            n for n, v in half.state_dict().items() if n.endswith("running_mean") and not torch.equal(v, before[n])
+        ]
+        assert moved, "batch norm in train mode moves its statistics"
+        half.eval()
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    tail(head(torch.randn(4, *INPUT)))
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+
+
+def test_functional_dropout_follows_the_mode_of_its_half() -> None:
+    head, tail = split(Residual(), "add", INPUT)
+    activation = torch.ones(1, 4, 32, 32)
+    tail.train()
+    assert not torch.equal(tail(activation), tail(activation))
+    tail.eval()
+    assert torch.equal(tail(activation), tail(activation))
+
+
+def test_a_residual_edge_across_the_cut_is_refused() -> None:
+    with pytest.raises(CutError, match="first would have to cross it too; legal cuts: first, add"):
+        split(Residual(), "second", INPUT)
+
+
+@pytest.mark.parametrize(
+    ("model", "cut", "error", "words"),
+    [
+        (Residual(), "nowhere", CutError, "there is no cut 'nowhere'"),
+        (Shared(), "relu", CutError, "would be needed on both sides"),
+        (Modal(), "relu", ModelError, "differs between training and evaluation"),
+        (Two(), "add", ModelError, "must have one input, not 2"),
+    ],
+)
+def test_what_cannot_be_cut(model: nn.Module, cut: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        split(model, cut, INPUT)
+
+
+def test_costs_of_cuts() -> None:
+    model = models.build("resnet20", INPUT, 10)
+    cuts = {info.name: info for info in describe_cuts(model, INPUT)}
+    first = cuts["stage1_2_relu2"]
+    assert (first.shape, first.bytes) == ((16, 32, 32), 16 * 32 * 32 * 4)
+    assert first.head_params + first.tail_params == sum(p.numel() for p in model.parameters())
+    # conv 3 -> 16 and six convs 16 -> 16, 3x3 at 32x32, two operations a multiply-add.
+    assert first.head_flops == 2 * 9 * 32 * 32 * (3 * 16 + 6 * 16 * 16)
+
+
+def test_foreign_code_needs_its_users_word() -> None:
+    with pytest.raises(ModelError, match="--allow-model tests.test_partition:factory"):
+        models.build("tests.test_partition:factory", INPUT, 2)
+    built = models.build("tests.test_partition:factory", INPUT, 2, allowed=["tests.test_partition:factory"])
+    assert isinstance(built, Residual)
+
+
+def factory(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    return Residual()
