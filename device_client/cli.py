@@ -178,7 +178,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        console.print("Interrupted; the server has been told and the run is not finished.")
+        console.print("Interrupted.")
         sys.exit(130)
     except DepruneError as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]Error[/red]: {escape(str(error))}", highlight=False)

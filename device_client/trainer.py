@@ -210,6 +210,7 @@ def train(
         return trainer.finish(publish)
     except KeyboardInterrupt:
         remote.interrupt("its user pressed Ctrl-C")
+        console.print(f"Stopped at step {trainer.step}; the server has been told, and the run is not finished.")
         raise
     except LinkError as error:
         raise LinkError(f"{error}; the run stopped at step {trainer.step} and is not finished") from error

@@ -15,12 +15,14 @@ from rich.console import Console
 
 from common import halves as halves_module
 from common import report, weights
+from common.codecs.base import elements
 from common.errors import BusyError, FrameError, MismatchError, ModelError, StoppedError
 from common.halves import Halves
 from common.meter import Meter
 from common.recipe import Recipe
 from common.run import Manifest, RunFolder
 from common.tcp_info import Connection
+from common.wire import MAX_TENSOR_ELEMENTS
 from edge_server.coordinator import Coordinator
 from edge_server.initial import Initial, initial_weights
 from edge_server.session import Training
@@ -28,6 +30,8 @@ from edge_server.session import Training
 MAX_SESSIONS = 64
 # A session that was opened and never begun, or left behind, makes room after this long.
 _FORGET_S = 600.0
+# Between the handshake and the first stream a device reads its data; it keeps its place so long at least.
+_GRACE_S = 60.0
 
 
 @dataclass
@@ -64,6 +68,7 @@ class Host:
         self.run_id = secrets.token_hex(8)
         self.served: Served | None = None
         self.initial = Initial()
+        self._first_head = b""
         self.stopping = False
         # Set when the run's device has left: with its run finished, or interrupted by its user.
         self.ended = threading.Event()
@@ -76,10 +81,13 @@ class Host:
         """A host that trains `recipe` into `folder`; everything that could fail later is tried now."""
         host = cls(recipe, text, folder, console, allowed)
         halves = halves_module.build(recipe, allowed)
-        _check_widths(recipe, halves.channels)
+        _check_sizes(recipe, halves)
         size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
         # Read before prepare: with --overwrite a run may start from what lay in its own folder.
         host.initial = initial_weights(recipe, halves, allowed)
+        if not host.initial.run_id:
+            host.initial.fill(halves)
+            host._first_head = weights.to_bytes(halves.head)
         folder.prepare(overwrite, 2 * size)
         return host
 
@@ -123,9 +131,7 @@ class Host:
                 f"use --run with the folder of the device that trained it"
             )
         with self._lock:
-            self._forget()
-            if len(self._sessions) >= MAX_SESSIONS:
-                raise BusyError(f"the server already has {MAX_SESSIONS} sessions; try again in a minute")
+            self._make_room()
             session = Session(secrets.token_hex(16), trains, connection)
             self._sessions[session.name] = session
         return session
@@ -140,17 +146,28 @@ class Host:
         session.touched = time.monotonic()
         return session
 
-    def _forget(self) -> None:
-        deadline = time.monotonic() - _FORGET_S
-        for name, session in list(self._sessions.items()):
-            if not session.streams and session.touched < deadline:
-                self._drop(self._sessions.pop(name))
+    def _make_room(self) -> None:
+        """Forget sessions without an open stream: those idle for long, and where all places are taken the oldest."""
+        now = time.monotonic()
+        idle = sorted((s for s in self._sessions.values() if not s.streams), key=lambda session: session.touched)
+        for session in idle:
+            full = len(self._sessions) >= MAX_SESSIONS and now - session.touched > _GRACE_S
+            if full or now - session.touched > _FORGET_S:
+                self._drop(self._sessions.pop(session.name))
+        if len(self._sessions) >= MAX_SESSIONS:
+            raise BusyError(f"the server already has {MAX_SESSIONS} sessions; try again in a minute")
 
     @staticmethod
     def _drop(session: Session) -> None:
         if session.connection:
             session.connection.close()
             session.connection = None
+
+    def leave(self, session: Session) -> None:
+        """A stream of this session has ended and the device needs it no more."""
+        with self._lock:
+            if not session.streams and self._sessions.pop(session.name, None) is not None:
+                self._drop(session)
 
     def _refuse_second(self) -> None:
         busy = self._trainer
@@ -240,14 +257,17 @@ class Host:
         """The weights that the device's head starts from (TRAIN) or ended with (USE, if published)."""
         if not session.trains:
             return self.served.head if self.served else b""
-        if self.initial.run_id:
-            return b""
-        halves = halves_module.build(self.recipe, self._allowed)
-        self.initial.fill(halves)
-        return weights.to_bytes(halves.head)
+        return self._first_head
 
 
-def _check_widths(recipe: Recipe, channels: int) -> None:
+def _check_sizes(recipe: Recipe, halves: Halves) -> None:
+    channels = halves.channels
+    largest = elements(halves.sent_shape(max(recipe.data.batch, recipe.data.evaluation_batch), channels))
+    if largest > MAX_TENSOR_ELEMENTS:
+        raise ModelError(
+            f"an activation of {largest:,} elements would cross the link; at most {MAX_TENSOR_ELEMENTS:,} may: "
+            f"lower data.batch or data.evaluation_batch, or cut later"
+        )
     too_wide = [width for width in recipe.schedule.width_list if width > channels]
     if too_wide:
         raise ModelError(

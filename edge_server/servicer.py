@@ -130,8 +130,12 @@ class Servicer(split_pb2_grpc.SplitServicer):
     def Train(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
         receive = Incoming(frames, self.host)
         session, begin = receive.session, receive.begin
-        training = self.host.begin(session, begin.samples, tuple(begin.classes))
         host, interrupted = self.host, ""
+        try:
+            training = host.begin(session, begin.samples, tuple(begin.classes))
+        except DepruneError:
+            host.leave(session)
+            raise
         session.streams += 1
         host.console.print(
             f"A device trains [bold]{host.recipe.name}[/bold]: {training.coordinator.steps:,} steps of "
@@ -280,6 +284,8 @@ class Servicer(split_pb2_grpc.SplitServicer):
             if training:
                 halves.tail.train()
                 training.lock.release()
+            else:
+                self.host.leave(session)
 
     def _check_classes(self, classes: tuple[str, ...]) -> None:
         assert self.host.served

@@ -252,3 +252,17 @@ def test_stopping_either_side_ends_both_with_a_sentence(side: str, number: signa
         assert "Interrupted" in out and "the device left at step" in log
     else:
         assert "stopped by its operator" in err and f"stopped by {number.name}" in log
+
+
+def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: Path) -> None:
+    """More evaluations, one after the other, than the server has places for sessions."""
+    from edge_server.host import MAX_SESSIONS
+
+    with pair.server("--run", deprune_run.path / "server", log=tmp_path / "log") as (_, address):
+        for _ in range(MAX_SESSIONS + 5):
+            remote = RemoteTail(address)
+            opened = remote.open(trains=False)
+            assert opened.phase
+            verdict = remote.evaluate([], 0, pb.TEST, opened.phase, CLASSES)
+            assert verdict.count == 0
+            remote.close()

@@ -1,0 +1,47 @@
+"""`python -m benchmarks.plot RUN/device OUT.png`: a run's accuracy and bytes over its steps, with its widths."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def main() -> None:
+    folder, target = Path(sys.argv[1]), Path(sys.argv[2])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    steps = np.array([line["step"] for line in lines])
+    accuracy = np.array([line["accuracy"] for line in lines])
+    ours = np.cumsum([line["bytes"]["up"] + line["bytes"]["down"] for line in lines]) / 1e6
+    plain = (steps + 1) / len(steps) * sum(summary["plain_bytes"].values()) / 1e6
+    window = min(50, len(lines))
+    smooth = np.convolve(accuracy, np.ones(window) / window, "valid")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(steps[window - 1 :], 100 * smooth)
+    left.axhline(100 * summary["accuracy"], color="gray", linestyle=":")
+    left.annotate(f"test {summary['accuracy']:.2%}", (0, 100 * summary["accuracy"]), va="bottom", color="gray")
+    left.set(xlabel="step", ylabel=f"training accuracy, % (mean of {window})", title=summary["name"])
+    right.plot(steps, plain, color="gray", label="plain split learning")
+    right.plot(steps, ours, label=f"{summary['method']}, {summary['times_fewer']['total']:.1f} times fewer")
+    right.set(xlabel="step", ylabel="MB on the link, both ways", yscale="log", title="bytes so far")
+    right.legend(loc="lower right")
+    for axes in (left, right):
+        for phase in summary["phases"]:
+            axes.axvline(phase["from_step"], color="tab:orange", alpha=0.4, linewidth=1)
+            place = (phase["from_step"], 0.02)
+            axes.annotate(
+                f" width {phase['width']}", place, xycoords=("data", "axes fraction"), fontsize=8, color="tab:orange"
+            )
+    figure.savefig(target, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
