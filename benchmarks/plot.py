@@ -32,7 +32,7 @@ def main() -> None:
     right.plot(steps, plain, color="gray", label="plain split learning")
     right.plot(steps, ours, label=f"{summary['method']}, {summary['times_fewer']['total']:.1f} times fewer")
     right.set(xlabel="step", ylabel="MB on the link, both ways", yscale="log", title="bytes so far")
-    right.legend(loc="lower right")
+    right.legend(loc="center right")
     for axes in (left, right):
         for phase in summary["phases"]:
             axes.axvline(phase["from_step"], color="tab:orange", alpha=0.4, linewidth=1)
