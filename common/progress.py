@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 # Plain lines come at most this often, and at each change of width.
 _EVERY_S = 10.0
@@ -38,13 +38,11 @@ class Live:
         self._width = 0
         self._loss: float | None = None
         self._accuracy = 0.0
+        # What matters must fit 80 columns; the bar is for wider terminals.
+        bar = [BarColumn(bar_width=24)] if console.width >= 120 else []
         self._bar = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=24),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            *bar,
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -63,15 +61,18 @@ class Live:
         # A running mean over about 20 steps: single batches jump.
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         self._accuracy = accuracy if done <= 1 else 0.95 * self._accuracy + 0.05 * accuracy
-        text = f"width {width}  loss {self._loss:.3f}  acc {self._accuracy:.1%}  up {size(up)}  down {size(down)}"
-        self._bar.update(self._task, completed=done, description=text)
         now = time.monotonic()
+        elapsed = now - self._started
+        left = elapsed / done * (self._steps - done)
+        text = (
+            f"step {done}/{self._steps}  width {width}  loss {self._loss:.3f}  acc {self._accuracy:.1%}  "
+            f"up {size(up)}  down {size(down)}  {duration(left)} left"
+        )
+        self._bar.update(self._task, completed=done, description=text)
         if self._console.is_terminal:
             return
         if now - self._shown >= _EVERY_S or width != self._width:
-            elapsed = now - self._started
-            left = elapsed / done * (self._steps - done)
-            self._console.print(f"step {done}/{self._steps}  {text}  {duration(elapsed)}, {duration(left)} left")
+            self._console.print(text, highlight=False)
             self._shown, self._width = now, width
 
     def say(self, text: str) -> None:

@@ -46,10 +46,10 @@ class Connection:
         self._socket.close()
 
 
-def find(remote_host: str, remote_port: int) -> Connection | None:
-    """The newest established connection of this process to that address; None where there is none to be seen.
+def find(remote_port: int, remote_host: str | None = None) -> Connection | None:
+    """The newest established connection of this process to that port; None where there is none to be seen.
 
-    `remote_host` is an address, not a name.
+    `remote_host` is an address, not a name; None takes any.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -58,7 +58,7 @@ def find(remote_host: str, remote_port: int) -> Connection | None:
         for connection in psutil.Process().net_connections(kind="tcp")
         if connection.raddr
         and connection.raddr.port == remote_port
-        and _plain(connection.raddr.ip) == _plain(remote_host)
+        and (remote_host is None or _plain(connection.raddr.ip) == _plain(remote_host))
         and connection.status == psutil.CONN_ESTABLISHED
         and connection.fd >= 0
     ]
@@ -71,17 +71,16 @@ def find_peer(peer: str) -> Connection | None:
     host, _, port = address.rpartition(":")
     if family not in ("ipv4", "ipv6") or not port.isdigit():
         return None
-    return find(host.strip("[]"), int(port))
+    return find(int(port), host.strip("[]"))
 
 
 def find_server(target: str) -> Connection | None:
-    """The connection to the server HOST:PORT, whichever of the name's addresses it went to."""
-    host, _, port = target.rpartition(":")
-    for *_, address in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
-        connection = find(str(address[0]), int(port))
-        if connection:
-            return connection
-    return None
+    """The connection of this device to the server HOST:PORT.
+
+    By port alone: gRPC resolves names by itself and may have taken another address than the system's resolver gives
+    (`localhost` became ::1 where the system says 127.0.0.1).
+    """
+    return find(int(target.rpartition(":")[2]))
 
 
 def _plain(host: str) -> str:

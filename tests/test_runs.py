@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import pair
 from device_client import data
+from device_client.remote_tail import RemoteTail
 from tests.conftest import Run, recipe_text, train
 
 
@@ -145,3 +146,13 @@ def test_plateau_widens_when_validation_stops_gaining(tmp_path: Path) -> None:
     per_epoch = run.summary("device")["steps"] // 4
     assert phases == [(0, 2), (2 * per_epoch, 4)]
     assert json.dumps(run.summary("server")["phases"]) == json.dumps(run.summary("device")["phases"])
+
+
+def test_the_kernel_is_asked_whatever_the_servers_name(deprune_run: Run, tmp_path: Path) -> None:
+    """gRPC and the system may resolve a name to different addresses."""
+    with pair.server("--run", deprune_run.path / "server", log=tmp_path / "log") as (_, address):
+        for server in (address, address.replace("127.0.0.1", "localhost")):
+            remote = RemoteTail(server)
+            remote.open(trains=False)
+            assert remote.connection and remote.connection.read().sent > remote.meter.total("up").message > 0
+            remote.close()
