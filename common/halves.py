@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common import bottleneck, models
+from common.gate import Gate, rectified
 from common.partition import cut_shape, split
 from common.recipe import Recipe
 
@@ -46,6 +47,7 @@ class Halves:
     head: Head
     tail: Tail
     cut: tuple[int, ...]  # shape of one picture's activation at the cut, channels first
+    gate: Gate
 
     @property
     def channels(self) -> int:
@@ -64,7 +66,9 @@ def build(recipe: Recipe, allowed: Collection[str] = ()) -> Halves:
     head, tail = split(whole, recipe.model.cut, recipe.model.input)
     shape = cut_shape(head, recipe.model.input)
     encoder, decoder = bottleneck.build(recipe.bottleneck.kind, shape[0], recipe.seed)
-    return Halves(Head(head, encoder), Tail(tail, decoder), shape)
+    # A linear bottleneck mixes the channels: behind it nothing is zero any more.
+    gate = Gate(recipe.bottleneck.kind != "linear" and rectified(head))
+    return Halves(Head(head, encoder), Tail(tail, decoder), shape, gate)
 
 
 def reseed(seed: int, step: int, side: str) -> None:

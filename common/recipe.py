@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.codecs import CODECS
-from common.errors import RecipeError
+from common.codecs import codec
+from common.errors import CodecError, RecipeError
 
 METHODS = ("plain", "fixed", "deprune", "prune")
 
@@ -86,12 +86,15 @@ class BottleneckRecipe:
 
 @dataclass(frozen=True)
 class CodecRecipe:
-    activation: str = "fp32"  # codec of what goes up
-    gradient: str = "fp32"  # codec of what comes down
+    activation: str = "fp32"  # what goes up: "fp32", "fp16", "int8"; "step:15", "context:15", "auto:15" with dB of SNR
+    gradient: str = "fp32"  # what comes down: the same; ":nearest" behind the SNR switches unbiased rounding off
 
     def __post_init__(self) -> None:
-        _one_of("codec.activation", self.activation, tuple(CODECS))
-        _one_of("codec.gradient", self.gradient, tuple(CODECS))
+        for name, value in (("activation", self.activation), ("gradient", self.gradient)):
+            try:
+                codec(value)
+            except CodecError as error:
+                raise RecipeError(f"codec.{name} is {value!r}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Kernel bytes of one TCP connection of this process, from getsockopt(TCP_INFO); Linux only, no root needed.
+"""Kernel bytes of a session's TCP connections, from getsockopt(TCP_INFO); Linux only, no root needed.
 
 gRPC doesn't show its sockets, so psutil names the descriptor by its address and it is duplicated for as long as
 the session lasts: a number alone could be closed and reused by another connection meanwhile.
@@ -15,35 +15,93 @@ from urllib.parse import unquote
 
 import psutil
 
-# struct tcp_info of linux/tcp.h: 64-bit counters at these offsets.
-_BYTES_RECEIVED, _BYTES_SENT, _BYTES_RETRANS = 128, 200, 208
+# struct tcp_info of linux/tcp.h: the state is its first byte, 64-bit counters stand at these offsets.
+_BYTES_RECEIVED, _DELIVERY_RATE, _BYTES_SENT, _BYTES_RETRANS = 128, 160, 200, 208
 _SIZE = 216
+_ESTABLISHED = 1
 
 
 @dataclass(frozen=True)
 class KernelBytes:
-    sent: int  # bytes handed to IP, retransmissions included, without TCP/IP headers
-    received: int  # bytes taken from IP in order
-    retransmitted: int  # part of sent
+    sent: int = 0  # bytes handed to IP, retransmissions included, without TCP/IP headers
+    received: int = 0  # bytes taken from IP in order
+    retransmitted: int = 0  # part of sent
+
+    def __add__(self, other: KernelBytes) -> KernelBytes:
+        return KernelBytes(
+            self.sent + other.sent, self.received + other.received, self.retransmitted + other.retransmitted
+        )
 
 
 class Connection:
-    """The duplicated socket of one connection; `read()` until `close()`."""
+    """The duplicated socket of one connection; its counters can be read until `close()`, also when it has ended."""
 
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=os.dup(descriptor))
+        self.ends = self._socket.getsockname(), self._socket.getpeername()
+
+    def _info(self) -> bytes:
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE)
+        return info if len(info) == _SIZE else bytes(_SIZE)  # a kernel before 4.19 fills in less
 
     def read(self) -> KernelBytes:
-        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _SIZE)
-        if len(info) < _SIZE:  # a kernel before 4.19 fills in less
-            return KernelBytes(0, 0, 0)
+        info = self._info()
         sent, received, again = (
             struct.unpack_from("<Q", info, at)[0] for at in (_BYTES_SENT, _BYTES_RECEIVED, _BYTES_RETRANS)
         )
         return KernelBytes(sent, received, again)
 
+    @property
+    def alive(self) -> bool:
+        return self._info()[0] == _ESTABLISHED
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes a second that the other end was last seen to take from us."""
+        return float(struct.unpack_from("<Q", self._info(), _DELIVERY_RATE)[0]) or None
+
     def close(self) -> None:
         self._socket.close()
+
+
+class Kernel:
+    """The books of one session over all connections that it has had: a reconnect adds up."""
+
+    def __init__(self) -> None:
+        self._past = KernelBytes()
+        self._known = False
+        self._connections: list[Connection] = []
+
+    def add(self, connection: Connection | None) -> None:
+        """Count `connection` too, unless it is counted already; those that have ended are settled and let go."""
+        if connection is None:
+            return
+        if any(connection.ends == other.ends for other in self._connections):
+            connection.close()
+            return
+        for ended in [other for other in self._connections if not other.alive]:
+            self._past += ended.read()
+            ended.close()
+            self._connections.remove(ended)
+        self._known = True
+        self._connections.append(connection)
+
+    def read(self) -> KernelBytes | None:
+        """None where the kernel doesn't tell."""
+        if not self._known:
+            return None
+        return sum((connection.read() for connection in self._connections), self._past)
+
+    def rate(self) -> float | None:
+        """Bytes a second that the other side was last seen to take; None where that isn't known."""
+        return self._connections[-1].rate if self._connections else None
+
+    def close(self) -> None:
+        """Settle everything; the sum can still be read."""
+        for connection in self._connections:
+            self._past += connection.read()
+            connection.close()
+        self._connections.clear()
 
 
 def find(remote_port: int, remote_host: str | None = None) -> Connection | None:
@@ -62,7 +120,10 @@ def find(remote_port: int, remote_host: str | None = None) -> Connection | None:
         and connection.status == psutil.CONN_ESTABLISHED
         and connection.fd >= 0
     ]
-    return Connection(max(found)) if found else None
+    try:
+        return Connection(max(found)) if found else None
+    except OSError:  # it ended in this very moment
+        return None
 
 
 def find_peer(peer: str) -> Connection | None:

@@ -13,14 +13,15 @@ import grpc
 import numpy as np
 
 from common import channel, recipe, wire
-from common.codecs import CODECS
-from common.errors import FrameError, LinkError, MismatchError, VersionError, from_rpc
+from common.chooser import Chooser
+from common.codecs import NOTHING, Aside, codec
+from common.errors import CodecError, FrameError, LinkError, MismatchError, VersionError, from_rpc
 from common.meter import DOWN, UP, Meter
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.schedule import Phase
-from common.tcp_info import Connection, find_server
+from common.tcp_info import Kernel, find_server
 from common.wire import Place
 
 # Batches of an evaluation that are on their way at once: hides the link's delay, bounds the memory.
@@ -52,11 +53,13 @@ class StepResult:
 
 
 def phase_of(message: pb.Phase) -> Phase:
-    for codec in (message.activation_codec, message.gradient_codec):
-        if codec not in CODECS:
+    for name in (message.activation_codec, message.gradient_codec):
+        try:
+            codec(name)
+        except CodecError as error:
             raise VersionError(
-                f"the server uses the codec {codec!r}, unknown here; install the same release on both sides"
-            )
+                f"the server uses the codec {name!r}, unknown here: {error}; install the same release on both sides"
+            ) from error
     return Phase(
         message.index, message.from_step, message.width, message.activation_codec, message.gradient_codec,
         tuple(message.order), message.ranking,
@@ -97,14 +100,15 @@ class Stream:
 
 
 class RemoteTail:
-    """A session with one server, from `open` to `close`."""
+    """A session with one server, from `open` to `close`; `stub` is given where no network lies in between."""
 
-    def __init__(self, server: str, tls_ca: Path | None = None) -> None:
+    def __init__(self, server: str, tls_ca: Path | None = None, stub: Any = None) -> None:
         self.server = server
         self.meter = Meter()
-        self.connection: Connection | None = None
-        self._channel = channel.connect(server, tls_ca)
-        self._stub = split_pb2_grpc.SplitStub(self._channel)
+        self.kernel = Kernel()
+        self._chooser = Chooser(self.kernel.rate)
+        self._channel = None if stub else channel.connect(server, tls_ca)
+        self._stub = stub or split_pb2_grpc.SplitStub(self._channel)
         self._train: Stream | None = None
         self.opened: Opened
 
@@ -124,7 +128,7 @@ class RemoteTail:
                 f"the server speaks protocol version {reply.protocol_version}, this device {wire.PROTOCOL_VERSION}; "
                 f"install the same release of deprune on both"
             )
-        self.connection = find_server(self.server)
+        self._find_connection()
         self.meter.control(UP, request)
         self.meter.control(DOWN, reply)
         parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
@@ -139,6 +143,11 @@ class RemoteTail:
             reply.head_size, reply.init_run_id, tuple(reply.classes),
         )  # fmt: skip
         return self.opened
+
+    def _find_connection(self) -> None:
+        """Count the connection that we are on now: gRPC makes a new one where the last was lost between streams."""
+        if self._channel:
+            self.kernel.add(find_server(self.server))
 
     def head_weights(self) -> bytes:
         """safetensors bytes of the head, as the server hands them out."""
@@ -164,11 +173,12 @@ class RemoteTail:
         ready = self._train.receive()
         if not ready.HasField("ready"):
             raise FrameError(f"Ready was expected, {ready.WhichOneof('body')} came")
+        self._find_connection()
         return ready.ready.steps, ready.ready.basis_wanted, phase_of(ready.ready.phase)
 
     def send_basis(self, basis: np.ndarray) -> None:
         """Principal components as rows, then the mean: float32 [w + 1, w]."""
-        for frame in wire.pack(Place(pb.WEIGHTS, 0, 0), basis, "fp32"):
+        for frame in wire.pack_raw(Place(pb.WEIGHTS, 0, 0), basis):
             self._stream.send(frame)
 
     @property
@@ -184,13 +194,19 @@ class RemoteTail:
         """Send one step: activation [B, width, ...] float32 and labels [B]."""
         for frame in wire.pack_labels(Place(pb.LABEL, step, phase.index), labels, self.opened.recipe.model.classes):
             self._stream.send(frame)
-        for frame in wire.pack(Place(pb.ACTIVATION, step, phase.index), sent, phase.activation_codec):
+        for frame in self._pack(Place(pb.ACTIVATION, step, phase.index), sent, phase):
             self._stream.send(frame)
 
-    def gradient(self, step: int, phase: Phase, shape: tuple[int, ...]) -> np.ndarray:
-        """The gradient of the step that was sent, of the same shape."""
+    def _pack(self, place: Place, sent: np.ndarray, phase: Phase) -> Iterator[pb.Frame]:
+        """Frames of an activation [B, width, ...], in the phase's codec."""
+        name = phase.activation_codec
+        return wire.pack(place, self._chooser.encode(codec(name), sent, NOTHING), sent.shape, name)
+
+    def gradient(self, step: int, phase: Phase, shape: tuple[int, ...], support: np.ndarray | None) -> np.ndarray:
+        """The gradient of the step that was sent, of the same shape; zero where `support` is false."""
         stream, place = self._stream, Place(pb.GRADIENT, step, phase.index)
-        return wire.unpack(stream.receive(), stream.receive, place, shape, phase.gradient_codec)
+        aside = Aside((self.opened.recipe.seed, step, pb.GRADIENT), support)
+        return wire.unpack(stream.receive(), stream.receive, place, shape, phase.gradient_codec, aside)
 
     def result(self, step: int, phase: Phase) -> StepResult:
         """Loss of the step and what comes next; the server has applied it."""
@@ -246,7 +262,7 @@ class RemoteTail:
             place = Place(pb.EVALUATION, number, phase.index)
             for frame in wire.pack_labels(place, labels, self.opened.recipe.model.classes):
                 stream.send(frame)
-            for frame in wire.pack(place, sent, phase.activation_codec):
+            for frame in self._pack(place, sent, phase):
                 stream.send(frame)
             waiting.append(len(labels))
             number += 1
@@ -255,6 +271,7 @@ class RemoteTail:
         while waiting:
             receive()
         verdict = self._end_evaluation(stream, number, phase)
+        self._find_connection()
         if verdict.count != count:
             raise FrameError(f"the server judged {verdict.count} pictures, {count} were sent")
         return verdict
@@ -265,7 +282,7 @@ class RemoteTail:
         number = 0
         for number, sent in enumerate(batches):
             place = Place(pb.EVALUATION, number, phase.index)
-            for frame in wire.pack(place, sent, phase.activation_codec):
+            for frame in self._pack(place, sent, phase):
                 stream.send(frame)
             shape = (len(sent), self.opened.recipe.model.classes)
             yield wire.unpack(stream.receive(), stream.receive, place, shape, "fp32")
@@ -289,6 +306,6 @@ class RemoteTail:
         return frame.verdict
 
     def close(self) -> None:
-        if self.connection:
-            self.connection.close()
-        self._channel.close()
+        self.kernel.close()
+        if self._channel:
+            self._channel.close()

@@ -47,7 +47,7 @@ class Trainer:
     def prepare(self, allowed: tuple[str, ...], init: RunFolder | None) -> None:
         """Build the head and fill it with the server's first weights, or with those that `init` holds."""
         built = halves.build(self.recipe, allowed)
-        self.head, self.cut = built.head, built.cut
+        self.head, self.cut, self.gate = built.head, built.cut, built.gate
         self.start_width = built.channels
         if self.opened.head_size:
             weights.fill(self.head, weights.from_bytes(self.remote.head_weights(), "the server"), "the server")
@@ -102,9 +102,10 @@ class Trainer:
         with optim.arithmetic(self.recipe.precision):
             activation = self.head(inputs)
         forward = clock()
-        remote.send(step, phase, activation.detach().numpy(), labels)
+        sent = activation.detach().numpy()
+        remote.send(step, phase, sent, labels)
         waited, encoded = remote.wait_s, clock()
-        gradient = remote.gradient(step, phase, tuple(activation.shape))
+        gradient = remote.gradient(step, phase, sent.shape, self.gate.support(sent, phase))
         decoded, wait = clock(), remote.wait_s - waited
         self.optimiser.zero_grad()
         if activation.requires_grad:
@@ -180,8 +181,7 @@ class Trainer:
             round(self.step / (len(self.data.train) // self.batch), 4), time.monotonic() - self.started,
             tuple(self.phases),
         )  # fmt: skip
-        seen = self.remote.connection.read() if self.remote.connection else None
-        kernel = report.kernel_of(device=seen)
+        kernel = report.kernel_of(device=self.remote.kernel.read())
         summary = report.summarise(self.recipe, self.cut, outcome, self.remote.meter, kernel, "device")
         self.folder.write_summary(summary)
         return summary

@@ -21,7 +21,7 @@ from common.halves import Halves
 from common.meter import Meter
 from common.recipe import Recipe
 from common.run import Manifest, RunFolder
-from common.tcp_info import Connection
+from common.tcp_info import Kernel, find_peer
 from common.wire import MAX_TENSOR_ELEMENTS
 from edge_server.coordinator import Coordinator
 from edge_server.initial import Initial, initial_weights
@@ -36,15 +36,22 @@ _GRACE_S = 60.0
 
 @dataclass
 class Session:
-    """One device's visit: its books, its connection, and its training where it trains."""
+    """One device's visit: its books, its connections, and its training where it trains."""
 
     name: str
     trains: bool
-    connection: Connection | None
     meter: Meter = field(default_factory=Meter)
+    kernel: Kernel = field(default_factory=Kernel)
+    peer: str = ""  # gRPC's name of the device's end of the connection
     training: Training | None = None
     streams: int = 0  # open at the moment
     touched: float = field(default_factory=time.monotonic)
+
+    def seen(self, peer: str) -> None:
+        """The device calls from `peer`: a connection that is new is counted too."""
+        if peer != self.peer:
+            self.peer = peer
+            self.kernel.add(find_peer(peer))
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class Host:
 
     # Sessions
 
-    def open(self, trains: bool, run_id: str, connection: Connection | None) -> Session:
+    def open(self, trains: bool, run_id: str) -> Session:
         """A new session; BusyError without room, MismatchError where the device's head is of another run."""
         if self.stopping:
             raise StoppedError("the server is being stopped; try again later")
@@ -132,7 +139,7 @@ class Host:
             )
         with self._lock:
             self._make_room()
-            session = Session(secrets.token_hex(16), trains, connection)
+            session = Session(secrets.token_hex(16), trains)
             self._sessions[session.name] = session
         return session
 
@@ -153,21 +160,15 @@ class Host:
         for session in idle:
             full = len(self._sessions) >= MAX_SESSIONS and now - session.touched > _GRACE_S
             if full or now - session.touched > _FORGET_S:
-                self._drop(self._sessions.pop(session.name))
+                self._sessions.pop(session.name).kernel.close()
         if len(self._sessions) >= MAX_SESSIONS:
             raise BusyError(f"the server already has {MAX_SESSIONS} sessions; try again in a minute")
-
-    @staticmethod
-    def _drop(session: Session) -> None:
-        if session.connection:
-            session.connection.close()
-            session.connection = None
 
     def leave(self, session: Session) -> None:
         """A stream of this session has ended and the device needs it no more."""
         with self._lock:
             if not session.streams and self._sessions.pop(session.name, None) is not None:
-                self._drop(session)
+                session.kernel.close()
 
     def _refuse_second(self) -> None:
         busy = self._trainer
@@ -215,8 +216,7 @@ class Host:
             self.run_id, training.test.accuracy, training.test.mean_loss, training.step, training.trained,
             training.epochs, time.monotonic() - training.started, tuple(training.coordinator.phases),
         )  # fmt: skip
-        seen = session.connection.read() if session.connection else None
-        kernel = report.kernel_of(server=seen)
+        kernel = report.kernel_of(server=session.kernel.read())
         summary = report.summarise(self.recipe, training.halves.cut, outcome, session.meter, kernel, "server")
         self.folder.write_summary(summary)
         report.show(self.console, summary)
@@ -232,7 +232,7 @@ class Host:
             if self._trainer is session:
                 self._trainer = None
             self._sessions.pop(session.name, None)
-        self._drop(session)
+        session.kernel.close()
         if self.folder.metrics:
             self.folder.metrics.close()
             self.folder.metrics = None
@@ -250,7 +250,7 @@ class Host:
     def close(self) -> None:
         with self._lock:
             for session in self._sessions.values():
-                self._drop(session)
+                session.kernel.close()
             self._sessions.clear()
 
     def head_weights(self, session: Session) -> bytes:

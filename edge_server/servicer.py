@@ -13,13 +13,14 @@ import numpy as np
 from rich.markup import escape
 
 from common import wire
+from common.chooser import Chooser
+from common.codecs import Aside, codec
 from common.errors import DepruneError, FrameError, StoppedError, TooLargeError, VersionError, abort
 from common.meter import DOWN, UP
 from common.progress import Live
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.schedule import Phase
-from common.tcp_info import find_peer
 from common.wire import Place
 from edge_server.host import Host, Session
 from edge_server.session import Judgement, Training, judge, logits_of
@@ -52,7 +53,7 @@ def _streaming(method: Callable[..., Iterator[pb.Frame]]) -> Callable[..., Itera
 class Incoming:
     """The frames that a device sends on one stream, counted; `wait_s` adds up the time spent waiting for them."""
 
-    def __init__(self, frames: Iterator[pb.Frame], host: Host) -> None:
+    def __init__(self, frames: Iterator[pb.Frame], host: Host, peer: str) -> None:
         self._frames, self._host = frames, host
         self.wait_s = 0.0
         first = next(frames, None)
@@ -60,6 +61,7 @@ class Incoming:
             raise FrameError("a stream starts with Begin")
         self.begin = first.begin
         self.session: Session = host.session(first.begin.session)
+        self.session.seen(peer)
         self.session.meter.frame(UP, first)
 
     def __call__(self) -> pb.Frame:
@@ -102,7 +104,8 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if request.purpose not in (pb.TRAIN, pb.USE):
             raise FrameError(f"Open has purpose {request.purpose}; TRAIN (1) or USE (2) was expected")
         host, trains = self.host, request.purpose == pb.TRAIN
-        session = host.open(trains, request.run_id, find_peer(context.peer()))
+        session = host.open(trains, request.run_id)
+        session.seen(context.peer())
         reply = pb.OpenReply(
             protocol_version=wire.PROTOCOL_VERSION,
             session=session.name,
@@ -128,7 +131,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_streaming
     def Train(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        receive = Incoming(frames, self.host)
+        receive = Incoming(frames, self.host, context.peer())
         session, begin = receive.session, receive.begin
         host, interrupted = self.host, ""
         try:
@@ -137,6 +140,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             host.leave(session)
             raise
         session.streams += 1
+        chooser = Chooser(session.kernel.rate)
         host.console.print(
             f"A device trains [bold]{host.recipe.name}[/bold]: {training.coordinator.steps:,} steps of "
             f"{training.batch} pictures, {begin.samples:,} pictures an epoch.", highlight=False,
@@ -158,7 +162,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
                     if frame.role == pb.WEIGHTS and training.test:
                         yield from self._finish(frame, receive, training)
                         return
-                    yield from self._step(frame, receive, training, live)
+                    yield from self._step(frame, receive, training, chooser, live)
             if not interrupted:
                 yield from self._finish(None, receive, training)
         finally:
@@ -174,7 +178,9 @@ class Servicer(split_pb2_grpc.SplitServicer):
             )
         return wire.unpack(frame, receive, place, shape, "fp32")
 
-    def _step(self, frame: pb.Frame, receive: Incoming, training: Training, live: Live) -> Iterator[pb.Frame]:
+    def _step(
+        self, frame: pb.Frame, receive: Incoming, training: Training, chooser: Chooser, live: Live
+    ) -> Iterator[pb.Frame]:
         """One step: labels and activation in, gradient and StepDone out."""
         session, phase, step = receive.session, training.phase, training.step
         if step >= training.coordinator.steps:
@@ -190,7 +196,10 @@ class Servicer(split_pb2_grpc.SplitServicer):
         with training.lock:
             gradient, loss, correct = training.learn(sent, labels)
             learnt = clock()
-            for out in wire.pack(Place(pb.GRADIENT, step, phase.index), gradient, phase.gradient_codec):
+            aside = Aside((training.recipe.seed, step, pb.GRADIENT), training.halves.gate.support(sent, phase))
+            name = phase.gradient_codec
+            payload = chooser.encode(codec(name), gradient, aside)
+            for out in wire.pack(Place(pb.GRADIENT, step, phase.index), payload, gradient.shape, name):
                 yield session.meter.frame(DOWN, out)
             encoded = clock()
             # The gradient is on its way: the weights move while the device runs its own backward pass.
@@ -232,7 +241,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_streaming
     def Evaluate(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        receive = Incoming(frames, self.host)
+        receive = Incoming(frames, self.host, context.peer())
         session, training, served = receive.session, receive.session.training, self.host.served
         subset = receive.begin.subset
         if training:
@@ -264,7 +273,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
                 sent = wire.unpack(frame, receive, place, shape, phase.activation_codec)
                 if labels is None:
                     logits = logits_of(halves, sent, recipe.precision).numpy()
-                    for out in wire.pack(place, logits, "fp32"):
+                    for out in wire.pack_raw(place, logits):
                         yield session.meter.frame(DOWN, out)
                 else:
                     result = judge(halves, sent, labels, recipe.precision)

@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def good_step(**changes: Any) -> list[pb.Frame]:
     """The frames of step 0, with the fields of one named frame replaced."""
     labels = list(wire.pack_labels(Place(pb.LABEL, 0, 0), np.zeros(32, np.int64), 10))
-    sent = list(wire.pack(Place(pb.ACTIVATION, 0, 0), np.ones((32, 32, 8, 8), np.float32), "fp32"))
+    sent = list(wire.pack_raw(Place(pb.ACTIVATION, 0, 0), np.ones((32, 32, 8, 8), np.float32)))
     return labels + sent
 
 
@@ -89,7 +89,14 @@ def broken(name: str) -> list[pb.Frame]:
     elif name == "truncated":
         last.part.data = last.part.data[:-1]
     elif name == "nan":
-        last.part.data = last.part.data[:-4] + np.float32("nan").tobytes()
+        tensor = np.ones((32, 32, 8, 8), np.float32)
+        tensor[-1, -1, -1, -1] = np.nan
+        nan = wire.pack(Place(pb.ACTIVATION, 0, 0), tensor.tobytes(), tensor.shape, "fp32")
+        frames = [label, *nan]
+    elif name == "checksum":
+        first.part.tensor.checksum ^= 1
+    elif name == "bit":
+        last.part.data = last.part.data[:-1] + bytes([last.part.data[-1] ^ 1])
     return frames
 
 
@@ -106,6 +113,8 @@ def broken(name: str) -> list[pb.Frame]:
         ("size", "1,099,511,627,776 bytes in 1 parts were announced"),
         ("truncated", "bytes"),
         ("nan", "NaN or Inf"),
+        ("checksum", "the payload's checksum is wrong"),
+        ("bit", "the payload's checksum is wrong"),
     ],
 )
 def test_wrong_frames_are_refused_in_words(server: str, name: str, words: str) -> None:
@@ -119,7 +128,7 @@ def test_wrong_protocol_version(server: str) -> None:
         split_pb2_grpc.SplitStub(channel).Open(pb.OpenRequest(protocol_version=99, purpose=pb.TRAIN))
     assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     error = from_rpc(refused.value, server)
-    assert isinstance(error, VersionError) and "version 99, this server 1" in str(error)
+    assert isinstance(error, VersionError) and "version 99, this server 2" in str(error)
 
 
 def test_health_and_reflection(server: str) -> None:
@@ -182,7 +191,10 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
         ({"optimiser": "learning_rate = 1"}, "unknown key optimiser.learning_rate"),
         ({"optimiser": 'lr = "fast"'}, "optimiser.lr is 'fast'; give a number"),
         ({"data": "batch = true"}, "data.batch is True; give a whole number"),
-        ({"codec": 'activation = "jpeg"'}, "codec.activation is 'jpeg'; legal are fp32, fp16, int8"),
+        (
+            {"codec": 'activation = "jpeg"'},
+            "codec.activation is 'jpeg': there is no codec 'jpeg'; there are fp32, fp16, int8",
+        ),
         ({"schedule": "phases = [[0, 1, 2]]"}, "schedule.phases[0] has 3 items; give 2"),
         ({"schedule": "phases = [[4, 1]]"}, 'bottleneck.kind "none" sends all channels'),
         ({"schedule": 'kind = "plateau"\nwidths = [0]'}, "needs data.validation above 0"),

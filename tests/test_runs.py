@@ -154,5 +154,6 @@ def test_the_kernel_is_asked_whatever_the_servers_name(deprune_run: Run, tmp_pat
         for server in (address, address.replace("127.0.0.1", "localhost")):
             remote = RemoteTail(server)
             remote.open(trains=False)
-            assert remote.connection and remote.connection.read().sent > remote.meter.total("up").message > 0
+            seen = remote.kernel.read()
+            assert seen and seen.sent > remote.meter.total("up").message > 0
             remote.close()

@@ -1,7 +1,8 @@
-"""What a codec is, and the checks that all of them share."""
+"""What a codec is, what it may be told beside the tensor, and the checks that all of them share."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -10,16 +11,38 @@ from numpy.typing import NDArray
 from common.errors import CodecError, DivergedError
 
 Tensor = NDArray[np.float32]
+Support = NDArray[np.bool_]
 Buffer = bytes | bytearray | memoryview
 
 
-class Codec(Protocol):
-    name: str
+@dataclass(frozen=True)
+class Aside:
+    """What both sides know without sending it; encoder and decoder must be given the same.
 
-    def encode(self, tensor: Tensor) -> Buffer:
+    `dither` seeds the random numbers that make rounding unbiased: (seed of the run, step, role); None rounds to
+    nearest. `support` [B, C, ...] is true where the receiver needs a value: elsewhere it gets zero.
+    """
+
+    dither: tuple[int, int, int] | None = None
+    support: Support | None = None
+
+
+NOTHING = Aside()
+
+
+class Codec(Protocol):
+    @property
+    def name(self) -> str:
+        """As a recipe writes it, settings included: "fp32", "step:15"."""
+
+    @property
+    def exact_zeros(self) -> bool:
+        """Whether an element of a tensor without negative ones is decoded to zero only if it was zero."""
+
+    def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
         """Bytes of `tensor` (float32, C order, rank 1 to 4, channels second); DivergedError where it isn't finite."""
 
-    def decode(self, payload: Buffer, shape: tuple[int, ...]) -> Tensor:
+    def decode(self, payload: Buffer, shape: tuple[int, ...], aside: Aside = NOTHING) -> Tensor:
         """The float32 tensor of `shape` in `payload`; CodecError where the bytes are not that of such a tensor.
 
         Memory is bounded by a small multiple of the shape's size, whatever the bytes say.
@@ -50,3 +73,10 @@ def elements(shape: tuple[int, ...]) -> int:
     for side in shape:
         count *= side
     return count
+
+
+def grid(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """`shape` as (batch, channels, all the rest); rank 1 is a batch of one value each."""
+    if len(shape) < 2:
+        return elements(shape), 1, 1
+    return shape[0], shape[1], elements(shape[2:])

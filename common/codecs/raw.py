@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common.codecs.base import Buffer, Tensor, elements, require_decoded_finite, require_finite, require_size
+from common.codecs.base import (
+    NOTHING,
+    Aside,
+    Buffer,
+    Tensor,
+    elements,
+    require_decoded_finite,
+    require_finite,
+    require_size,
+)
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 
@@ -18,13 +27,14 @@ class Fp32:
     """4 bytes an element, little endian; exact."""
 
     name = "fp32"
+    exact_zeros = True
 
-    def encode(self, tensor: Tensor) -> Buffer:
+    def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
         require_finite(*_range(tensor))
         # A view where memory already is little-endian C order (everywhere that matters): no copy.
         return np.ascontiguousarray(tensor, "<f4").data.cast("B") if tensor.size else b""
 
-    def decode(self, payload: Buffer, shape: tuple[int, ...]) -> Tensor:
+    def decode(self, payload: Buffer, shape: tuple[int, ...], aside: Aside = NOTHING) -> Tensor:
         require_size(payload, self.bound(shape), self.name)
         tensor = np.frombuffer(payload, "<f4").reshape(shape)
         require_decoded_finite(*_range(tensor), self.name)
@@ -38,8 +48,9 @@ class Fp16:
     """2 bytes an element, little endian; relative error up to 2^-11, values past 65504 are clamped there."""
 
     name = "fp16"
+    exact_zeros = False  # what is below 2^-25 becomes zero too
 
-    def encode(self, tensor: Tensor) -> Buffer:
+    def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
         low, high = _range(tensor)
         require_finite(low, high)
         if low < -_FP16_MAX or high > _FP16_MAX:
@@ -48,7 +59,7 @@ class Fp16:
         half = torch.from_numpy(np.ascontiguousarray(tensor)).half().numpy()
         return half.astype("<f2", copy=False).data.cast("B") if half.size else b""
 
-    def decode(self, payload: Buffer, shape: tuple[int, ...]) -> Tensor:
+    def decode(self, payload: Buffer, shape: tuple[int, ...], aside: Aside = NOTHING) -> Tensor:
         require_size(payload, self.bound(shape), self.name)
         half = np.frombuffer(payload, "<f2").astype(np.float16)
         tensor = torch.from_numpy(half).float().numpy().reshape(shape)

@@ -1,0 +1,154 @@
+"""`make bench-effect`: what codec `step` does to learning, by the SNRs of both directions and the rounding.
+
+Every run trains the small network on the same CIFAR-10 pictures for the same steps through the real head, codec and
+tail, in process; only the codec differs. Against raw fp32 with the same seed. Writes benchmarks/results/effect.json,
+run by run, and goes on where it was stopped. Takes hours; wants the pictures as a folder (SOURCE).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RESULT = Path("benchmarks/results/effect.json")
+ACTIVATION, GRADIENT = (10, 15, 20, 30), (5, 10, 15, 20)
+SEEDS = (0, 1)
+RECIPE = """
+name = "effect"
+method = "fixed"
+seed = {seed}
+precision = "bf16"
+[model]
+name = "tiny"
+input = [3, 32, 32]
+classes = 10
+cut = "stage1_relu2"
+[data]
+batch = 128
+crop = 4
+flip = true
+mean = [0.49, 0.48, 0.45]
+std = [0.25, 0.24, 0.26]
+[codec]
+activation = "{activation}"
+gradient = "{gradient}"
+[schedule]
+phases = [[0, {epochs}]]
+[optimiser]
+lr = 0.1
+warmup = 100
+"""
+_data: Any = None
+
+
+def cases() -> list[tuple[str, str, int]]:
+    """(activation codec, gradient codec, seed) of all runs, the ones that tell most first."""
+    raw = [("fp32", "fp32", seed) for seed in SEEDS]
+    grid = itertools.product(("", ":nearest"), SEEDS, ACTIVATION, GRADIENT)
+    return raw + [(f"step:{up}", f"step:{down}{rounding}", seed) for rounding, seed, up, down in grid]
+
+
+def _load(source: str, limit: int) -> None:
+    import torch
+
+    from device_client.data import load
+
+    global _data
+    torch.set_num_threads(1)
+    _data = load(source, (3, 32, 32), 0, 0.0, limit=limit)
+
+
+def _run(case: tuple[str, str, int, float]) -> dict[str, Any]:
+    from benchmarks import inprocess
+
+    activation, gradient, seed, epochs = case
+    text = RECIPE.format(seed=seed, activation=activation, gradient=gradient, epochs=epochs)
+    summary = inprocess.train(text, _data)
+    ways = summary["bytes"]
+    sent = {way: ways[way]["by_role"][role]["message"] for way, role in (("up", "activation"), ("down", "gradient"))}
+    elements = summary["plain_bytes"]["down"] / 4
+    return {
+        "activation": activation, "gradient": gradient, "seed": seed, "accuracy": summary["accuracy"],
+        "loss": summary["loss"], "steps": summary["steps"], "bytes_up": sent["up"], "bytes_down": sent["down"],
+        "up_per_element": sent["up"] / elements, "down_per_element": sent["down"] / elements,
+    }  # fmt: skip
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Points of accuracy lost against raw (mean over seeds) and times fewer bytes, one table a rounding."""
+    raw = {row["seed"]: row for row in rows if row["activation"] == "fp32"}
+    if not raw:
+        return
+    text = ", ".join(f"{row['accuracy']:.2%} (seed {seed})" for seed, row in sorted(raw.items()))
+    console.print(f"raw fp32: {text}")
+    for rounding in ("", ":nearest"):
+        table = Table(title=f"gradients rounded {'to nearest' if rounding else 'without bias'}", title_justify="left")
+        table.add_column("up \\ down")
+        for down in GRADIENT:
+            table.add_column(f"{down} dB", justify="right")
+        for up in ACTIVATION:
+            cells = []
+            for down in GRADIENT:
+                chosen = [
+                    row for row in rows
+                    if row["activation"] == f"step:{up}" and row["gradient"] == f"step:{down}{rounding}"
+                    and row["seed"] in raw
+                ]  # fmt: skip
+                if not chosen:
+                    cells.append("")
+                    continue
+                lost = statistics.mean(row["accuracy"] - raw[row["seed"]]["accuracy"] for row in chosen)
+                fewer = statistics.mean(
+                    (raw[row["seed"]]["bytes_up"] + raw[row["seed"]]["bytes_down"])
+                    / (row["bytes_up"] + row["bytes_down"])
+                    for row in chosen
+                )
+                cells.append(f"{100 * lost:+.2f}  {fewer:.1f}x")
+            table.add_row(f"{up} dB", *cells)
+        console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
+    parser.add_argument("--pictures", type=int, default=20_000)
+    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    console = Console()
+    setting = {"pictures": options.pictures, "epochs": options.epochs}
+    rows: list[dict[str, Any]] = []
+    if RESULT.is_file():
+        before = json.loads(RESULT.read_text())
+        if {name: before[name] for name in setting} == setting:
+            rows = before["rows"]
+    done = {(row["activation"], row["gradient"], row["seed"]) for row in rows}
+    left = [(*case, options.epochs) for case in cases() if case not in done]
+    started = time.monotonic()
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(options.workers, _load, (options.source, options.pictures)) as pool:
+        for number, row in enumerate(pool.imap_unordered(_run, left), 1):
+            rows.append(row)
+            RESULT.parent.mkdir(parents=True, exist_ok=True)
+            RESULT.write_text(json.dumps({"date": date.today().isoformat(), **setting, "rows": rows}, indent=1) + "\n")
+            minutes = (time.monotonic() - started) / number * (len(left) - number) / 60
+            console.print(
+                f"{row['activation']:>8} up, {row['gradient']} down, seed {row['seed']}: {row['accuracy']:.2%}; "
+                f"{len(left) - number} runs left, about {minutes:.0f} min", highlight=False,
+            )  # fmt: skip
+    show(console, rows)
+
+
+if __name__ == "__main__":
+    main()

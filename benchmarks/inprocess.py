@@ -1,0 +1,96 @@
+"""Trains without sockets: device and server in one process, the device's stub calling the servicer's methods.
+
+Frames, codecs, checks and meters are those of two processes, only gRPC and TCP are missing: the same losses and the
+same payload and message bytes (tests/test_inprocess.py), so many runs can be compared without starting processes.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from rich.console import Console
+
+from common import recipe as recipes
+from common.run import RunFolder
+from device_client.data import Dataset
+from device_client.remote_tail import RemoteTail
+from device_client.trainer import Trainer
+from edge_server.host import Host
+from edge_server.servicer import Servicer
+
+
+class _Failed(grpc.RpcError):
+    """What a stub raises where the servicer ended the RPC with a status."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, metadata: Any) -> None:
+        super().__init__(details)
+        self._answer = code, details, metadata
+
+    def code(self) -> grpc.StatusCode:
+        return self._answer[0]
+
+    def details(self) -> str:
+        return self._answer[1]
+
+    def trailing_metadata(self) -> Any:
+        return self._answer[2]
+
+
+class _Context:
+    """The little of grpc.ServicerContext that the servicer uses."""
+
+    metadata: Any = ()
+
+    def peer(self) -> str:
+        return "inprocess"
+
+    def set_trailing_metadata(self, metadata: Any) -> None:
+        self.metadata = metadata
+
+    def abort(self, code: grpc.StatusCode, details: str) -> None:
+        raise _Failed(code, details, self.metadata)
+
+
+class Stub:
+    """A stub whose calls run in the caller's thread: a stream's generator advances when its next frame is asked for."""
+
+    def __init__(self, servicer: Servicer) -> None:
+        self._servicer = servicer
+
+    def Open(self, request: Any, **_options: Any) -> Any:
+        return self._servicer.Open(request, _Context())
+
+    def Head(self, request: Any) -> Iterator[Any]:
+        return self._servicer.Head(request, _Context())
+
+    def Train(self, frames: Iterator[Any]) -> Iterator[Any]:
+        return self._servicer.Train(frames, _Context())
+
+    def Evaluate(self, frames: Iterator[Any]) -> Iterator[Any]:
+        return self._servicer.Evaluate(frames, _Context())
+
+
+def train(text: str, data: Dataset, remote_class: type[RemoteTail] = RemoteTail, **remote: Any) -> dict[str, Any]:
+    """Train the recipe in `text` on `data`; the device's summary. `remote_class`: a RemoteTail that also looks on."""
+    quiet = Console(file=io.StringIO())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        host = Host.to_train(recipes.parse(text), text, RunFolder(folder / "server"), quiet, (), False)
+        tail = remote_class("127.0.0.1:1", stub=Stub(Servicer(host)), **remote)
+        try:
+            tail.open(trains=True)
+            run = RunFolder(folder / "device")
+            run.prepare(overwrite=False)
+            trainer = Trainer(tail, data, run, quiet)
+            trainer.prepare((), None)
+            run.start(text)
+            trainer.fit()
+            return trainer.finish(publish=False)
+        finally:
+            tail.close()
+            host.close()

@@ -1,0 +1,66 @@
+"""Chooses between zstd and context coding for codec `auto`: what costs less time on this link, by measurement.
+
+One on each side, for what that side sends. A smaller payload is worth its coding time on a slow link only; both
+coders hold the same symbols, so the choice never changes what is trained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.codecs.base import Aside, Buffer, Codec, Tensor
+from common.codecs.step import Step
+
+# Sends after which both coders are measured anew, for links and tensors change; the first few tell the link's rate.
+_AGAIN, _FIRST = 64, 4
+# The context coder never was less than eight times slower than zstd, and never saved more than half of the bytes.
+_SLOWER, _SAVES = 8.0, 0.5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a coder takes for an element: seconds of coding on both sides (the other taken to be as fast), bytes."""
+
+    seconds: float
+    bytes: float
+
+    def on(self, rate: float) -> float:
+        """Seconds an element over a link of `rate` bytes a second."""
+        return self.seconds + self.bytes / rate
+
+
+class Chooser:
+    def __init__(self, rate: Callable[[], float | None]) -> None:
+        """`rate`: bytes a second that the link was last seen to take; None where that isn't known."""
+        self._rate = rate
+        self._costs: dict[str, Cost] = {}
+        self._sends = 0
+
+    def encode(self, codec: Codec, tensor: Tensor, aside: Aside) -> Buffer:
+        """`codec.encode`, with the better coder where the codec is `auto`."""
+        if not isinstance(codec, Step) or codec.coder != "auto" or not tensor.size:
+            return codec.encode(tensor, aside)
+        rate = self._rate()
+        self._sends += 1
+        if rate and self._sends % _AGAIN == _FIRST:
+            return self._measure(codec, tensor, aside, rate)
+        return codec.by(self._best(rate) if rate and self._costs else "step").encode(tensor, aside)
+
+    def _best(self, rate: float) -> str:
+        return min(self._costs, key=lambda coder: self._costs[coder].on(rate))
+
+    def _measure(self, codec: Step, tensor: Tensor, aside: Aside, rate: float) -> Buffer:
+        """Try the coders on this tensor, unless zstd is so fast here that there is nothing to win; the best payload."""
+        self._costs = {}
+        payloads: dict[str, Buffer] = {}
+        for coder in ("step", "context"):
+            started = time.perf_counter()
+            payloads[coder] = codec.by(coder).encode(tensor, aside)
+            codec.decode(payloads[coder], tensor.shape, aside)
+            seconds = time.perf_counter() - started
+            self._costs[coder] = cost = Cost(seconds / tensor.size, len(payloads[coder]) / tensor.size)
+            if coder == "step" and cost.bytes * _SAVES / rate < cost.seconds * (_SLOWER - 1):
+                break
+        return payloads[self._best(rate)]

@@ -1,0 +1,95 @@
+"""Symbols to bytes by zstd, several symbols a byte where most of them are near zero.
+
+zstd's Huffman code spends at least one bit a symbol, too much where most are zero. So the symbols near zero become
+digits of a small base and two to four of them one byte, which is coded as one; the others are escapes, in a list
+behind. Which number of digits is best is tried on a sample, for each tensor anew. Called by codecs/step.py.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from common.codecs import frame
+from common.codecs.base import Buffer
+from common.codecs.quantise import Symbols
+from common.errors import CodecError
+
+# Digits a byte and their base; the highest digit of each base is the escape. One a byte needs no escapes.
+_BASES = {1: 256, 2: 16, 3: 6, 4: 4}
+_SAMPLE, _PIECES = 1 << 15, 8
+# More digits a byte must earn what they cost in time.
+_WORTHWHILE = 0.98
+_HEADER = struct.Struct("<BI")  # digits a byte, escapes
+
+
+def _powers(digits: int) -> list[int]:
+    return [_BASES[digits] ** place for place in range(digits)]
+
+
+def _lowest(digits: int, zero: int) -> int:
+    """The symbol of digit 0: the digits lie evenly around `zero`, or from it upwards where it is 0."""
+    return max(0, zero - (_BASES[digits] - 2) // 2)
+
+
+def _split(symbols: Symbols, digits: int, zero: int) -> tuple[Symbols, Symbols]:
+    """Bytes of `digits` digits each, and the symbols that are none."""
+    if digits == 1:
+        return symbols, symbols[:0]
+    escape = _BASES[digits] - 1
+    padded = np.zeros(-(-len(symbols) // digits) * digits, np.uint8)
+    body = padded[: len(symbols)]
+    # Symbols below the lowest wrap round to large ones, and become escapes like those above.
+    np.subtract(symbols, np.uint8(_lowest(digits, zero)), out=body)
+    np.minimum(body, escape, out=body)
+    escapes = symbols.take(np.flatnonzero(body == escape))
+    places = padded.reshape(-1, digits)
+    packed = places[:, 0].copy()
+    for place, power in enumerate(_powers(digits)[1:], 1):
+        packed += places[:, place] * np.uint8(power)
+    return packed, escapes
+
+
+def _best(symbols: Symbols, zero: int) -> int:
+    """The number of digits a byte that makes a sample smallest."""
+    if len(symbols) > _SAMPLE:
+        size = _SAMPLE // _PIECES
+        starts = np.linspace(0, len(symbols) - size, _PIECES).astype(int)
+        symbols = np.concatenate([symbols[start : start + size] for start in starts])
+    sizes = {digits: len(frame.compress(np.concatenate(_split(symbols, digits, zero)))) for digits in _BASES}
+    best = min(sizes, key=sizes.__getitem__)
+    return best if sizes[best] < sizes[1] * _WORTHWHILE else 1
+
+
+def encode(symbols: Symbols, zero: int, tail: bytes = b"") -> bytes:
+    """Bytes of the flat `symbols`, most of which are near `zero`, and of `tail`, which is small."""
+    digits = _best(symbols, zero)
+    packed, escapes = _split(symbols, digits, zero)
+    data = b"".join((packed.data, escapes.data, tail)) if digits > 1 or tail else packed.data
+    return _HEADER.pack(digits, len(escapes)) + frame.compress(data)
+
+
+def decode(data: Buffer, count: int, zero: int, tail: int) -> tuple[Symbols, bytes]:
+    """`count` symbols and `tail` bytes; CodecError where `data` holds anything else."""
+    view = memoryview(data)
+    if len(view) < _HEADER.size:
+        raise CodecError("the symbols' header is cut short")
+    digits, escaped = _HEADER.unpack_from(view)
+    if digits not in _BASES or escaped > (count if digits > 1 else 0):
+        raise CodecError(f"{escaped} escapes at {digits} digits a byte do not fit {count} symbols")
+    size = -(-count // digits)
+    body = np.frombuffer(frame.decompress(view[_HEADER.size :], size + escaped + tail), np.uint8)
+    packed, escapes, rest = body[:size], body[size : size + escaped], body[size + escaped :].tobytes()
+    if digits == 1:
+        return packed, rest
+    base, lowest = _BASES[digits], _lowest(digits, zero)
+    # A byte's digits all at once, from a table of 256 rows.
+    table = (np.arange(256)[:, None] // _powers(digits) % base).astype(np.uint8)
+    symbols = table.take(packed, axis=0).reshape(-1)[:count]
+    places = np.flatnonzero(symbols == base - 1)
+    if len(places) != escaped:
+        raise CodecError(f"{escaped} escapes were announced and {len(places)} came")
+    symbols += np.uint8(lowest)
+    symbols[places] = escapes
+    return symbols, rest

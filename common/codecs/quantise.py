@@ -1,0 +1,87 @@
+"""Uniform quantisation with one step a tensor: float32 to symbols of 8 bits and back, and the few that don't fit.
+
+Two kinds. *Unsigned* (no element negative, as behind a ReLU): symbol 0 is exact zero and nothing else, symbol k lies
+from k-1 to k steps and is decoded to the middle; so the receiver knows which elements are zero. *Signed*: symbol 127
+is zero, 127 + q stands for q steps, rounded to nearest or with dither. Symbol 255 is an outlier in both, whose number
+of steps stands in a list of its own. Pure numpy; called by codecs/step.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.codecs.base import Tensor
+
+Symbols = NDArray[np.uint8]
+Steps = NDArray[np.int32]
+
+OUTLIER = 255
+SIGNED_ZERO = 127
+# Steps up to which no symbol is an outlier; a little less than the symbols reach, for float32's own rounding.
+_UNSIGNED_REACH, _SIGNED_REACH = 253.9, 126.9
+_NO_OUTLIERS = np.empty(0, np.int32)
+
+
+def step_of(tensor: Tensor, snr: float) -> np.float32:
+    """The step whose rounding noise, step^2/12 an element, lies `snr` dB below the tensor's power; 0 for zeros.
+
+    Elements that are exactly zero stay so and have no noise: behind a ReLU the SNR comes out a little higher.
+    """
+    flat = tensor.reshape(-1)
+    with np.errstate(over="ignore"):
+        power = float(np.dot(flat, flat)) / flat.size
+        if not 1e-30 < power < 1e30:  # float32 squares vanish below 1e-23 and overflow past 1e19
+            power = float(np.square(flat, dtype=np.float64).mean())
+        return np.float32(np.sqrt(12 * power) * 10 ** (-snr / 20))
+
+
+def unsigned(tensor: Tensor, amax: float, step: np.float32) -> tuple[Symbols, Steps]:
+    """Symbols, shaped like `tensor`, whose elements are 0 to `amax`, and outliers in C order."""
+    inverse = np.float32(1) / step
+    above = (tensor > 0).view(np.uint8)
+    symbols = np.empty(tensor.shape, np.uint8)
+    if amax * float(inverse) < _UNSIGNED_REACH:
+        np.multiply(tensor, inverse, out=symbols, casting="unsafe")  # the cast truncates
+        symbols += above
+        return symbols, _NO_OUTLIERS
+    steps = np.floor(tensor * inverse)
+    steps += above
+    far = steps > 254
+    np.copyto(symbols, np.where(far, OUTLIER, steps), casting="unsafe")
+    return symbols, steps[far].astype(np.int32)
+
+
+def signed(tensor: Tensor, amax: float, step: np.float32, noise: Tensor | None) -> tuple[Symbols, Steps]:
+    """Symbols, shaped like `tensor`, rounded to nearest or by `noise` in [0, 1), and outliers in C order."""
+    inverse = np.float32(1) / step
+    steps = tensor * inverse
+    # floor(x + 1/2) is nearest; floor(x + noise) goes up with the probability that makes the mean right.
+    steps += np.float32(0.5) if noise is None else noise
+    if amax * float(inverse) < _SIGNED_REACH:
+        steps += np.float32(SIGNED_ZERO)
+        return steps.astype(np.uint8), _NO_OUTLIERS  # above zero, so that truncating is the floor
+    np.floor(steps, out=steps)
+    far = np.abs(steps) > 127
+    symbols = np.where(far, np.float32(OUTLIER), steps + np.float32(SIGNED_ZERO)).astype(np.uint8)
+    return symbols, steps[far].astype(np.int32)
+
+
+def restore_unsigned(symbols: Symbols, outliers: Steps, step: np.float32, out: Tensor) -> None:
+    """The middles of the symbols' intervals, into `out` (same shape, any strides)."""
+    np.multiply(symbols, step, out=out)
+    out -= step / 2
+    np.maximum(out, 0, out=out)
+    if len(outliers):
+        out[symbols == OUTLIER] = (outliers - 0.5) * float(step)
+
+
+def restore_signed(symbols: Symbols, outliers: Steps, step: np.float32, noise: Tensor | None, out: Tensor) -> None:
+    """The symbols' values, with the `noise` that was added taken off again, into `out` (same shape, any strides)."""
+    np.subtract(symbols, np.float32(SIGNED_ZERO), out=out)
+    if len(outliers):
+        out[symbols == OUTLIER] = outliers
+    if noise is not None:
+        out += np.float32(0.5)
+        out -= noise
+    out *= step

@@ -1,0 +1,195 @@
+"""Codecs `step`, `context` and `auto`: one step for the whole tensor, set by an SNR in dB, then entropy coding.
+
+`step` codes with zstd, `context` with a slower coder that looks at the neighbours, `auto` leaves the choice between
+the two to the sender (codecs/auto.py). All three decode each other's payloads: which coder made one stands in it.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from common.codecs import context, dither, pack, quantise
+from common.codecs.base import NOTHING, Aside, Buffer, Support, Tensor, elements, grid, require_finite
+from common.codecs.quantise import Steps, Symbols
+from common.errors import CodecError
+
+# Below this many elements the headers cost more than coding saves.
+_SMALL = 256
+# Steps outside are not safe to divide by, or to multiply with, in float32: such a tensor goes as it is.
+_LEAST, _MOST, _FURTHEST = 1e-36, 1e28, 2.0**30
+_HEADER = struct.Struct("<BfII")  # form and flags, step, outliers, checksum of the support
+_RAW, _ZEROS, _PACKED, _CONTEXT = range(4)
+_SIGNED, _DITHERED, _SUPPORTED = 4, 8, 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """About 0.1 to 0.5 bytes an element; exact zeros stay zeros where nothing is negative."""
+
+    coder: str  # "step", "context", or "auto", which codes as "step" where nobody has chosen
+    snr: float  # dB
+    nearest: bool = False  # round to nearest even where dither is at hand
+
+    @property
+    def name(self) -> str:
+        return f"{self.coder}:{self.snr:g}" + (":nearest" if self.nearest else "")
+
+    @property
+    def exact_zeros(self) -> bool:
+        return True
+
+    def by(self, coder: str) -> Step:
+        """The same with another coder."""
+        return replace(self, coder=coder)
+
+    def _flags(self, aside: Aside) -> int:
+        """What both sides know of the form beforehand."""
+        dithered = _SIGNED | _DITHERED if aside.dither and not self.nearest else 0
+        return dithered | (_SUPPORTED if aside.support is not None else 0)
+
+    def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
+        tensor = np.ascontiguousarray(tensor, np.float32)
+        low, high = (float(tensor.min()), float(tensor.max())) if tensor.size else (0.0, 0.0)
+        require_finite(low, high)
+        amax = max(-low, high)
+        values = _in_sending_order(tensor, aside.support)
+        if not values.size or not amax:
+            return _HEADER.pack(_ZEROS, 0, 0, 0)
+        step = quantise.step_of(values, self.snr)
+        if tensor.size < _SMALL or not _LEAST < step < _MOST or amax > float(step) * _FURTHEST:
+            return _raw(tensor)
+        flags = self._flags(aside) | (_SIGNED if low < 0 else 0)
+        if flags & _SIGNED:
+            symbols, outliers = quantise.signed(values, amax, step, _noise(flags, aside, values.shape))
+        else:
+            symbols, outliers = quantise.unsigned(values, amax, step)
+        tail = outliers.astype("<i4").tobytes()
+        if self.coder == "context":
+            form = _CONTEXT
+            maps, support = _as_maps(symbols, tensor.shape, aside.support, _zero(flags))
+            body = tail + context.encode(maps, _zero(flags), support)
+        else:
+            form = _PACKED
+            body = pack.encode(symbols.reshape(-1), _zero(flags), tail)
+        payload = _HEADER.pack(form | flags, step, len(outliers), _checksum(aside.support)) + body
+        return payload if len(payload) < 4 * tensor.size else _raw(tensor)
+
+    def decode(self, payload: Buffer, shape: tuple[int, ...], aside: Aside = NOTHING) -> Tensor:
+        try:
+            return self._decode(memoryview(payload), shape, aside)
+        except CodecError as error:
+            raise CodecError(f"{self.name}: {error}") from error
+
+    def _decode(self, payload: memoryview, shape: tuple[int, ...], aside: Aside) -> Tensor:
+        count = elements(shape)
+        if len(payload) < _HEADER.size:
+            raise CodecError(f"{len(payload)} bytes are too few for a header")
+        form, size, outlying, checksum = _HEADER.unpack_from(payload)
+        body, flags, step = payload[_HEADER.size :], form & ~3, np.float32(size)
+        if form in (_RAW, _ZEROS):
+            if size or outlying or checksum or len(body) != (4 * count if form == _RAW else 0):
+                raise CodecError(f"{len(body)} bytes came for {count} elements that are not coded")
+            return _unraw(body, shape) if form == _RAW else np.zeros(shape, np.float32)
+        if form & 3 not in (_PACKED, _CONTEXT) or flags & ~_SIGNED != self._flags(aside) & ~_SIGNED or flags >= 32:
+            raise CodecError(f"form {form} is not what was agreed on: the two sides differ in dither or support")
+        if flags & _DITHERED and not flags & _SIGNED:
+            raise CodecError(f"form {form} does not exist")
+        if checksum != _checksum(aside.support):
+            raise CodecError("the two sides differ in which elements are zero")
+        chosen = None if aside.support is None else np.flatnonzero(aside.support)
+        wanted = count if chosen is None else len(chosen)
+        if outlying > wanted or not _LEAST < step < _MOST:
+            raise CodecError(f"a step of {size:g} with {outlying} outliers among {wanted} elements cannot be")
+        tail = 4 * outlying
+        if form & 3 == _CONTEXT:
+            if len(body) < tail:
+                raise CodecError(f"{outlying} outliers were announced, more than came")
+            rest = bytes(body[:tail])
+            map_shape = _map_shape(shape, aside.support)
+            support = None if aside.support is None else aside.support.reshape(map_shape)
+            maps = context.decode(body[tail:], map_shape, _zero(flags), support).reshape(-1)
+            symbols = maps if chosen is None else maps.take(chosen)
+        else:
+            symbols, rest = pack.decode(body, wanted, _zero(flags), tail)
+        outliers = np.frombuffer(rest, "<i4").astype(np.int32)
+        _check_outliers(symbols, outliers, bool(flags & _SIGNED))
+        out = (np.empty if chosen is None else np.zeros)(shape, np.float32)
+        values = _sending_view(out) if chosen is None else np.empty(wanted, np.float32)
+        symbols = symbols.reshape(values.shape)
+        if flags & _SIGNED:
+            quantise.restore_signed(symbols, outliers, step, _noise(flags, aside, values.shape), values)
+        else:
+            quantise.restore_unsigned(symbols, outliers, step, values)
+        if chosen is not None:
+            out.reshape(-1)[chosen] = values
+        return out
+
+    def bound(self, shape: tuple[int, ...]) -> int:
+        return _HEADER.size + 4 * elements(shape)
+
+
+def _zero(flags: int) -> int:
+    return quantise.SIGNED_ZERO if flags & _SIGNED else 0
+
+
+def _checksum(support: Support | None) -> int:
+    return 0 if support is None else zlib.crc32(np.packbits(support.reshape(-1)).data)
+
+
+def _noise(flags: int, aside: Aside, shape: tuple[int, ...]) -> Tensor | None:
+    if not flags & _DITHERED or aside.dither is None:
+        return None
+    return dither.uniform(aside.dither, elements(shape)).reshape(shape)
+
+
+def _sending_view(tensor: Tensor) -> Tensor:
+    """[B, C, ...] as [C, B, rest], a view: channels are alike in themselves."""
+    return tensor.reshape(grid(tensor.shape)).transpose(1, 0, 2)
+
+
+def _in_sending_order(tensor: Tensor, support: Support | None) -> Tensor:
+    """What is sent: everything, channel by channel, or where `support` is true, flat in the order of memory (which
+    gathers faster and comes out no larger)."""
+    return _sending_view(tensor) if support is None else tensor.reshape(-1).take(np.flatnonzero(support))
+
+
+def _map_shape(shape: tuple[int, ...], support: Support | None) -> tuple[int, int, int]:
+    """The maps [N, H, W] in a tensor [B, C, H, W], [B, C, L] or [B, C], in sending order."""
+    batch, channels, rest = grid(shape)
+    if len(shape) >= 3:
+        return (batch * channels, shape[2], shape[3]) if len(shape) == 4 else (batch * channels, 1, rest)
+    return (1, channels, batch) if support is None else (1, batch, channels)
+
+
+def _as_maps(
+    symbols: Symbols, shape: tuple[int, ...], support: Support | None, zero: int
+) -> tuple[Symbols, Support | None]:
+    """Symbols in sending order as maps [N, H, W], and the support of these."""
+    map_shape = _map_shape(shape, support)
+    if support is None:
+        return symbols.reshape(map_shape), None
+    maps = np.full(elements(shape), zero, np.uint8)
+    maps[np.flatnonzero(support)] = symbols
+    return maps.reshape(map_shape), support.reshape(map_shape)
+
+
+def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:
+    found = int(np.count_nonzero(symbols == quantise.OUTLIER))
+    near = np.abs(outliers.astype(np.int64)) <= 127 if signed else outliers <= 254
+    if found != len(outliers) or np.any(near) or np.any(np.abs(outliers.astype(np.int64)) > _FURTHEST * 2):
+        raise CodecError(f"{len(outliers)} outliers came for {found} places, or lie where no outlier can be")
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return _HEADER.pack(_RAW, 0, 0, 0) + tensor.astype("<f4", copy=False).tobytes()
+
+
+def _unraw(body: memoryview, shape: tuple[int, ...]) -> Tensor:
+    tensor = np.frombuffer(body, "<f4").astype(np.float32).reshape(shape)
+    if tensor.size and not (np.isfinite(tensor.min()) and np.isfinite(tensor.max())):
+        raise CodecError("the payload holds NaN or Inf")
+    return tensor

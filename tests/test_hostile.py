@@ -1,0 +1,165 @@
+"""Payloads that lie: each is refused with a CodecError, in memory bounded by the tensor and in bounded time."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.codecs import NOTHING, Aside, codec, context, frame, rans
+from common.errors import CodecError
+
+SHAPE = (4, 8, 12, 12)
+COUNT = 4 * 8 * 12 * 12
+TENSOR = np.random.default_rng(0).laplace(size=SHAPE).astype(np.float32)
+SUPPORT = TENSOR > -0.5
+DITHERED = Aside((1, 2, 3), SUPPORT)
+NAMES = ("fp32", "fp16", "int8", "step:12", "context:12")
+names = pytest.mark.parametrize("name", NAMES)
+
+
+def payload(name: str, aside: Aside = NOTHING) -> bytes:
+    return bytes(codec(name).encode(TENSOR, aside))
+
+
+def survives(name: str, data: bytes, shape: tuple[int, ...] = SHAPE, aside: Aside = NOTHING) -> bool:
+    """Whether `data` was taken for a tensor; anything but a CodecError or a finite tensor fails."""
+    try:
+        back = codec(name).decode(data, shape, aside)
+    except CodecError:
+        return False
+    assert back.shape == shape and back.dtype == np.float32 and np.all(np.isfinite(back))
+    return True
+
+
+@names
+@settings(max_examples=150, deadline=None)
+@given(junk=st.binary(max_size=300), dithered=st.booleans())
+def test_any_bytes_decode_or_are_refused(name: str, junk: bytes, dithered: bool) -> None:
+    survives(name, junk, aside=DITHERED if dithered else NOTHING)
+    for head in payload(name, DITHERED if dithered else NOTHING)[:40:3], payload(name)[:9]:
+        survives(name, head + junk, aside=DITHERED if dithered else NOTHING)
+
+
+@names
+@settings(max_examples=250, deadline=None)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 255)), min_size=1, max_size=4),
+    dithered=st.booleans(),
+)
+def test_flipped_bytes_decode_or_are_refused(name: str, places: list[tuple[int, int]], dithered: bool) -> None:
+    aside = DITHERED if dithered else NOTHING
+    data = bytearray(payload(name, aside))
+    for place, flip in places:
+        # Half of the time among the first bytes, where the headers and tables are.
+        data[place % (60 if place % 2 else len(data))] ^= flip
+    survives(name, bytes(data), aside=aside)
+
+
+@names
+def test_truncated_and_trailing_bytes(name: str) -> None:
+    for aside in (NOTHING, DITHERED):
+        data = payload(name, aside)
+        assert survives(name, data, aside=aside)
+        for damaged in (data[:-1], data[:-4], data + b"\0", data + bytes(8), data[:20], data[:3], b""):
+            assert not survives(name, damaged, aside=aside)
+
+
+@names
+def test_another_shape_than_was_sent(name: str) -> None:
+    for shape in ((4, 8, 12, 11), (4, 8, 12, 13), (5, 8, 12, 12), (1,), (4, 8)):
+        assert not survives(name, payload(name), shape)
+
+
+@pytest.mark.parametrize("name", ["step:12", "context:12"])
+def test_another_mask_or_dither_than_was_agreed_on(name: str) -> None:
+    one_less = SUPPORT.copy()
+    one_less.flat[np.flatnonzero(SUPPORT)[7]] = False
+    elsewhere = np.roll(SUPPORT, 1)
+    for aside in (
+        NOTHING,
+        Aside((1, 2, 3)),
+        Aside(None, SUPPORT),
+        *(Aside((1, 2, 3), s) for s in (one_less, elsewhere)),
+    ):
+        assert not survives(name, payload(name, DITHERED), aside=aside)
+
+
+def header(form: int, step: float, outliers: int = 0, checksum: int = 0) -> bytes:
+    return struct.pack("<BfII", form, step, outliers, checksum)
+
+
+PACKED, CONTEXT = 2, 3
+ZEROS = frame.compress(bytes(COUNT))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (header(0, 0) + np.full(COUNT, np.nan, "<f4").tobytes(), "NaN or Inf"),
+        (header(0, 0) + np.full(COUNT, -np.inf, "<f4").tobytes(), "NaN or Inf"),
+        (header(PACKED, np.nan) + struct.pack("<BI", 1, 0) + ZEROS, "a step of nan"),
+        (header(PACKED, np.inf) + struct.pack("<BI", 1, 0) + ZEROS, "a step of inf"),
+        (header(PACKED, -1) + struct.pack("<BI", 1, 0) + ZEROS, "a step of -1"),
+        (header(PACKED, 1, 2**32 - 1) + struct.pack("<BI", 1, 0) + ZEROS, "4294967295 outliers"),
+        (header(PACKED, 1) + struct.pack("<BI", 5, 0) + ZEROS, "5 digits a byte"),
+        (header(PACKED, 1) + struct.pack("<BI", 2, 2**31) + ZEROS, "2147483648 escapes"),
+        (header(PACKED, 1) + struct.pack("<BI", 2, 1) + frame.compress(bytes(COUNT // 2 + 1)), "1 escapes"),
+        (header(PACKED, 1) + struct.pack("<BI", 1, 0) + frame.compress(b"\xff" * COUNT), "0 outliers came for 4608"),
+        (header(PACKED, 1, 1) + struct.pack("<BI", 1, 0) + frame.compress(bytes(COUNT + 4)), "1 outliers came for 0"),
+        (header(PACKED, 1) + struct.pack("<BI", 1, 0) + ZEROS[:-2], "damaged"),
+        (header(64, 1) + ZEROS, "form 64"),
+        (header(PACKED, 1, 0, 77) + ZEROS, "which elements are zero"),
+        (header(PACKED | 8, 1) + ZEROS, "form 10"),
+        (header(CONTEXT, 1) + struct.pack("<BI", 200, 9), "200 groups"),
+        (header(CONTEXT, 1) + struct.pack("<BI", 1, 2**31) + ZEROS, "declares"),
+        (header(CONTEXT, 1, 7), "7 outliers were announced"),
+        (header(1, 0) + b"more", "4 bytes came"),
+    ],
+)
+def test_forged_payloads(data: bytes, words: str) -> None:
+    with pytest.raises(CodecError, match=words):
+        codec("step:12").decode(data, SHAPE)
+
+
+def test_frequencies_that_do_not_add_up() -> None:
+    table = np.zeros((4, 256), "<u2")
+    table[:, 0] = rans.TOTAL - 1
+    body = frame.compress(bytes(context._SUMS) + table.reshape(-1, 1).view(np.uint8).T.tobytes())
+    with pytest.raises(CodecError, match="frequencies are damaged"):
+        context.decode(struct.pack("<BI", 1, len(body)) + body, (32, 12, 12), 0)
+
+
+@pytest.mark.parametrize("name", ["int8", "step:12", "context:12"])
+def test_a_frame_that_inflates_to_gigabytes_costs_no_memory(name: str) -> None:
+    """Four frames that would unpack to 4 GB: with the size declared, and without."""
+    chunk, count = bytes(1 << 24), 256
+    lying = []
+    for declared in (count << 24, -1):
+        compressor = zstandard.ZstdCompressor(level=3).compressobj(size=declared)
+        lying.append(b"".join([compressor.compress(chunk) for _ in range(count)] + [compressor.flush()]))
+    heads = {"int8": b"\1" + np.ones(8, "<f4").tobytes(), "step:12": header(PACKED, 1) + struct.pack("<BI", 1, 0)}
+    for bomb in lying:
+        head = heads.get(name) or header(CONTEXT, 1) + struct.pack("<BI", 1, len(bomb))
+        tracemalloc.start()
+        with pytest.raises(CodecError, match="were expected"):
+            codec(name).decode(head + bomb, SHAPE)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 3 * len(bomb) + 100_000
+
+
+@names
+def test_decoding_takes_a_small_multiple_of_the_tensor(name: str) -> None:
+    tensor = np.tile(TENSOR, (8, 4, 2, 2))
+    data = bytes(codec(name).encode(tensor))
+    tracemalloc.start()
+    codec(name).decode(data, tensor.shape)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * tensor.nbytes

@@ -1,0 +1,39 @@
+"""The in-process link of the benchmarks gives the same losses and the same bytes as two processes over gRPC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import inprocess
+from device_client.data import load
+from tests.conftest import recipe_text, train
+
+
+@pytest.mark.parametrize("method", ["fixed", "deprune"])
+def test_in_process_is_two_processes(method: str, tmp_path: Path) -> None:
+    change = (
+        {"schedule": "phases = [[0, 0.5]]"} if method == "fixed" else {"schedule": "phases = [[2, 0.25], [5, 0.25]]"}
+    )
+    kind = 'kind = "none"' if method == "fixed" else 'kind = "linear"'
+    text = recipe_text(method, bottleneck=kind, codec='activation = "step:15"\ngradient = "step:10"', **change)
+    run = train(tmp_path, text)
+    expected = run.summary("device")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the two processes have; sums depend on it
+    try:
+        summary = inprocess.train(text, load("digits", (1, 16, 16), 3, 0.0))
+    finally:
+        torch.set_num_threads(threads)
+    same = ("accuracy", "loss", "steps", "phases", "times_fewer", "digest")
+    assert {name: summary[name] for name in same} == {name: expected[name] for name in same}
+    for way in ("up", "down"):
+        roles = summary["bytes"][way]["by_role"]
+        theirs = expected["bytes"][way]["by_role"]
+        assert {role: roles[role] for role in roles if role != "control"} == {
+            role: theirs[role] for role in theirs if role != "control"
+        }
+        # Loss and ids in control messages differ by nothing but chance in their length.
+        assert roles["control"]["message"] == pytest.approx(theirs["control"]["message"], abs=8)
