@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def broken(name: str) -> list[pb.Frame]:
         first.part.tensor.codec = "int8"
     elif name == "label":
         label.part.data = bytes([200]) + label.part.data[1:]
+        label.part.tensor.checksum = zlib.crc32(label.part.data)
     elif name == "size":
         first.part.tensor.payload = 1 << 40
     elif name == "truncated":
