@@ -26,9 +26,14 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def server(*arguments: object, log: Path, timeout: float = 60) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`edge-server serve ARGUMENTS` on a free port of loopback: the process and HOST:PORT; killed at the end."""
-    line = command("edge-server", "serve", *arguments, "--listen", "127.0.0.1:0")
+def server(
+    *arguments: object, log: Path, timeout: float = 60, listen: str = "127.0.0.1:0", prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`edge-server serve ARGUMENTS` on a free port: the process and HOST:PORT; killed at the end.
+
+    `prefix` stands before the command line, to run it elsewhere (`ip netns exec NAME`).
+    """
+    line = [*prefix, *command("edge-server", "serve", *arguments, "--listen", listen)]
     with log.open("wb") as output:
         process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
     try:
@@ -51,7 +56,7 @@ def _address(process: subprocess.Popen[bytes], log: Path, timeout: float) -> str
     raise RuntimeError(f"edge-server did not start:\n{log.read_text()}")
 
 
-def device(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def device(*arguments: object, prefix: tuple[str, ...] = (), **options: object) -> subprocess.CompletedProcess[str]:
     """`device-client ARGUMENTS`, to its end."""
-    line = command("device-client", *arguments)
+    line = [*prefix, *command("device-client", *arguments)]
     return subprocess.run(line, text=True, env=environment(), **options)  # type: ignore[call-overload, no-any-return]

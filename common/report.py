@@ -116,7 +116,12 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         if any(counts):
             row(role, *counts)
     row("all messages", bytes_["up"]["message"], bytes_["down"]["message"], style="bold")
-    row("in the kernel (TCP)", bytes_["up"]["kernel"], bytes_["down"]["kernel"], end_section=True)
+    kernel = (bytes_["up"]["kernel"], bytes_["down"]["kernel"])
+    row("in the kernel (TCP)", *kernel, end_section=not summary["retransmitted"])
+    if again := summary["retransmitted"]:
+        # A side knows what it sent twice itself, not what the other one did.
+        cells = (_cell(again), "-") if summary["side"] == "device" else ("-", _cell(again))
+        table.add_row("of it sent again", *cells, _cell(again), end_section=True)
     row("this run's training steps", _trained(bytes_, "up"), _trained(bytes_, "down"))
     row("plain split learning, same steps", plain["up"], plain["down"])
     table.add_row("times fewer", *(f"{fewer[key]:.2f}" for key in ("up", "down", "total")), style="bold")
