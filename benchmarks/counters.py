@@ -25,7 +25,7 @@ name = "counters"
 method = "fixed"
 [model]
 name = "tiny"
-input = [1, 16, 16]
+input = [1, {side}, {side}]
 classes = 10
 cut = "stage1_relu2"
 [data]
@@ -49,11 +49,17 @@ def certificate(folder: Path, address: str) -> tuple[Path, Path]:
 
 
 def measure(
-    folder: Path, codec: str, epochs: float, tls: bool = False, rate: str = "", limit: str = "200kb"
+    folder: Path,
+    codec: str,
+    epochs: float,
+    tls: bool = False,
+    rate: str = "",
+    limit: str = "200kb",
+    side: int = 16,
 ) -> dict[str, dict[str, int]]:
     """Train across a link of its own: by way ("up", "down") the counts of each depth and of the interfaces."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.toml").write_text(RECIPE.format(codec=codec, epochs=epochs))
+    (folder / "recipe.toml").write_text(RECIPE.format(codec=codec, epochs=epochs, side=side))
     with netns.link() as (server, device):
         if rate:
             for end in (server, device):

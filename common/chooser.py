@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from common.codecs.base import Aside, Buffer, Codec, Tensor
 from common.codecs.step import Step
+from common.tcp_info import Flow
 
-# Sends after which both coders are measured anew, for links and tensors change; the first few tell the link's rate.
-_AGAIN, _FIRST = 64, 4
+# Sends after which link and coders are measured anew, for they change; the first few tell the link's rate.
+_AGAIN, _FIRST = 32, 4
 # The context coder never was less than eight times slower than zstd, and never saved more than half of the bytes.
 _SLOWER, _SAVES = 8.0, 0.5
 
@@ -32,35 +33,41 @@ class Cost:
 
 
 class Chooser:
-    def __init__(self, rate: Callable[[], float | None]) -> None:
-        """`rate`: bytes a second that the link was last seen to take; None where that isn't known."""
-        self._rate = rate
-        self._costs: dict[str, Cost] = {}
-        self._sends = 0
+    def __init__(self, flow: Callable[[], Flow | None]) -> None:
+        """`flow`: what the connection has sent so far; None where that isn't known."""
+        self._flow = flow
+        self._before: Flow | None = None
+        self._sends = self._measured = 0
+        self._best = "step"
 
     def encode(self, codec: Codec, tensor: Tensor, aside: Aside) -> Buffer:
         """`codec.encode`, with the better coder where the codec is `auto`."""
         if not isinstance(codec, Step) or codec.coder != "auto" or not tensor.size:
             return codec.encode(tensor, aside)
-        rate = self._rate()
         self._sends += 1
-        if rate and self._sends % _AGAIN == _FIRST:
+        if self._sends == 1:
+            self._before = self._flow()
+        if self._sends % _AGAIN == _FIRST and (rate := self._rate()):
             return self._measure(codec, tensor, aside, rate)
-        return codec.by(self._best(rate) if rate and self._costs else "step").encode(tensor, aside)
+        return codec.by(self._best).encode(tensor, aside)
 
-    def _best(self, rate: float) -> str:
-        return min(self._costs, key=lambda coder: self._costs[coder].on(rate))
+    def _rate(self) -> float | None:
+        """Bytes a second that the link took since this was last asked."""
+        now, before, sends = self._flow(), self._before, self._sends - 1 - self._measured
+        self._before, self._measured = now, self._sends - 1
+        return now.rate_since(before, sends) if now and before else None
 
     def _measure(self, codec: Step, tensor: Tensor, aside: Aside, rate: float) -> Buffer:
         """Try the coders on this tensor, unless zstd is so fast here that there is nothing to win; the best payload."""
-        self._costs = {}
+        costs: dict[str, Cost] = {}
         payloads: dict[str, Buffer] = {}
         for coder in ("step", "context"):
             started = time.perf_counter()
             payloads[coder] = codec.by(coder).encode(tensor, aside)
             codec.decode(payloads[coder], tensor.shape, aside)
             seconds = time.perf_counter() - started
-            self._costs[coder] = cost = Cost(seconds / tensor.size, len(payloads[coder]) / tensor.size)
+            costs[coder] = cost = Cost(seconds / tensor.size, len(payloads[coder]) / tensor.size)
             if coder == "step" and cost.bytes * _SAVES / rate < cost.seconds * (_SLOWER - 1):
                 break
-        return payloads[self._best(rate)]
+        self._best = min(costs, key=lambda coder: costs[coder].on(rate))
+        return payloads[self._best]

@@ -15,8 +15,9 @@ from urllib.parse import unquote
 
 import psutil
 
-# struct tcp_info of linux/tcp.h: the state is its first byte, 64-bit counters stand at these offsets.
-_BYTES_RECEIVED, _DELIVERY_RATE, _BYTES_SENT, _BYTES_RETRANS = 128, 160, 200, 208
+# struct tcp_info of linux/tcp.h: the state is its first byte, 64-bit counters stand at these offsets, and one of 32.
+_BYTES_ACKED, _BYTES_RECEIVED, _BUSY_TIME, _BYTES_SENT, _BYTES_RETRANS = 120, 128, 168, 200, 208
+_MIN_RTT = 148
 _SIZE = 216
 _ESTABLISHED = 1
 
@@ -31,6 +32,23 @@ class KernelBytes:
         return KernelBytes(
             self.sent + other.sent, self.received + other.received, self.retransmitted + other.retransmitted
         )
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What a connection has sent so far, and how long that took it."""
+
+    acknowledged: int  # bytes that the other end has confirmed
+    busy_s: float  # seconds in which something was under way
+    delay_s: float  # the shortest round trip seen
+
+    def rate_since(self, before: Flow, sends: int) -> float | None:
+        """Bytes a second that the link took in `sends` bursts since `before`, the delay of each taken off.
+
+        The kernel's own delivery rate keeps the fastest moment of a sender that pauses, as ours does every step.
+        """
+        count, busy = self.acknowledged - before.acknowledged, self.busy_s - before.busy_s - sends * self.delay_s
+        return count / max(busy, 1e-6) if count > 0 else None
 
 
 class Connection:
@@ -55,10 +73,10 @@ class Connection:
     def alive(self) -> bool:
         return self._info()[0] == _ESTABLISHED
 
-    @property
-    def rate(self) -> float | None:
-        """Bytes a second that the other end was last seen to take from us."""
-        return float(struct.unpack_from("<Q", self._info(), _DELIVERY_RATE)[0]) or None
+    def flow(self) -> Flow:
+        info = self._info()
+        acknowledged, busy = (struct.unpack_from("<Q", info, at)[0] for at in (_BYTES_ACKED, _BUSY_TIME))
+        return Flow(acknowledged, busy / 1e6, struct.unpack_from("<I", info, _MIN_RTT)[0] / 1e6)
 
     def close(self) -> None:
         self._socket.close()
@@ -92,9 +110,9 @@ class Kernel:
             return None
         return sum((connection.read() for connection in self._connections), self._past)
 
-    def rate(self) -> float | None:
-        """Bytes a second that the other side was last seen to take; None where that isn't known."""
-        return self._connections[-1].rate if self._connections else None
+    def flow(self) -> Flow | None:
+        """What the newest connection has sent; None where the kernel doesn't tell."""
+        return self._connections[-1].flow() if self._connections else None
 
     def close(self) -> None:
         """Settle everything; the sum can still be read."""

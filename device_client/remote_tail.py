@@ -106,7 +106,7 @@ class RemoteTail:
         self.server = server
         self.meter = Meter()
         self.kernel = Kernel()
-        self._chooser = Chooser(self.kernel.rate)
+        self._chooser = Chooser(self.kernel.flow)
         self._channel = None if stub else channel.connect(server, tls_ca)
         self._stub = stub or split_pb2_grpc.SplitStub(self._channel)
         self._train: Stream | None = None

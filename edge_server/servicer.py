@@ -140,7 +140,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             host.leave(session)
             raise
         session.streams += 1
-        chooser = Chooser(session.kernel.rate)
+        chooser = Chooser(session.kernel.flow)
         host.console.print(
             f"A device trains [bold]{host.recipe.name}[/bold]: {training.coordinator.steps:,} steps of "
             f"{training.batch} pictures, {begin.samples:,} pictures an epoch.", highlight=False,

@@ -115,7 +115,7 @@ def test_a_reconnect_adds_up(proxy: Proxy) -> None:
 
 def test_connections_that_ended_are_settled_and_let_go() -> None:
     kernel = Kernel()
-    assert kernel.read() is None and kernel.rate() is None
+    assert kernel.read() is None and kernel.flow() is None
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     for count in range(1, 4):

@@ -100,8 +100,8 @@ def _magnitudes(symbols: Symbols, zero: int) -> Symbols:
 
 
 def _most_groups(count: int) -> int:
-    """Groups of sums for so many symbols: the tables of each group cost some 100 bytes."""
-    return max(1, min(24, count >> 13))
+    """Groups of sums for so many symbols: each group's tables cost some 20 to 40 bytes."""
+    return max(1, min(24, count >> 12))
 
 
 def _grouped(sums: list[Array], most: int) -> Array:
@@ -124,8 +124,8 @@ def _frequencies(counts: Array) -> Array:
     return result.astype(np.uint32)
 
 
-def encode(maps: Symbols, zero: int, support: Support | None = None) -> bytes:
-    """Bytes of symbols [N, H, W], most of which are near `zero`; of those alone where `support` is true, if given."""
+def _batches(maps: Symbols, zero: int, support: Support | None) -> tuple[list[tuple[Array, Array]], Array]:
+    """(symbols, contexts) of each pass in order, and the groups of sums [_SUMS] that the contexts stand on."""
     plane = _Plane(maps.shape)
     plane.inner[...] = _magnitudes(maps, zero)
     symbols: list[Array] = []
@@ -142,15 +142,32 @@ def encode(maps: Symbols, zero: int, support: Support | None = None) -> bytes:
             sums.append(parts[1])
             spreads.append(parts[2])
     groups = _grouped(sums, _most_groups(maps.size))
-    number = int(groups.max()) + 1
     contexts = [np.zeros(len(symbols[0]), np.uint8)]
     contexts += [1 + groups.take(a) * np.uint8(_SPREADS) + b for a, b in zip(sums, spreads, strict=True)]
-    batches = list(zip(symbols, contexts, strict=True))
-    tables = 1 + number * _SPREADS
+    return list(zip(symbols, contexts, strict=True)), groups
+
+
+def _counts(batches: list[tuple[Array, Array]], tables: int) -> Array:
+    """How often each symbol comes in each context [tables, 256]."""
     counts = np.zeros(tables * 256, np.int64)
-    for coded, context in batches:
-        counts += np.bincount(context.astype(np.uint16) << 8 | coded, minlength=len(counts))
-    frequencies = _frequencies(counts.reshape(tables, 256))
+    for symbols, contexts in batches:
+        counts += np.bincount(contexts.astype(np.uint16) << 8 | symbols, minlength=len(counts))
+    return counts.reshape(tables, 256)
+
+
+def ideal_bits(maps: Symbols, zero: int, support: Support | None = None) -> float:
+    """Bits that an ideal coder would take with these contexts, if their tables cost nothing."""
+    batches, groups = _batches(maps, zero, support)
+    counts = _counts(batches, 1 + (int(groups.max()) + 1) * _SPREADS).astype(np.float64)
+    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return float(-np.sum(counts * np.log2(np.maximum(counts, 1) / totals)))
+
+
+def encode(maps: Symbols, zero: int, support: Support | None = None) -> bytes:
+    """Bytes of symbols [N, H, W], most of which are near `zero`; of those alone where `support` is true, if given."""
+    batches, groups = _batches(maps, zero, support)
+    number = int(groups.max()) + 1
+    frequencies = _frequencies(_counts(batches, 1 + number * _SPREADS))
     # The low bytes of all, then the high ones: those are nearly all zero.
     table = frame.compress(groups.tobytes() + frequencies.astype("<u2").reshape(-1, 1).view(np.uint8).T.tobytes())
     return b"".join((_HEADER.pack(number, len(table)), table, rans.encode(batches, rans.Tables(frequencies))))

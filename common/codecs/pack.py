@@ -1,8 +1,8 @@
 """Symbols to bytes by zstd, several symbols a byte where most of them are near zero.
 
 zstd's Huffman code spends at least one bit a symbol, too much where most are zero. So the symbols near zero become
-digits of a small base and two to four of them one byte, which is coded as one; the others are escapes, in a list
-behind. Which number of digits is best is tried on a sample, for each tensor anew. Called by codecs/step.py.
+digits of two or four bits and several of them one byte, which is coded as one; the others are escapes, in a list
+behind. How many digits are best is tried on a sample, for each tensor anew. Called by codecs/step.py.
 """
 
 from __future__ import annotations
@@ -16,39 +16,47 @@ from common.codecs.base import Buffer
 from common.codecs.quantise import Symbols
 from common.errors import CodecError
 
-# Digits a byte and their base; the highest digit of each base is the escape. One a byte needs no escapes.
-_BASES = {1: 256, 2: 16, 3: 6, 4: 4}
+# Digits a byte, and the word that so many symbols fill; the highest digit is the escape. One a byte is the symbol.
+_WORDS = {1: "u1", 2: "<u2", 4: "<u4"}
 _SAMPLE, _PIECES = 1 << 15, 8
 # More digits a byte must earn what they cost in time.
 _WORTHWHILE = 0.98
+# Symbols handled at once, so that they stay in the cache.
+_BLOCK = 1 << 17
 _HEADER = struct.Struct("<BI")  # digits a byte, escapes
 
 
-def _powers(digits: int) -> list[int]:
-    return [_BASES[digits] ** place for place in range(digits)]
+def _escape(digits: int) -> int:
+    return (1 << 8 // digits) - 1
 
 
 def _lowest(digits: int, zero: int) -> int:
     """The symbol of digit 0: the digits lie evenly around `zero`, or from it upwards where it is 0."""
-    return max(0, zero - (_BASES[digits] - 2) // 2)
+    return max(0, zero - (_escape(digits) - 1) // 2)
 
 
 def _split(symbols: Symbols, digits: int, zero: int) -> tuple[Symbols, Symbols]:
     """Bytes of `digits` digits each, and the symbols that are none."""
     if digits == 1:
         return symbols, symbols[:0]
-    escape = _BASES[digits] - 1
-    padded = np.zeros(-(-len(symbols) // digits) * digits, np.uint8)
-    body = padded[: len(symbols)]
-    # Symbols below the lowest wrap round to large ones, and become escapes like those above.
-    np.subtract(symbols, np.uint8(_lowest(digits, zero)), out=body)
-    np.minimum(body, escape, out=body)
-    escapes = symbols.take(np.flatnonzero(body == escape))
-    places = padded.reshape(-1, digits)
-    packed = places[:, 0].copy()
-    for place, power in enumerate(_powers(digits)[1:], 1):
-        packed += places[:, place] * np.uint8(power)
-    return packed, escapes
+    escape, lowest = np.uint8(_escape(digits)), np.uint8(_lowest(digits, zero))
+    packed = np.empty(-(-len(symbols) // digits), np.uint8)
+    escapes = [symbols[:0]]
+    for at in range(0, len(symbols), _BLOCK):
+        part = symbols[at : at + _BLOCK]
+        padded = np.zeros(-(-len(part) // digits) * digits, np.uint8)
+        body = padded[: len(part)]
+        # Symbols below the lowest wrap round to large ones, and become escapes like those above.
+        np.subtract(part, lowest, out=body)
+        np.minimum(body, escape, out=body)
+        escapes.append(part.take(np.flatnonzero(body == escape)))
+        # The digits stand a byte apart in a word; shifting draws them together in its lowest byte.
+        words = padded.view(_WORDS[digits])
+        words |= words >> (8 - 8 // digits)
+        if digits == 4:
+            words |= words >> 12
+        packed[at // digits : at // digits + len(words)] = words
+    return packed, np.concatenate(escapes)
 
 
 def _best(symbols: Symbols, zero: int) -> int:
@@ -57,7 +65,7 @@ def _best(symbols: Symbols, zero: int) -> int:
         size = _SAMPLE // _PIECES
         starts = np.linspace(0, len(symbols) - size, _PIECES).astype(int)
         symbols = np.concatenate([symbols[start : start + size] for start in starts])
-    sizes = {digits: len(frame.compress(np.concatenate(_split(symbols, digits, zero)))) for digits in _BASES}
+    sizes = {digits: len(frame.compress(np.concatenate(_split(symbols, digits, zero)))) for digits in _WORDS}
     best = min(sizes, key=sizes.__getitem__)
     return best if sizes[best] < sizes[1] * _WORTHWHILE else 1
 
@@ -66,7 +74,7 @@ def encode(symbols: Symbols, zero: int, tail: bytes = b"") -> bytes:
     """Bytes of the flat `symbols`, most of which are near `zero`, and of `tail`, which is small."""
     digits = _best(symbols, zero)
     packed, escapes = _split(symbols, digits, zero)
-    data = b"".join((packed.data, escapes.data, tail)) if digits > 1 or tail else packed.data
+    data = b"".join((packed.data, escapes.data, tail)) if len(escapes) or tail else packed.data
     return _HEADER.pack(digits, len(escapes)) + frame.compress(data)
 
 
@@ -76,20 +84,20 @@ def decode(data: Buffer, count: int, zero: int, tail: int) -> tuple[Symbols, byt
     if len(view) < _HEADER.size:
         raise CodecError("the symbols' header is cut short")
     digits, escaped = _HEADER.unpack_from(view)
-    if digits not in _BASES or escaped > (count if digits > 1 else 0):
+    if digits not in _WORDS or escaped > (count if digits > 1 else 0):
         raise CodecError(f"{escaped} escapes at {digits} digits a byte do not fit {count} symbols")
     size = -(-count // digits)
     body = np.frombuffer(frame.decompress(view[_HEADER.size :], size + escaped + tail), np.uint8)
     packed, escapes, rest = body[:size], body[size : size + escaped], body[size + escaped :].tobytes()
     if digits == 1:
         return packed, rest
-    base, lowest = _BASES[digits], _lowest(digits, zero)
-    # A byte's digits all at once, from a table of 256 rows.
-    table = (np.arange(256)[:, None] // _powers(digits) % base).astype(np.uint8)
-    symbols = table.take(packed, axis=0).reshape(-1)[:count]
-    places = np.flatnonzero(symbols == base - 1)
+    bits = 8 // digits
+    # A byte's digits all at once, from a table of 256 words.
+    table = (np.arange(256)[:, None] >> bits * np.arange(digits) & _escape(digits)).astype(np.uint8)
+    symbols = table.view(_WORDS[digits]).reshape(-1).take(packed).view(np.uint8)[:count]
+    places = np.flatnonzero(symbols == _escape(digits))
     if len(places) != escaped:
         raise CodecError(f"{escaped} escapes were announced and {len(places)} came")
-    symbols += np.uint8(lowest)
+    symbols += np.uint8(_lowest(digits, zero))
     symbols[places] = escapes
     return symbols, rest

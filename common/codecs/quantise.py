@@ -21,6 +21,7 @@ SIGNED_ZERO = 127
 # Steps up to which no symbol is an outlier; a little less than the symbols reach, for float32's own rounding.
 _UNSIGNED_REACH, _SIGNED_REACH = 253.9, 126.9
 _NO_OUTLIERS = np.empty(0, np.int32)
+_BLOCK = 1 << 16
 
 
 def step_of(tensor: Tensor, snr: float) -> np.float32:
@@ -36,31 +37,45 @@ def step_of(tensor: Tensor, snr: float) -> np.float32:
         return np.float32(np.sqrt(12 * power) * 10 ** (-snr / 20))
 
 
+def _blocks(shape: tuple[int, ...]) -> list[tuple[int | slice, ...]]:
+    """Parts of a tensor [C, B, rest] that stay in the cache: its channels, or pieces where it is one long row."""
+    if shape[:2] != (1, 1):
+        return [(channel,) for channel in range(shape[0])]
+    return [(0, 0, slice(at, at + _BLOCK)) for at in range(0, shape[2], _BLOCK)]
+
+
 def unsigned(tensor: Tensor, amax: float, step: np.float32) -> tuple[Symbols, Steps]:
-    """Symbols, shaped like `tensor`, whose elements are 0 to `amax`, and outliers in C order."""
+    """Symbols, shaped like `tensor` [C, B, rest], whose elements are 0 to `amax`, and outliers in C order."""
     inverse = np.float32(1) / step
-    above = (tensor > 0).view(np.uint8)
     symbols = np.empty(tensor.shape, np.uint8)
     if amax * float(inverse) < _UNSIGNED_REACH:
-        np.multiply(tensor, inverse, out=symbols, casting="unsafe")  # the cast truncates
-        symbols += above
+        for block in _blocks(tensor.shape):
+            out = symbols[block]
+            np.multiply(tensor[block], inverse, out=out, casting="unsafe")  # the cast truncates
+            out += (tensor[block] > 0).view(np.uint8)
         return symbols, _NO_OUTLIERS
     steps = np.floor(tensor * inverse)
-    steps += above
+    steps += tensor > 0
     far = steps > 254
     np.copyto(symbols, np.where(far, OUTLIER, steps), casting="unsafe")
     return symbols, steps[far].astype(np.int32)
 
 
 def signed(tensor: Tensor, amax: float, step: np.float32, noise: Tensor | None) -> tuple[Symbols, Steps]:
-    """Symbols, shaped like `tensor`, rounded to nearest or by `noise` in [0, 1), and outliers in C order."""
+    """Symbols, shaped like `tensor` [C, B, rest], rounded to nearest or by `noise` in [0, 1), and outliers."""
     inverse = np.float32(1) / step
-    steps = tensor * inverse
     # floor(x + 1/2) is nearest; floor(x + noise) goes up with the probability that makes the mean right.
-    steps += np.float32(0.5) if noise is None else noise
+    half = np.float32(0.5)
     if amax * float(inverse) < _SIGNED_REACH:
-        steps += np.float32(SIGNED_ZERO)
-        return steps.astype(np.uint8), _NO_OUTLIERS  # above zero, so that truncating is the floor
+        symbols = np.empty(tensor.shape, np.uint8)
+        for block in _blocks(tensor.shape):
+            steps = tensor[block] * inverse
+            steps += half if noise is None else noise[block]
+            # Above zero, so that truncating is the floor.
+            np.add(steps, np.float32(SIGNED_ZERO), out=symbols[block], casting="unsafe")
+        return symbols, _NO_OUTLIERS
+    steps = tensor * inverse
+    steps += half if noise is None else noise
     np.floor(steps, out=steps)
     far = np.abs(steps) > 127
     symbols = np.where(far, np.float32(OUTLIER), steps + np.float32(SIGNED_ZERO)).astype(np.uint8)

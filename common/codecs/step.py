@@ -118,14 +118,14 @@ class Step:
         outliers = np.frombuffer(rest, "<i4").astype(np.int32)
         _check_outliers(symbols, outliers, bool(flags & _SIGNED))
         out = (np.empty if chosen is None else np.zeros)(shape, np.float32)
-        values = _sending_view(out) if chosen is None else np.empty(wanted, np.float32)
+        values = _sending_view(out) if chosen is None else np.empty((1, 1, wanted), np.float32)
         symbols = symbols.reshape(values.shape)
         if flags & _SIGNED:
             quantise.restore_signed(symbols, outliers, step, _noise(flags, aside, values.shape), values)
         else:
             quantise.restore_unsigned(symbols, outliers, step, values)
         if chosen is not None:
-            out.reshape(-1)[chosen] = values
+            out.reshape(-1)[chosen] = values.reshape(-1)
         return out
 
     def bound(self, shape: tuple[int, ...]) -> int:
@@ -152,9 +152,11 @@ def _sending_view(tensor: Tensor) -> Tensor:
 
 
 def _in_sending_order(tensor: Tensor, support: Support | None) -> Tensor:
-    """What is sent: everything, channel by channel, or where `support` is true, flat in the order of memory (which
-    gathers faster and comes out no larger)."""
-    return _sending_view(tensor) if support is None else tensor.reshape(-1).take(np.flatnonzero(support))
+    """What is sent: everything [C, B, rest], or what lies where `support` is true, in the order of memory [1, 1, rest]
+    (which gathers faster and comes out no larger)."""
+    if support is None:
+        return _sending_view(tensor)
+    return tensor.reshape(-1).take(np.flatnonzero(support)).reshape(1, 1, -1)
 
 
 def _map_shape(shape: tuple[int, ...], support: Support | None) -> tuple[int, int, int]:
@@ -173,7 +175,7 @@ def _as_maps(
     if support is None:
         return symbols.reshape(map_shape), None
     maps = np.full(elements(shape), zero, np.uint8)
-    maps[np.flatnonzero(support)] = symbols
+    maps[np.flatnonzero(support)] = symbols.reshape(-1)
     return maps.reshape(map_shape), support.reshape(map_shape)
 
 

@@ -1,0 +1,223 @@
+"""`make bench-codec`: the codecs on real activations and gradients, beside what others send.
+
+The tensors come from ResNet-20 trained on CIFAR-10 by the project itself (SOURCE, else the digits are taken and the
+results say so), kept in runs/tensors. For each: bytes an element, SNR, speed on one core, the entropy of the symbols
+alone and given their neighbours; then our bytes at each 8-bit peer's own SNR. Writes benchmarks/results/codec.json.
+
+SNR of a gradient is taken where it is needed: behind a ReLU, where the activation is not zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import peers, tensors
+from common.codecs import Aside, codec, context, frame, quantise
+from common.codecs.base import NOTHING
+from common.codecs.step import Step
+from device_client.data import load
+
+RESULT = Path("benchmarks/results/codec.json")
+ACTIVATION_SNR, GRADIENT_SNR = (10, 15, 20, 30), (5, 10, 15, 20)
+_ROUNDS = 5
+
+
+def snr_of(tensor: np.ndarray, back: np.ndarray, support: np.ndarray | None) -> float:
+    if support is not None:
+        tensor, back = tensor[support], back[support]
+    noise = float(np.sum((back.astype(np.float64) - tensor) ** 2))
+    return float(10 * np.log10(np.sum(tensor.astype(np.float64) ** 2) / noise)) if noise else float("inf")
+
+
+def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    """The fastest of some runs, and what the function gave."""
+    times = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        result = function()
+        times.append(time.perf_counter() - started)
+    return min(times), result
+
+
+def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, float]:
+    """Bytes an element of the quantised symbols: each by itself, and given its four neighbours (no tables counted)."""
+    batch, channels, height, width = tensor.shape
+    support = aside.support
+    values = tensor.reshape(batch, channels, -1).transpose(1, 0, 2) if support is None else tensor[support][None, None]
+    amax, step = float(np.abs(values).max()), quantise.step_of(np.ascontiguousarray(values), snr)
+    if aside.dither:
+        noise = np.random.default_rng(0).random(values.shape, np.float32)
+        symbols, _ = quantise.signed(values, amax, step, noise)
+        zero = quantise.SIGNED_ZERO
+    else:
+        symbols, _ = quantise.unsigned(values, amax, step)
+        zero = 0
+    maps, mask = symbols.reshape(channels, batch, height, width), None
+    if support is not None:
+        maps = np.full(tensor.shape, zero, np.uint8)
+        maps[support] = symbols.reshape(-1)
+        mask = support.reshape(-1, height, width)
+    bits = context.ideal_bits(maps.reshape(batch * channels, height, width), zero, mask)
+    counts = np.bincount(symbols.reshape(-1))
+    counts = counts[counts > 0]
+    alone = -np.sum(counts * np.log2(counts / counts.sum()))
+    return float(alone) / 8 / tensor.size, bits / 8 / tensor.size
+
+
+def ours(tensor: np.ndarray, chosen: Step, aside: Aside) -> dict[str, Any]:
+    encode, payload = seconds(lambda: chosen.encode(tensor, aside))
+    decode, back = seconds(lambda: chosen.decode(payload, tensor.shape, aside))
+    return {
+        "snr_db": snr_of(tensor, back, aside.support), "bytes_per_element": len(payload) / tensor.size,
+        "encode_mb_s": tensor.nbytes / encode / 1e6, "decode_mb_s": tensor.nbytes / decode / 1e6,
+    }  # fmt: skip
+
+
+def zstd_alone(tensor: np.ndarray, snr: float, aside: Aside) -> float:
+    """MB/s of fp32 input that zstd does on the symbols that `step` makes, with the parameters that it uses."""
+    batch, channels = tensor.shape[:2]
+    whole = tensor.reshape(batch, channels, -1).transpose(1, 0, 2)
+    values = whole if aside.support is None else tensor[aside.support][None, None]
+    amax, step = float(np.abs(values).max()), quantise.step_of(np.ascontiguousarray(values), snr)
+    symbols, _ = quantise.signed(values, amax, step, None) if aside.dither else quantise.unsigned(values, amax, step)
+    taken, _ = seconds(lambda: frame.compress(np.ascontiguousarray(symbols).reshape(-1)))
+    return tensor.nbytes / taken / 1e6
+
+
+def at_snr(tensor: np.ndarray, coder: str, wanted: float, aside: Aside) -> int:
+    """Bytes of our payload at the SNR that a peer has."""
+    low, high = 0.0, 60.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        fast = Step("step", middle)
+        reached = snr_of(tensor, fast.decode(fast.encode(tensor, aside), tensor.shape, aside), aside.support)
+        low, high = (middle, high) if reached < wanted else (low, middle)
+    return len(Step(coder, high).encode(tensor, aside))
+
+
+def measure(name: str, tensor: np.ndarray, aside: Aside, levels: tuple[int, ...]) -> list[dict[str, Any]]:
+    """All rows of one tensor."""
+    rows: list[dict[str, Any]] = []
+    for snr in levels:
+        alone, given = entropies(tensor, snr, aside)
+        for coder in ("step", "context"):
+            row = {"tensor": name, "codec": f"{coder}:{snr}"} | ours(tensor, Step(coder, snr), aside)
+            rows.append(row | {"entropy": alone, "entropy_given_neighbours": given})
+        rows[-2]["zstd_alone_mb_s"] = zstd_alone(tensor, snr, aside)
+    if aside.support is not None:
+        for snr in levels:
+            whole = Aside(aside.dither)
+            row = {"tensor": name, "codec": f"step:{snr} without mask"} | ours(tensor, Step("step", snr), whole)
+            rows.append(row | {"snr_db": rows[2 * levels.index(snr)]["snr_db"]})
+    rows.append({"tensor": name, "codec": "int8"} | ours(tensor, codec("int8"), NOTHING))  # type: ignore[arg-type]
+    for peer, send in peers.PEERS.items():
+        encode, (data, back) = seconds(lambda send=send: send(tensor))
+        row = {
+            "tensor": name, "codec": peer, "snr_db": snr_of(tensor, back, aside.support),
+            "bytes_per_element": len(data) / tensor.size, "encode_mb_s": tensor.nbytes / encode / 1e6,
+            "decode_mb_s": None, "with_zstd": len(peers.with_zstd(send)(tensor)[0]) / tensor.size,
+        }  # fmt: skip
+        if peer in peers.EIGHT_BIT or peer.startswith("uint4"):
+            for coder in ("step", "context"):
+                row[f"{coder}_at_this_snr"] = at_snr(tensor, coder, row["snr_db"], aside) / tensor.size
+        rows.append(row)
+    return rows
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    """A table for each tensor: ours, then the others with what ours takes at their SNR."""
+    for name in dict.fromkeys(row["tensor"] for row in rows):
+        table = Table(title=name, title_justify="left", show_edge=False, pad_edge=False)
+        table.add_column("codec")
+        columns = ("SNR", "bytes", "+zstd", "step", "context", "enc MB/s", "dec MB/s", "H0", "H|4")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in (row for row in rows if row["tensor"] == name):
+            cells = [row.get(key) for key in (
+                "bytes_per_element", "with_zstd", "step_at_this_snr", "context_at_this_snr", "encode_mb_s",
+                "decode_mb_s", "entropy", "entropy_given_neighbours",
+            )]  # fmt: skip
+            text = ["" if cell is None else f"{cell:.0f}" if cell > 20 else f"{cell:.3f}" for cell in cells]
+            table.add_row(row["codec"], f"{row['snr_db']:.1f}", *text)
+        console.print(table)
+
+
+def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Over the tensors of each kind: the smallest and the median of what is claimed."""
+    result: dict[str, dict[str, float]] = {}
+    for kind in ("activation", "gradient"):
+        mine = [row for row in rows if row["tensor"].startswith(kind)]
+        peers8 = [row for row in mine if row["codec"] in peers.EIGHT_BIT]
+        lists = {
+            "8-bit peer as it is / step": [row["bytes_per_element"] / row["step_at_this_snr"] for row in peers8],
+            "8-bit peer as it is / context": [row["bytes_per_element"] / row["context_at_this_snr"] for row in peers8],
+            "8-bit peer with zstd / step": [row["with_zstd"] / row["step_at_this_snr"] for row in peers8],
+            "8-bit peer with zstd / context": [row["with_zstd"] / row["context_at_this_snr"] for row in peers8],
+            "step's encoding / zstd alone": [
+                row["encode_mb_s"] / row["zstd_alone_mb_s"] for row in mine if "zstd_alone_mb_s" in row
+            ],
+            "context / step, bytes": [
+                slow["bytes_per_element"] / fast["bytes_per_element"]
+                for fast, slow in zip(mine, mine[1:], strict=False)
+                if slow["codec"].startswith("context")
+            ],
+        }  # fmt: skip
+        for what, values in lists.items():
+            result[f"{kind}: {what}"] = {
+                "least": min(values), "median": statistics.median(values), "most": max(values)
+            }  # fmt: skip
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", nargs="?", default="folder:cifar", help="folder:PATH with train/CLASS and test/CLASS")
+    options = parser.parse_args()
+    console = Console()
+    torch.set_num_threads(1)
+    where = options.source.partition(":")[2]
+    source = options.source if options.source.startswith("npz:") or Path(where).is_dir() else "digits"
+    if source == "digits":
+        console.print(f"{where} is not there: the tensors come from the bundled digits, enlarged, not from CIFAR-10.")
+    folder = Path("runs/tensors") / ("digits" if source == "digits" else "pictures")
+    samples = tensors.samples(folder, lambda: load(source, (3, 32, 32), 0, 0.0))
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    rows: list[dict[str, Any]] = []
+    started = time.monotonic()
+    for number, sample in enumerate(samples, 1):
+        rows += measure(f"activation {sample.name}", sample.activation, NOTHING, ACTIVATION_SNR)
+        aside = Aside((0, sample.step, 3), sample.activation != 0)
+        rows += measure(f"gradient {sample.name}", sample.gradient, aside, GRADIENT_SNR)
+        left = (time.monotonic() - started) / number * (len(samples) - number)
+        console.print(f"{number} of {len(samples)} pairs of tensors measured, about {left:.0f} s left")
+    show(console, rows)
+    table = Table(title="over all tensors", title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column("")
+    for column in ("least", "median", "most"):
+        table.add_column(column, justify="right")
+    summary = goals(rows)
+    for what, values in summary.items():
+        table.add_row(what, *(f"{value:.2f}" for value in values.values()))
+    console.print(table)
+    for row in rows:
+        row |= {"date": date.today().isoformat(), "source": "digits" if source == "digits" else "CIFAR-10"}
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

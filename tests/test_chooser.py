@@ -1,0 +1,87 @@
+"""Codec `auto`: zstd where the link is fast, context coding where it is slow, and the same training either way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import counters, netns
+from common.chooser import Chooser
+from common.codecs import NOTHING, Aside, codec
+from common.codecs.base import Buffer
+from common.tcp_info import Flow
+from tests.test_codecs import activation, gradient
+
+
+class Link:
+    """A connection that takes `rate` bytes a second: what the kernel would tell of it after each payload."""
+
+    def __init__(self, rate: float | None) -> None:
+        self.rate = rate
+        self.flow = Flow(0, 0.0, 0.1)
+
+    def sent(self, payload: Buffer) -> None:
+        if self.rate:
+            busy = self.flow.busy_s + len(payload) / self.rate + self.flow.delay_s
+            self.flow = Flow(self.flow.acknowledged + len(payload), busy, 0.1)
+
+    def read(self) -> Flow | None:
+        return self.flow if self.rate else None
+
+
+def coders(rate: float | None, sends: int, tensor: np.ndarray, aside: Aside = NOTHING) -> list[str]:
+    """Which coder made each of so many payloads."""
+    link = Link(rate)
+    chooser, result = Chooser(link.read), []
+    chosen = {coder: bytes(codec(f"{coder}:15").encode(tensor, aside)) for coder in ("step", "context")}
+    assert len(chosen["context"]) < len(chosen["step"])
+    by = {payload: coder for coder, payload in chosen.items()}
+    for _ in range(sends):
+        payload = bytes(chooser.encode(codec("auto:15"), tensor, aside))
+        link.sent(payload)
+        result.append(by[payload])
+    return result
+
+
+def test_a_slow_link_gets_the_smaller_payload() -> None:
+    assert coders(20e3, 6, activation()) == ["step"] * 3 + ["context"] * 3
+    assert coders(5e3, 5, gradient(), Aside((0, 0, 3), activation() > 0))[-1] == "context"
+
+
+@pytest.mark.parametrize("rate", [1e10, None])
+def test_a_fast_or_unknown_link_gets_the_faster_coder(rate: float | None) -> None:
+    assert set(coders(rate, 6, activation())) == {"step"}
+
+
+def test_a_link_that_changes_is_followed() -> None:
+    link, tensor, sizes = Link(1e10), activation(), []
+    chooser = Chooser(link.read)
+    for send in range(140):
+        if send == 70:
+            link.rate = 20e3
+        payload = chooser.encode(codec("auto:15"), tensor, NOTHING)
+        link.sent(payload)
+        sizes.append(len(payload))
+    assert sizes[0] == sizes[60] > sizes[139]
+
+
+def test_other_codecs_are_left_alone() -> None:
+    tensor = activation()
+    assert Chooser(Link(1.0).read).encode(codec("step:15"), tensor, NOTHING) == codec("step:15").encode(tensor)
+
+
+@pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
+def test_on_a_shaped_link_fewer_bytes_cross_and_training_is_the_same(tmp_path: Path) -> None:
+    """Through tbf at 2 Mbit/s the rate is what TCP measured, and the sender changes over by itself."""
+    counters.measure(tmp_path / "step", "step:15", 0.2, side=32)
+    counters.measure(tmp_path / "auto", "auto:15", 0.2, side=32, rate="2mbit")
+    step, auto = (
+        [json.loads(line) for line in (tmp_path / name / "device" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("step", "auto")
+    )
+    assert [line["loss"] for line in auto] == [line["loss"] for line in step]
+    late = slice(5, None)
+    assert all(a["bytes"]["up"] < s["bytes"]["up"] for a, s in zip(auto[late], step[late], strict=True))
