@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench-step clean
+# Pictures for the benchmarks that want real ones: an image folder with train/CLASS and test/CLASS.
+SOURCE ?= folder:cifar
+RUNS ?= 1000000
+
+.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-counters fuzz clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +32,20 @@ lint: setup
 
 bench-step: setup
 	$(BIN)/python -m benchmarks.step
+
+bench-codec: setup
+	$(BIN)/python -m benchmarks.codec $(SOURCE)
+
+bench-effect: setup
+	$(BIN)/python -m benchmarks.effect $(SOURCE)
+
+# Needs root: it makes network namespaces.
+bench-counters: setup
+	$(BIN)/python -m benchmarks.counters
+
+fuzz: setup
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m fuzz.decode -runs=$(RUNS)
 
 clean:
 	rm -rf $(VENV) common/rpc build dist *.egg-info

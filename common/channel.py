@@ -44,8 +44,10 @@ SERVER_OPTIONS = [
 def parse_address(address: str) -> tuple[str, int]:
     """HOST:PORT as host and port; brackets around an IPv6 host are kept, as gRPC wants them."""
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
+    if not separator or not host or not port.isdigit():
         raise DepruneError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051")
+    if int(port) > 65535:
+        raise DepruneError(f"{address} has port {port}; ports end at 65535")
     return host, int(port)
 
 

@@ -112,6 +112,15 @@ def abort(context: grpc.ServicerContext, error: DepruneError) -> None:
     context.abort(_STATUS.get(type(error), grpc.StatusCode.UNKNOWN), str(error))
 
 
+def _reason(details: str) -> str:
+    """The part of gRPC's account of a failure that means something to a person."""
+    for words in ("Connection refused", "Connection reset", "DNS resolution failed", "CERTIFICATE_VERIFY_FAILED",
+                  "Network is unreachable", "No route to host", "Timeout", "Ssl handshake failed"):  # fmt: skip
+        if words.lower() in details.lower():
+            return words.replace("CERTIFICATE_VERIFY_FAILED", "its certificate is not trusted")
+    return details
+
+
 def from_rpc(error: grpc.RpcError, server: str) -> DepruneError:
     """The error that `error` stands for, seen from a device connected to `server` (HOST:PORT)."""
     code, details = error.code(), error.details() or ""
@@ -120,10 +129,10 @@ def from_rpc(error: grpc.RpcError, server: str) -> DepruneError:
         return _BY_NAME[metadata[_METADATA_KEY]](details)
     if code == grpc.StatusCode.UNAVAILABLE:
         return LinkError(
-            f"no server answers at {server} ({details}); check the address and that edge-server is running there"
+            f"no server answers at {server} ({_reason(details)}); check the address and that edge-server runs there"
         )
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return LinkError(f"the server at {server} did not answer in time; check the link, or allow more with --timeout")
+        return LinkError(f"the server at {server} did not answer in time; check the link, or allow more with --wait")
     if code == grpc.StatusCode.UNIMPLEMENTED:
         return VersionError(f"what answers at {server} is not a deprune edge-server of a matching version ({details})")
     if code == grpc.StatusCode.CANCELLED:

@@ -205,8 +205,10 @@ def load(path: Path) -> tuple[Recipe, str]:
     """The recipe in a file, and the file's text; RecipeError names the file, the key and what is legal."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe {path} is not text in UTF-8") from error
     return parse(text, str(path)), text
 
 

@@ -7,6 +7,7 @@ unless its user says so.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -104,9 +105,12 @@ class RunFolder:
     def prepare(self, overwrite: bool, needed_bytes: int = 0) -> None:
         """Make sure that a run can be written here; RunFolderError where another lies here or space is short."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            # Made only when the run starts, so that one that never did leaves nothing behind.
             present = [name for name in _OURS if (self.path / name).exists()]
-            free = shutil.disk_usage(self.path).free
+            nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, f"{nearest} is no folder that can be written to")
+            free = shutil.disk_usage(nearest).free
         except OSError as error:
             raise RunFolderError(f"run folder {self.path} cannot be used: {error.strerror}") from error
         if present and not overwrite:
@@ -119,7 +123,11 @@ class RunFolder:
             )
 
     def start(self, recipe_text: str) -> None:
-        """Clear what an earlier run left and open the metrics."""
+        """Make the folder, clear what an earlier run left there and open the metrics."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"run folder {self.path} cannot be made: {error.strerror}") from error
         for name in _OURS:
             if name != "metrics.jsonl":  # opened anew below; it may be a link that its user made
                 (self.path / name).unlink(missing_ok=True)

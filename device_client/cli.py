@@ -14,21 +14,24 @@ from rich.table import Table
 
 from common import report
 from common.channel import is_loopback, parse_address
-from common.errors import DepruneError
+from common.errors import DepruneError, RunFolderError
 from common.meter import DOWN, UP
 from common.progress import size
 from common.run import RunFolder
 from device_client import data as data_module
 from device_client import use
 from device_client.remote_tail import RemoteTail
+from device_client.sources import check_source
 from device_client.trainer import train as train_run
 
 console = Console(soft_wrap=True)
 
+_PLACE = click.Path(file_okay=False, path_type=Path)
+_OWN_RUN = [click.option("--run", "run_path", required=True, type=_PLACE, help="Folder of the run on this device.")]
+_ANY_RUN = [click.option("--run", "run_path", type=_PLACE, help="Folder of the run on this device; left out: the head "
+                         "that the server publishes.")]  # fmt: skip
 _SHARED = [
     click.argument("server", metavar="HOST:PORT"),
-    click.option("--run", "run_path", required=True, type=click.Path(file_okay=False, path_type=Path),
-                 help="Folder of the run on this device."),
     click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
                  help="Code that the server's recipe may name as its model; can be repeated."),
     click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores."),
@@ -68,6 +71,15 @@ def _connect(server: str, tls_ca: Path | None, threads: int | None) -> RemoteTai
     return RemoteTail(server, tls_ca)
 
 
+def _finished(run_path: Path | None) -> RunFolder | None:
+    """The folder with this device's own trained head; None for the published one."""
+    if run_path and not (run_path / "run.json").is_file():
+        raise RunFolderError(
+            f"{run_path} holds no finished run; check --run, or leave it out to use the head that the server publishes"
+        )
+    return RunFolder(run_path) if run_path else None
+
+
 def _load(
     remote: RemoteTail, source: str, skip: bool, limit: int | None, parts: tuple[str, ...]
 ) -> data_module.Dataset:
@@ -84,7 +96,7 @@ def _load(
 
 
 @cli.command()
-@_with(_SHARED + _DATA)
+@_with(_SHARED + _OWN_RUN + _DATA)
 @click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder.")
 @click.option(
     "--head",
@@ -106,6 +118,7 @@ def train(
     publish_head: bool,
 ) -> None:  # fmt: skip
     """Train the server's recipe on this device's pictures."""
+    check_source(source)
     folder = RunFolder(run_path)
     folder.prepare(overwrite)
     remote = _connect(server, tls_ca, threads)
@@ -126,15 +139,16 @@ def train(
 
 
 @cli.command()
-@_with(_SHARED + _DATA)
+@_with(_SHARED + _ANY_RUN + _DATA)
 def evaluate(
-    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None, source: str,
+    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None, source: str,
     skip_unreadable: bool, limit: int | None,
 ) -> None:  # fmt: skip
     """Judge the trained halves on the test part of SOURCE."""
+    check_source(source)
     remote = _connect(server, tls_ca, threads)
     try:
-        head = use.open_finished(remote, RunFolder(run_path), allowed)
+        head = use.open_finished(remote, _finished(run_path), allowed)
         loaded = _load(remote, source, skip_unreadable, limit, ("test",))
         verdict = use.evaluate(remote, head, loaded)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
@@ -148,16 +162,16 @@ def evaluate(
 
 
 @cli.command()
-@_with(_SHARED)
+@_with(_SHARED + _ANY_RUN)
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 def predict(
-    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
+    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
     pictures: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Name the class of each PICTURE, with its probability."""
     remote = _connect(server, tls_ca, threads)
     try:
-        head = use.open_finished(remote, RunFolder(run_path), allowed)
+        head = use.open_finished(remote, _finished(run_path), allowed)
         answers = list(use.predict(remote, head, pictures))
     finally:
         remote.close()

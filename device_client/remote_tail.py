@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from common.wire import Place
 
 # Batches of an evaluation that are on their way at once: hides the link's delay, bounds the memory.
 _IN_FLIGHT = 3
+# How long a user who pressed Ctrl-C waits at most until the server has been told.
+_FAREWELL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,11 @@ class Stream:
         """End our side; the server has said its last."""
         self._outgoing.put(None)
 
-    def cancel(self) -> None:
-        self._outgoing.put(None)
-        self._incoming.cancel()
+    def drain(self, timeout_s: float) -> None:
+        """Wait until the server has ended its side, for then it has read all of ours; not longer than `timeout_s`."""
+        ended = threading.Event()
+        if self._incoming.add_callback(ended.set):
+            ended.wait(timeout_s)
 
 
 class RemoteTail:
@@ -235,8 +240,7 @@ class RemoteTail:
         if self._train:
             self._train.send(Place(pb.CONTROL, 0, 0).frame(leave=pb.Leave(finished=False, reason=reason)))
             self._train.close()
-            # Give the transport the moment that it takes to send it.
-            time.sleep(0.3)
+            self._train.drain(_FAREWELL_S)
 
     # Evaluation
 

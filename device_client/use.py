@@ -20,13 +20,12 @@ from device_client.remote_tail import RemoteTail
 from device_client.trainer import sent_batches
 
 
-def open_finished(remote: RemoteTail, folder: RunFolder, allowed: tuple[str, ...]) -> Head:
+def open_finished(remote: RemoteTail, folder: RunFolder | None, allowed: tuple[str, ...]) -> Head:
     """Open a session with the server of a finished run and return its head, ready to use.
 
-    The head is this folder's; where the folder holds none, the one that was published to the server.
+    The head is this folder's; without a folder, the one that was published to the server.
     """
-    own = (folder.path / "run.json").is_file()
-    if own:
+    if folder:
         recipe, _, manifest = folder.read()
         opened = remote.open(trains=False, run_id=manifest.run_id)
         if opened.recipe.digest() != recipe.digest():
@@ -34,7 +33,7 @@ def open_finished(remote: RemoteTail, folder: RunFolder, allowed: tuple[str, ...
     else:
         opened = remote.open(trains=False)
     head = halves.build(opened.recipe, allowed).head
-    if own:
+    if folder:
         folder.fill_half("head", head)
     else:
         weights.fill(head, weights.from_bytes(remote.head_weights(), "the server"), "the server")

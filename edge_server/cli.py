@@ -102,19 +102,15 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     # Naming it on one's own command line is the permission.
     built = models.build(model, shape, classes, allowed=(model,))
     table = Table(title=f"Legal cuts of {model} at {input_text}", title_justify="left", show_edge=False, pad_edge=False)
-    table.add_column("cut", overflow="fold")
-    for name in ("crosses", "a sample", "head FLOPs", "tail FLOPs", "head params", "tail params"):
+    table.add_column("cut", no_wrap=True)
+    for name in ("crosses", "a sample", "MFLOP head + tail", "params head + tail"):
         table.add_column(name, justify="right", no_wrap=True)
     for info in describe_cuts(built, shape):
-        table.add_row(
-            info.name, "x".join(map(str, info.shape)), size(info.bytes), _millions(info.head_flops),
-            _millions(info.tail_flops), f"{info.head_params:,}", f"{info.tail_params:,}",
-        )  # fmt: skip
-    console.print(table)
-
-
-def _millions(count: float) -> str:
-    return f"{count / 1e6:.2f} M"
+        flops = f"{info.head_flops / 1e6:.2f} + {info.tail_flops / 1e6:.2f}"
+        params = f"{info.head_params:,} + {info.tail_params:,}"
+        table.add_row(info.name, "x".join(map(str, info.shape)), size(info.bytes), flops, params)
+    # As wide as it needs to be: a name that is cut or broken cannot be copied into a recipe.
+    Console(width=max(console.width, 160)).print(table)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ class Server:
                 f"{address} can be reached from outside and nothing would be encrypted: give --tls-cert and --tls-key, "
                 f"or --insecure where the network itself is trusted"
             )
+        _check_free(address)
         self.host = host
         # A stream holds its thread as long as it lives: two for each session, and some for handshakes.
         pool = ThreadPoolExecutor(2 * MAX_SESSIONS + 8, thread_name_prefix="rpc")
@@ -60,6 +62,20 @@ class Server:
         self._health.enter_graceful_shutdown()
         self._grpc.stop(_GRACE_S).wait()
         self.host.close()
+
+
+def _check_free(address: str) -> None:
+    """Raise where nothing can listen on HOST:PORT: gRPC would print lines of its own before it says so."""
+    host, port = parse_address(address)
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+            probe.listen(1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DepruneError(f"cannot listen on {address}: {reason}; choose another --listen HOST:PORT") from error
 
 
 def run(server: Server, once: bool) -> str:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.errors import DataError
-from device_client import data
+from device_client import data, sources
 from device_client.batches import augment, indices, normalise, order, steps_per_epoch
 from device_client.data import load, load_picture
 
@@ -106,7 +106,7 @@ def test_folder_reads_every_picture_with_its_label(folder):
 @pytest.mark.parametrize("threads_from", [0, 10**9])
 def test_order_does_not_depend_on_threads(folder, monkeypatch, threads_from):
     monkeypatch.setattr(data, "_CHUNK", 3)
-    monkeypatch.setattr(data, "_THREADS_FROM", threads_from)
+    monkeypatch.setattr(sources, "_THREADS_FROM", threads_from)
     found = load(f"folder:{folder}", RGB, 1, 0)
     assert found.train.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     assert found.train.pictures.mean((2, 3)).argmax(1).tolist() == found.train.labels.tolist()
@@ -344,7 +344,7 @@ def test_folders_that_cannot_be_listed_are_refused(folder, monkeypatch):
     def scandir(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(data.os, "scandir", scandir)  # and not chmod, which does not stop root
+    monkeypatch.setattr(sources.os, "scandir", scandir)  # and not chmod, which does not stop root
     refused(r"train cannot be listed \(Permission denied\); check", f"folder:{folder}", RGB, 1, 0)
 
 
@@ -366,12 +366,12 @@ def test_impossible_requests_are_refused(folder):
 def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):
     source = f"folder:{folder}"
     needed = 36 * 3 * 8 * 8
-    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed))
+    monkeypatch.setattr(sources.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed))
     load(source, RGB, 1, 0)
-    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed - 1))
+    monkeypatch.setattr(sources.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed - 1))
     refused("36 pictures of 3x8x8 need 0.0 GB .* pass --limit", source, RGB, 1, 0)
     load(source, RGB, 1, 0, limit=29)
-    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
+    monkeypatch.setattr(sources.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
     monkeypatch.setattr(data, "_read", lambda *_: pytest.fail("allocated before the check"))
     refused(
         "36 pictures of 3x20000x20000 need 43.2 GB .* 8.0 GB are free.*smaller input", source, (3, 20000, 20000), 1, 0

@@ -280,3 +280,30 @@ def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: P
             verdict = remote.evaluate([], 0, pb.TEST, opened.phase, CLASSES)
             assert verdict.count == 0
             remote.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "127.0.0.1:9", "--data", "folder:/nowhere", "--run", "RUN"), "there is no folder /nowhere"),
+        (("train", "127.0.0.1:9", "--data", "photos", "--run", "RUN"), "'photos' is not a source of pictures"),
+        (("train", "127.0.0.1:99999", "--data", "digits", "--run", "RUN"), "ports end at 65535"),
+        (("train", "127.0.0.1:9", "--data", "digits", "--run", "RUN"), "(Connection refused); check the address"),
+        (("predict", "127.0.0.1:9", "--run", "RUN", "a.png"), "holds no finished run"),
+    ],
+)
+def test_a_start_that_fails_says_why_and_leaves_nothing(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    placed = [str(run) if argument == "RUN" else argument for argument in arguments]
+    done = pair.device(*placed, capture_output=True)
+    assert done.returncode == 1 and words in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
+    assert not run.exists()
+
+
+def test_a_port_that_is_taken(server: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_text())
+    line = pair.command("edge-server", "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    done = subprocess.run([*line, "--listen", server], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"cannot listen on {server}: Address already in use" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, "nothing of gRPC's own"
+    assert not (tmp_path / "run").exists()

@@ -101,18 +101,20 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
         Image.fromarray(loaded.test.pictures[index][0]).save(names[-1])
     with pair.server("--run", deprune_run.path / "server", log=tmp_path / "log") as (process, address):
         # One device with its own head, one that is handed the published one, at the same time.
-        others = pair.command("device-client", "predict", address, "--run", tmp_path / "other", names[0])
+        others = pair.command("device-client", "predict", address, names[0])
         other = subprocess.Popen(others, stdout=subprocess.PIPE, text=True, env=pair.environment())
         run = deprune_run.path / "device"
         judged = pair.device("evaluate", address, "--data", "digits", "--run", run, capture_output=True)
         named = pair.device("predict", address, "--run", run, *names, capture_output=True)
         text, _ = other.communicate(timeout=60)
+        mistyped = pair.device("predict", address, "--run", tmp_path / "none", names[0], capture_output=True)
         process.terminate()
         assert process.wait(timeout=15) == 0
     assert f"{deprune_run.summary('device')['accuracy']:.2%}" in judged.stdout, judged.stdout + judged.stderr
     rows = {line.split()[0].rpartition("/")[2]: line.split() for line in named.stdout.splitlines() if ".png" in line}
     assert (rows["3.png"][2], rows["7.png"][2]) == ("3", "7"), named.stdout + named.stderr
     assert "3.png" in text
+    assert mistyped.returncode == 1 and "holds no finished run; check --run" in mistyped.stderr.replace("\n", " ")
 
 
 @pytest.mark.parametrize("kind", ["channels", "linear"])

@@ -1,0 +1,285 @@
+"""Where pictures come from: `digits`, `folder:PATH` or `npz:PATH`, listed but not read; called by data.py.
+
+A source only lists what it has and how to read one picture.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.errors import DataError
+from device_client.batches import SPLIT, Pictures, generator
+from device_client.pictures import MODES, Shape, decode, fit
+
+_NAMED = 5  # how many names an error lists
+_THREADS_FROM = 8_192  # bytes of a file, about 150x150 pixels; see _bytes_each
+_NOT_PICTURES = {".eps", ".ps", ".pdf"}  # Pillow hands EPS to Ghostscript, a program of its own; PDF it only writes
+
+
+@dataclass(frozen=True)
+class Side:
+    """The train or test half of a source, listed but not read; `read` and `name` take a picture's index."""
+
+    labels: NDArray[np.int64]
+    read: Callable[[int], Pictures]
+    name: Callable[[int], str]
+    threads: int | None = 1  # None: as many as the machine is good for
+
+
+@dataclass(frozen=True)
+class Source:
+    classes: tuple[str, ...]
+    train: Side | None
+    test: Side | None
+
+
+def check_source(source: str) -> None:
+    """Raise DataError where SOURCE is none, or what it names is not there: before anyone is kept waiting for it."""
+    kind, _, path = source.partition(":")
+    if source == "digits":
+        return
+    if kind not in ("folder", "npz") or not path:
+        raise DataError(f"{source!r} is not a source of pictures; give digits, folder:PATH or npz:PATH")
+    place = Path(path).expanduser()
+    if not (place.is_dir() if kind == "folder" else place.is_file()):
+        raise DataError(f"there is no {'folder' if kind == 'folder' else 'file'} {place}; check the path after {kind}:")
+
+
+def open_source(source: str, shape: Shape, wants_train: bool, wants_test: bool) -> Source:
+    kind, _, path = source.partition(":")
+    if source == "digits":
+        return _digits(shape, wants_train, wants_test)
+    if kind == "folder" and path:
+        return _folder(Path(path).expanduser(), shape, wants_train, wants_test)
+    if kind == "npz" and path:
+        return _npz(Path(path).expanduser(), shape, wants_train, wants_test)
+    raise DataError(f"{source!r} is not a source of pictures; give digits, folder:PATH or npz:PATH")
+
+
+def _digits(shape: Shape, wants_train: bool, wants_test: bool) -> Source:
+    """scikit-learn's 1,797 handwritten digits; a fifth of each class is the test part, the same for every seed."""
+    try:
+        from sklearn.datasets import load_digits  # here, because it takes a second that other sources need not wait
+    except ImportError as error:
+        raise DataError("digits needs scikit-learn; install it with: pip install 'deprune[digits]'") from error
+    images, labels = load_digits(return_X_y=True)
+    pictures = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    test = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        members = generator(0, SPLIT, digit).permutation(np.flatnonzero(labels == digit))
+        test[members[: round(len(members) / 5)]] = True
+    return Source(
+        tuple("0123456789"),
+        _array_side("train", pictures[~test], labels[~test], shape) if wants_train else None,
+        _array_side("test", pictures[test], labels[test], shape) if wants_test else None,
+    )
+
+
+def _folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool) -> Source:
+    """`root`/train/CLASS/* and `root`/test/CLASS/*; the classes are train's folders, sorted by code point."""
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}; give one that has train/CLASS/ and test/CLASS/ with pictures")
+    # Without train/, a folder that is only evaluated still has classes: those of its test/.
+    classes = _class_names(root / ("train" if wants_train or (root / "train").is_dir() else "test"))
+    sides = {}
+    for name, wanted in (("train", wants_train), ("test", wants_test)):
+        if wanted:
+            folders = _class_names(root / name)
+            if unknown := [folder for folder in folders if folder not in classes]:
+                raise DataError(
+                    f"{root / 'test'} has classes that {root / 'train'} does not have: {some(unknown)};"
+                    " rename or remove them, or add training pictures"
+                )
+            sides[name] = _folder_side(root, [root / name / folder for folder in folders], classes, shape)
+    return Source(classes, sides.get("train"), sides.get("test"))
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}; make it, with a folder of pictures for each class")
+    names = sorted(entry.name for entry in _scan(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} has no classes; put the pictures of each class into a folder of its own there")
+    return tuple(names)
+
+
+def _folder_side(root: Path, folders: list[Path], classes: tuple[str, ...], shape: Shape) -> Side:
+    suffixes = set(Image.registered_extensions()) - _NOT_PICTURES
+    files: list[Path] = []
+    labels: list[int] = []
+    for folder in folders:
+        # Not is_file(): a dangling link is a picture that cannot be read, and must not vanish without a word.
+        names = sorted(
+            entry.name
+            for entry in _scan(folder)
+            if Path(entry.name).suffix.lower() in suffixes and not entry.name.startswith(".") and not entry.is_dir()
+        )
+        if not names:
+            raise DataError(f"{folder} has no pictures; add some (*.jpg, *.png, ...) or remove the folder")
+        files += [folder / name for name in names]
+        labels += [classes.index(folder.name)] * len(names)
+    return Side(
+        np.array(labels, dtype=np.int64),
+        read=lambda index: decode(files[index], shape),
+        name=lambda index: str(files[index].relative_to(root)),
+        threads=None if _bytes_each(files) >= _THREADS_FROM else 1,
+    )
+
+
+def _bytes_each(files: list[Path]) -> float:
+    """Mean file size of a few. Pillow decodes without the GIL, but threads fight over it to parse small files:
+    with two, 32x32 JPEGs took half as long again."""
+    sizes = [file.stat().st_size for file in files[:: len(files) // 64 + 1] if file.exists()]
+    return sum(sizes) / max(1, len(sizes))
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be listed ({error.strerror}); check its permissions") from error
+
+
+def _npz(path: Path, shape: Shape, wants_train: bool, wants_test: bool) -> Source:
+    """Arrays train_x, train_y, test_x, test_y and, optionally, the class names `classes`, in one numpy file."""
+    if not path.is_file():
+        raise DataError(f"there is no file {path}; give one that numpy.savez wrote")
+    keys = [f"{side}_{half}" for side, on in (("train", wants_train), ("test", wants_test)) if on for half in "xy"]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {name.removesuffix(".npy") for name in archive.namelist()}
+            if missing := [key for key in keys if key not in found]:
+                raise DataError(
+                    f"{path} has no array {' or '.join(missing)}; save train_x, train_y, test_x and test_y in it"
+                )
+            # train_y as well, where there is one: it says how many classes the labels of test_y are about.
+            keys += [key for key in ("train_y", "classes") if key in found and key not in keys]
+            check_memory(
+                sum(_announced_bytes(archive, key, path) for key in keys),
+                f"the arrays in {path}",
+                "save fewer pictures in it, or save them as files for folder:PATH, which --limit applies to",
+            )
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in keys}
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 zipfile, zlib and numpy raise half a dozen kinds for a broken file
+        raise DataError(
+            f"{path} cannot be read as a numpy .npz file ({error}); save it again with numpy.savez"
+        ) from error
+    for key in keys:
+        if key.endswith("_y"):
+            _check_labels(path, key, arrays[key])
+    classes = _npz_classes(path, arrays)
+    sides = {}
+    for side, wanted in (("train", wants_train), ("test", wants_test)):
+        if wanted:
+            pictures, labels = _channels_last(path, f"{side}_x", arrays[f"{side}_x"], shape), arrays[f"{side}_y"]
+            if len(pictures) != len(labels) or not len(labels):
+                raise DataError(
+                    f"{path} has {len(pictures):,} pictures in {side}_x and {len(labels):,} labels in {side}_y;"
+                    " save one label for each picture, and at least one"
+                )
+            if labels.max() >= len(classes):
+                raise DataError(
+                    f"{path} has label {labels.max()} in {side}_y and only {len(classes)} classes (labels 0 to"
+                    f" {len(classes) - 1}); correct the labels, or name every class in `classes`"
+                )
+            sides[side] = _array_side(side, pictures, labels, shape)
+    return Source(classes, sides.get("train"), sides.get("test"))
+
+
+def _announced_bytes(archive: zipfile.ZipFile, key: str, path: Path) -> int:
+    """What an array takes in memory, from its header alone: a few kilobytes of zip can unpack to gigabytes."""
+    with archive.open(f"{key}.npy") as file:
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
+    if key.endswith("_x") and (dtype != np.uint8 or len(shape) not in (3, 4)):
+        raise DataError(
+            f"{key} in {path} is {dtype} of shape {list(shape)}; save pictures as uint8 (0..255) of shape"
+            " [N,H,W], [N,H,W,C] or [N,C,H,W]"
+        )
+    return math.prod(shape) * int(dtype.itemsize)
+
+
+def _check_labels(path: Path, key: str, labels: NDArray[Any]) -> None:
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels < 0).any():
+        raise DataError(
+            f"{key} in {path} is {labels.dtype} of shape {list(labels.shape)}, or has values below 0;"
+            " save labels as integers from 0, of shape [N]"
+        )
+
+
+def _npz_classes(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
+    if "classes" in arrays:
+        names = arrays["classes"]
+        if names.ndim != 1 or names.dtype.kind != "U" or not len(names) or len(set(names.tolist())) != len(names):
+            raise DataError(f"classes in {path} is not a list of different names; save one string for each class")
+        return tuple(names.tolist())
+    found = np.unique(arrays["train_y"] if "train_y" in arrays else arrays["test_y"])
+    if not np.array_equal(found, np.arange(len(found))):  # also keeps a stray label of 10**9 from naming 10**9 classes
+        raise DataError(
+            f"the labels in {path} go up to {found[-1]}, but only {len(found)} different ones occur;"
+            " number the classes from 0 without gaps, or name every class in `classes`"
+        )
+    return tuple(str(label) for label in range(len(found)))
+
+
+def _channels_last(path: Path, key: str, pictures: NDArray[np.uint8], shape: Shape) -> Pictures:
+    """[N,H,W,C] or [N,H,W] from either layout; what could be both is what matches the model's input."""
+    if pictures.ndim == 3:
+        return pictures
+    channels, height, width = shape
+    last, first = pictures.shape[3] in MODES, pictures.shape[1] in MODES
+    if last and first:
+        last, first = pictures.shape[1:] == (height, width, channels), pictures.shape[1:] == shape
+    if last == first:
+        raise DataError(
+            f"{key} in {path} has shape {list(pictures.shape)}, which does not show where its 1 or 3 channels are;"
+            " save it as [N,H,W,C] or [N,C,H,W] at the model's input size"
+        )
+    return pictures if last else pictures.transpose(0, 2, 3, 1)
+
+
+def _array_side(name: str, pictures: Pictures, labels: NDArray[Any], shape: Shape) -> Side:
+    """A side over pictures in memory, [N,H,W] or [N,H,W,C] with 1 or 3 channels."""
+    if pictures.ndim == 4 and pictures.shape[3] == 1:
+        pictures = pictures[..., 0]
+    if 0 in pictures.shape[1:]:
+        raise DataError(f"the {name} pictures have shape {list(pictures.shape)}, without a pixel; save them again")
+
+    def read(index: int) -> Pictures:
+        return fit(Image.fromarray(np.ascontiguousarray(pictures[index])), shape)
+
+    return Side(labels.astype(np.int64), read, name=lambda index: f"{name}_x[{index}]")
+
+
+# --- sizes and words ---
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """DataError if `needed` bytes are over half of the free memory; the rest is for the model, and for one copy."""
+    free = psutil.virtual_memory().available
+    if needed > free / 2:
+        raise DataError(
+            f"{what} need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free, of which half may be used;"
+            f" {remedy}"
+        )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,119 @@
+"""`make fuzz`: atheris throws bytes at the decoders; anything but a CodecError or a sound tensor is a crash.
+
+The first byte chooses codec, shape and what is agreed on aside; the rest is the payload. The checksum of the support is
+put right before decoding, for no fuzzer guesses it. The corpus starts with a real payload of each choice and grows in
+fuzz/corpus. A first byte from 128 on makes a payload whose frames are sound, with the bytes inside.
+"""
+
+from __future__ import annotations
+
+import resource
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["common"]):
+    import numpy as np
+
+    from common.codecs import NOTHING, Aside, codec, context, frame, rans
+    from common.errors import CodecError
+
+CORPUS = Path("fuzz/corpus")
+NAMES = ("step:12", "context:12", "int8", "fp16", "fp32")
+SHAPES = ((4, 4, 9, 9), (16, 24), (2, 3, 50), (1, 1, 1, 1), (8, 2, 7, 5))
+_GENERATOR = np.random.default_rng(0)
+_TENSORS = [_GENERATOR.laplace(size=shape).astype(np.float32) for shape in SHAPES]
+_SUPPORTS = [tensor > 0 for tensor in _TENSORS]
+# The fuzzer itself keeps about 1.4 kB of every input.
+_MEMORY = 8 << 30
+
+
+def plan(choice: int) -> tuple[str, int, Aside]:
+    """Codec, number of the shape, and what is agreed on, for a first byte."""
+    name, choice = NAMES[choice % 5], choice // 5
+    which, choice = choice % 5, choice // 5
+    asides = (NOTHING, Aside((1, 2, 3)), Aside(None, _SUPPORTS[which]), Aside((1, 2, 3), _SUPPORTS[which]))
+    return name, which, asides[choice % 4]
+
+
+def write_corpus() -> None:
+    """A real payload for each choice."""
+    CORPUS.mkdir(parents=True, exist_ok=True)
+    for choice in range(256):
+        name, which, aside = plan(choice)
+        if choice >= 128:
+            (CORPUS / f"{choice:03}").write_bytes(bytes([choice]) + _GENERATOR.bytes(2000))
+            continue
+        tensor = _TENSORS[which] if aside.dither else np.abs(_TENSORS[which])
+        (CORPUS / f"{choice:03}").write_bytes(bytes([choice]) + bytes(codec(name).encode(tensor, aside)))
+
+
+def mended(payload: bytes, name: str, aside: Aside) -> bytes:
+    """`payload` with the checksum of the support put right, which no fuzzer guesses."""
+    if ":" not in name or len(payload) < 13 or aside.support is None or payload[0] & 3 < 2:
+        return payload
+    checksum = struct.pack("<I", zlib.crc32(np.packbits(aside.support.reshape(-1)).data))
+    return payload[:9] + checksum + payload[13:]
+
+
+def resized(data: bytes, size: int) -> bytes:
+    return data[:size] + bytes(max(0, size - len(data)))
+
+
+def inside(data: bytes, name: str, aside: Aside, count: int) -> bytes:
+    """A payload of codec `step` whose frames and lengths are sound, and what is in them `data`: past zstd's checks."""
+    flags = (12 if aside.dither else data[0] & 4) | (16 if aside.support is not None else 0)
+    count = int(np.count_nonzero(aside.support)) if aside.support is not None else count
+    outliers = data[1] % 4
+    if name == "step:12":
+        digits = (1, 2, 4)[data[2] % 3]
+        escapes = data[3] % (count + 1) if digits > 1 else 0
+        body = frame.compress(resized(data[4:], -(-count // digits) + escapes + 4 * outliers))
+        return struct.pack("<BfII", 2 | flags, 0.5, outliers, 0) + struct.pack("<BI", digits, escapes) + body
+    frequencies = context._frequencies(np.frombuffer(resized(data[4:], 4 * 256), np.uint8).reshape(4, 256).astype(int))
+    planes = frequencies.astype("<u2").reshape(-1, 1).view(np.uint8).T.tobytes()
+    table = frame.compress(bytes(context._SUMS) + planes)
+    words = resized(data[4 + 4 * 256 :], max(0, len(data) - 4 - 4 * 256) // 2 * 2)
+    coded = struct.pack("<I", len(words) // 2) + b"\1\2\3\4" * rans.lanes(count) + words
+    head = struct.pack("<BfII", 3 | flags, 0.5, outliers, 0) + data[:4] * outliers
+    return head + struct.pack("<BI", 1, len(table)) + table + coded
+
+
+def test_one(data: bytes) -> None:
+    if not data:
+        return
+    name, which, aside = plan(data[0])
+    payload = data[1:]
+    if data[0] >= 128 and ":" in name and len(payload) > 8:
+        payload = inside(payload, name, aside, _TENSORS[which].size)
+    payload = mended(payload, name, aside)
+    try:
+        back = codec(name).decode(payload, SHAPES[which], aside)
+    except CodecError:
+        return
+    assert back.shape == SHAPES[which] and back.dtype == np.float32 and np.isfinite(back).all()
+
+
+def main() -> None:
+    write_corpus()
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    # A decode that takes longer than this many seconds counts as a hang.
+    arguments = [
+        sys.argv[0],
+        str(CORPUS),
+        "-timeout=10",
+        "-max_len=6000",
+        "-len_control=0",
+        "-print_final_stats=1",
+        "-rss_limit_mb=6000",
+        *sys.argv[1:],
+    ]
+    atheris.Setup(arguments, test_one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
