@@ -86,8 +86,10 @@ class BottleneckRecipe:
 
 @dataclass(frozen=True)
 class CodecRecipe:
-    activation: str = "fp32"  # what goes up: "fp32", "fp16", "int8"; "step:15", "context:15", "auto:15" with dB of SNR
-    gradient: str = "fp32"  # what comes down: the same; ":nearest" behind the SNR switches unbiased rounding off
+    """What a payload is made by; docs/codec.md says what each costs. Method plain has "fp32" for both."""
+
+    activation: str = "auto:15"  # what goes up: "fp32", "fp16", "int8", or "step", "context", "auto" with dB of SNR
+    gradient: str = "auto:10"  # what comes down: the same; ":nearest" behind the SNR switches unbiased rounding off
 
     def __post_init__(self) -> None:
         for name, value in (("activation", self.activation), ("gradient", self.gradient)):
@@ -95,6 +97,9 @@ class CodecRecipe:
                 codec(value)
             except CodecError as error:
                 raise RecipeError(f"codec.{name} is {value!r}: {error}") from error
+
+
+_UNCODED = CodecRecipe("fp32", "fp32")
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ class Recipe:
             'bottleneck.kind "none" sends all channels; write width 0 in the schedule, or choose channels or linear',
         )
         if self.method == "plain":
-            raw = self.codec == CodecRecipe() and kind == "none"
+            raw = self.codec == _UNCODED and kind == "none"
             _demand(raw, 'method "plain" compresses nothing: bottleneck.kind is "none" and both codecs are "fp32"')
         if self.method in ("plain", "fixed"):
             _demand(len(set(widths)) == 1, f'method "{self.method}" has one width; the schedule has {list(widths)}')
@@ -216,6 +221,8 @@ def parse(text: str, source: str = "recipe") -> Recipe:
     """The recipe in TOML `text`; `source` is what error messages call it."""
     try:
         table = tomllib.loads(text)
+        if table.get("method") == "plain":  # the one method whose codec is not a choice
+            table.setdefault("codec", dataclasses.asdict(_UNCODED))
         return _build(Recipe, table, "")
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source} is not valid TOML: {error}") from error

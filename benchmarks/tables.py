@@ -1,0 +1,128 @@
+"""Writes the tables of docs/codec.md from benchmarks/results/*.json, between the markers that name them."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks import codec, effect, netns, peers
+
+PAGE = Path("docs/codec.md")
+RESULTS = Path("benchmarks/results")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def sizes(rows: list[dict[str, Any]]) -> str:
+    """Bytes an element of `step` and `context` on every tensor."""
+    result = []
+    for kind, levels in (("activation", codec.ACTIVATION_SNR), ("gradient", codec.GRADIENT_SNR)):
+        for name in dict.fromkeys(row["tensor"] for row in rows if row["tensor"].startswith(kind)):
+            by_codec = {row["codec"]: row for row in rows if row["tensor"] == name}
+            for level in levels:
+                fast, slow = by_codec[f"step:{level}"], by_codec[f"context:{level}"]
+                whole = by_codec.get(f"step:{level} without mask", {}).get("bytes_per_element")
+                result.append([
+                    name, str(level), _number(fast["snr_db"], 1), _number(fast["bytes_per_element"]),
+                    _number(whole), _number(slow["bytes_per_element"]), _number(fast["entropy"]),
+                    _number(slow["entropy_given_neighbours"]), _number(fast["encode_mb_s"], 0),
+                    _number(fast["decode_mb_s"], 0), _number(slow["encode_mb_s"], 0), _number(slow["decode_mb_s"], 0),
+                    _number(fast["encode_mb_s"] / fast["zstd_alone_mb_s"], 2),
+                ])  # fmt: skip
+    head = ["tensor", "SNR asked", "SNR", "`step`", "no mask", "`context`", "H0", "H given 4", "`step` enc", "dec",
+            "`context` enc", "dec", "enc / zstd alone"]  # fmt: skip
+    return table(head, result)
+
+
+def others(rows: list[dict[str, Any]]) -> str:
+    """Each peer, medians over the tensors of a kind: its SNR and bytes, and ours at that SNR."""
+    result = []
+    for kind in ("activation", "gradient"):
+        for name in peers.PEERS:
+            chosen = [row for row in rows if row["codec"] == name and row["tensor"].startswith(kind)]
+
+            def middle(key: str, chosen: list[dict[str, Any]] = chosen) -> float | None:
+                values = [row[key] for row in chosen if row.get(key) is not None]
+                return statistics.median(values) if values else None
+
+            ratios = [row["bytes_per_element"] / row["step_at_this_snr"] for row in chosen if "step_at_this_snr" in row]
+            result.append([
+                kind, name, _number(middle("snr_db"), 1), _number(middle("bytes_per_element")),
+                _number(middle("with_zstd")), _number(middle("step_at_this_snr")),
+                _number(middle("context_at_this_snr")),
+                f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else "",
+            ])  # fmt: skip
+    head = ["", "peer", "its SNR", "bytes", "with zstd", "`step` at that SNR", "`context`", "peer / `step`"]
+    return table(head, result)
+
+
+def learning(result: dict[str, Any]) -> str:
+    """Points lost and times fewer bytes for each pair of SNRs, unbiased and nearest."""
+    cells = {cell: value for cell, value in effect.cells(result["rows"]).items()}
+    parts = []
+    for rounding, title in (("", "rounded without bias"), (":nearest", "rounded to nearest")):
+        rows = []
+        for up in effect.ACTIVATION:
+            row = [f"{up} dB up"]
+            for down in effect.GRADIENT:
+                cell = cells.get((up, down, rounding))
+                row.append(f"{cell.points:+.2f} ({cell.seeds}), {cell.fewer:.1f}x" if cell else "")
+            rows.append(row)
+        parts.append(table([f"gradients {title}", *(f"{down} dB down" for down in effect.GRADIENT)], rows))
+    return "\n\n".join(parts)
+
+
+def counters(rows: list[dict[str, Any]]) -> str:
+    """What each depth of counting adds, as shares of the payload."""
+    result = []
+    for row in rows:
+        for way in ("up", "down"):
+            c = row[way]
+            shares = [
+                c["message"] - c["payload"], c["kernel"] - c["message"], c["packets"] * netns.HEADERS,
+                c["interface"] - c["kernel"] - c["packets"] * netns.HEADERS,
+            ]  # fmt: skip
+            result.append([
+                f"{row['codec']}, {'TLS' if row['tls'] else 'in the clear'}, {way}", f"{c['payload']:,}",
+                *(f"{share / c['payload']:.3%}" for share in shares), f"{c['retransmitted']:,}",
+            ])  # fmt: skip
+    head = [
+        "run",
+        "payload, bytes",
+        "+ protobuf",
+        "+ HTTP/2, TLS",
+        "+ Ethernet, IP, TCP",
+        "not explained",
+        "sent again",
+    ]
+    return table(head, result)
+
+
+def main() -> None:
+    def read(name: str) -> Any:
+        return json.loads((RESULTS / f"{name}.json").read_text())
+
+    made = {
+        "sizes": sizes(read("codec")), "peers": others(read("codec")), "learning": learning(read("effect")),
+        "counters": counters(read("counters")["rows"]),
+    }  # fmt: skip
+    text = PAGE.read_text()
+    for name, content in made.items():
+        pattern = re.compile(f"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert pattern.search(text), name
+        text = pattern.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
