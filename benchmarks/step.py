@@ -1,6 +1,6 @@
 """`make bench-step`: pictures a second of ResNet-20 cut after its first stage, unsplit and split, in one run.
 
-(i) unsplit in one process, (ii) ours over loopback with raw fp32, (iii) ours with int8; batch 128, 3x32x32. All
+(i) unsplit in one process, (ii) ours over loopback with raw fp32, (iii) ours with codec `step`; batch 128, 3x32x32. All
 three may use the same cores and as many threads: device and server take turns, so that never more threads compute
 than in (i), given that waiting threads sleep (OMP_WAIT_POLICY=PASSIVE). The three are measured in turn, several
 times, and compared by the median of the ratios, because machines are noisy. Writes benchmarks/results/step.json.
@@ -25,6 +25,7 @@ from rich.table import Table
 from benchmarks import pair
 
 BATCH, STEPS, WARMUP, ROUNDS = 128, 20, 4, 4
+CODECS = {"fp32": ("fp32", "fp32"), "step": ("step:15", "step:10")}
 RECIPE = """
 name = "bench-step"
 method = "fixed"
@@ -36,8 +37,8 @@ cut = "stage1_2_relu2"
 [data]
 batch = 128
 [codec]
-activation = "{codec}"
-gradient = "{codec}"
+activation = "{up}"
+gradient = "{down}"
 [schedule]
 phases = [[0, 1]]
 """
@@ -71,7 +72,8 @@ def unsplit(threads: int) -> float:
 def split(codec: str, threads: int, folder: Path, data: Path) -> tuple[float, dict[str, float]]:
     """Seconds a step of the two processes, and where they go."""
     recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(codec=codec))
+    up, down = CODECS[codec]
+    recipe.write_text(RECIPE.format(up=up, down=down))
     serve = (recipe, "--run", folder / "server", "--overwrite", "--once", "--threads", threads)
     with pair.server(*serve, log=folder / "log") as (process, address):
         train = ("train", address, "--data", f"npz:{data}", "--run", folder / "device", "--overwrite")
@@ -93,7 +95,7 @@ def split(codec: str, threads: int, folder: Path, data: Path) -> tuple[float, di
 def main() -> None:
     console = Console()
     threads = len(os.sched_getaffinity(0))
-    rows: dict[str, list[float]] = {"unsplit": [], "split fp32": [], "split int8": []}
+    rows: dict[str, list[float]] = {"unsplit": [], **{f"split {name}": [] for name in CODECS}}
     parts: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder, started = Path(name), time.monotonic()
@@ -103,7 +105,7 @@ def main() -> None:
         np.savez(folder / "data.npz", train_x=pictures, train_y=labels, test_x=pictures[:64], test_y=labels[:64])
         for turn in range(ROUNDS):
             rows["unsplit"].append(unsplit(threads))
-            for codec in ("fp32", "int8"):
+            for codec in CODECS:
                 seconds, parts[codec] = split(codec, threads, folder, folder / "data.npz")
                 rows[f"split {codec}"].append(seconds)
             left = (time.monotonic() - started) / (turn + 1) * (ROUNDS - turn - 1)
