@@ -307,3 +307,12 @@ def test_a_port_that_is_taken(server: str, tmp_path: Path) -> None:
     assert done.returncode == 1 and f"cannot listen on {server}: Address already in use" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, "nothing of gRPC's own"
     assert not (tmp_path / "run").exists()
+
+
+def test_codecs_that_a_recipe_leaves_out() -> None:
+    """The recommended ones, but for plain, which has none."""
+    for method, expected in (("plain", ("fp32", "fp32")), ("fixed", ("auto:15", "auto:10"))):
+        text = recipe_text(method)
+        start, end = text.index("[codec]"), text.index("[schedule]")
+        codec = parse(text[:start] + text[end:]).codec
+        assert (codec.activation, codec.gradient) == expected

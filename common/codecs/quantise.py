@@ -83,20 +83,28 @@ def signed(tensor: Tensor, amax: float, step: np.float32, noise: Tensor | None) 
 
 
 def restore_unsigned(symbols: Symbols, outliers: Steps, step: np.float32, out: Tensor) -> None:
-    """The middles of the symbols' intervals, into `out` (same shape, any strides)."""
-    np.multiply(symbols, step, out=out)
-    out -= step / 2
-    np.maximum(out, 0, out=out)
+    """The middles of the symbols' intervals, into `out` ([C, B, rest] as the symbols, any strides)."""
+    for block in _blocks(out.shape):
+        values = np.multiply(symbols[block], step)
+        values -= step / 2
+        np.maximum(values, 0, out=out[block])
     if len(outliers):
         out[symbols == OUTLIER] = (outliers - 0.5) * float(step)
 
 
 def restore_signed(symbols: Symbols, outliers: Steps, step: np.float32, noise: Tensor | None, out: Tensor) -> None:
-    """The symbols' values, with the `noise` that was added taken off again, into `out` (same shape, any strides)."""
-    np.subtract(symbols, np.float32(SIGNED_ZERO), out=out)
+    """The symbols' values, with the `noise` that was added taken off again, into `out` [C, B, rest]."""
+    half = np.float32(0.5)
+    for block in _blocks(out.shape):
+        values = np.subtract(symbols[block], np.float32(SIGNED_ZERO))
+        if noise is not None:
+            values += half
+            values -= noise[block]
+        np.multiply(values, step, out=out[block])
     if len(outliers):
-        out[symbols == OUTLIER] = outliers
-    if noise is not None:
-        out += np.float32(0.5)
-        out -= noise
-    out *= step
+        far = symbols == OUTLIER
+        steps = outliers.astype(np.float32)
+        if noise is not None:
+            steps += half
+            steps -= noise[far]
+        out[far] = steps * step
