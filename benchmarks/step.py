@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks import pair
 
 BATCH, STEPS, WARMUP, ROUNDS = 128, 20, 4, 4
-CODECS = {"fp32": ("fp32", "fp32"), "step": ("step:15", "step:10")}
+CODECS = {"fp32": ("fp32", "fp32"), "step": ("step:20", "step:5")}
 RECIPE = """
 name = "bench-step"
 method = "fixed"

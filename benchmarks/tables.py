@@ -67,19 +67,33 @@ def others(rows: list[dict[str, Any]]) -> str:
 
 
 def learning(result: dict[str, Any]) -> str:
-    """Points lost and times fewer bytes for each pair of SNRs, unbiased and nearest."""
-    cells = {cell: value for cell, value in effect.cells(result["rows"]).items()}
+    """Points lost and times fewer bytes for each pair of SNRs, unbiased and nearest, and the means of both ways."""
+    cells = effect.cells(result["rows"])
     parts = []
     for rounding, title in (("", "rounded without bias"), (":nearest", "rounded to nearest")):
         rows = []
         for up in effect.ACTIVATION:
-            row = [f"{up} dB up"]
-            for down in effect.GRADIENT:
-                cell = cells.get((up, down, rounding))
-                row.append(f"{cell.points:+.2f} ({cell.seeds}), {cell.fewer:.1f}x" if cell else "")
-            rows.append(row)
-        parts.append(table([f"gradients {title}", *(f"{down} dB down" for down in effect.GRADIENT)], rows))
+            across = [cells[up, down, rounding] for down in effect.GRADIENT]
+            texts = [f"{cell.points:+.2f} ({cell.seeds}), {cell.fewer:.1f}x" for cell in across]
+            rows.append([f"{up} dB up", *texts, _mean(across)])
+        means = [_mean([cells[up, down, rounding] for up in effect.ACTIVATION]) for down in effect.GRADIENT]
+        rows.append(["mean", *means, ""])
+        parts.append(table([f"gradients {title}", *(f"{down} dB down" for down in effect.GRADIENT), "mean"], rows))
     return "\n\n".join(parts)
+
+
+def _mean(cells: list[effect.Cell]) -> str:
+    return f"{statistics.mean(cell.points for cell in cells):+.2f}"
+
+
+def raw(result: dict[str, Any]) -> str:
+    """Accuracy of the runs that the others are compared with."""
+    head = ["accuracy", *(f"seed {seed}" for seed in effect.SEEDS)]
+    rows = []
+    for name in effect.AS_RAW:
+        found = {row["seed"]: row["accuracy"] for row in result["rows"] if row["activation"] == name}
+        rows.append([name, *(f"{100 * found[seed]:.2f} %" for seed in effect.SEEDS)])
+    return table(head, rows)
 
 
 def counters(rows: list[dict[str, Any]]) -> str:
@@ -112,8 +126,9 @@ def main() -> None:
     def read(name: str) -> Any:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
+    rows, learnt = read("codec"), read("effect")
     made = {
-        "sizes": sizes(read("codec")), "peers": others(read("codec")), "learning": learning(read("effect")),
+        "sizes": sizes(rows), "peers": others(rows), "learning": learning(learnt), "raw": raw(learnt),
         "counters": counters(read("counters")["rows"]),
     }  # fmt: skip
     text = PAGE.read_text()

@@ -88,8 +88,8 @@ class BottleneckRecipe:
 class CodecRecipe:
     """What a payload is made by; docs/codec.md says what each costs. Method plain has "fp32" for both."""
 
-    activation: str = "auto:15"  # what goes up: "fp32", "fp16", "int8", or "step", "context", "auto" with dB of SNR
-    gradient: str = "auto:10"  # what comes down: the same; ":nearest" behind the SNR switches unbiased rounding off
+    activation: str = "auto:20"  # what goes up: "fp32", "fp16", "int8", or "step", "context", "auto" with dB of SNR
+    gradient: str = "auto:5"  # what comes down: the same; ":nearest" behind the SNR switches unbiased rounding off
 
     def __post_init__(self) -> None:
         for name, value in (("activation", self.activation), ("gradient", self.gradient)):

@@ -311,7 +311,7 @@ def test_a_port_that_is_taken(server: str, tmp_path: Path) -> None:
 
 def test_codecs_that_a_recipe_leaves_out() -> None:
     """The recommended ones, but for plain, which has none."""
-    for method, expected in (("plain", ("fp32", "fp32")), ("fixed", ("auto:15", "auto:10"))):
+    for method, expected in (("plain", ("fp32", "fp32")), ("fixed", ("auto:20", "auto:5"))):
         text = recipe_text(method)
         start, end = text.index("[codec]"), text.index("[schedule]")
         codec = parse(text[:start] + text[end:]).codec
