@@ -65,8 +65,10 @@ def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, floa
     else:
         symbols, _ = quantise.unsigned(values, amax, step)
         zero = 0
-    maps, mask = symbols.reshape(channels, batch, height, width), None
-    if support is not None:
+    mask = None
+    if support is None:
+        maps = symbols.reshape(channels, batch, height, width)
+    else:
         maps = np.full(tensor.shape, zero, np.uint8)
         maps[support] = symbols.reshape(-1)
         mask = support.reshape(-1, height, width)
