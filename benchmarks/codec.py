@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import zstandard
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers, tensors
-from common.codecs import Aside, codec, context, frame, quantise
+from common.codecs import Aside, codec, context, dither, frame, quantise
 from common.codecs.base import NOTHING
 from common.codecs.step import Step
 from device_client.data import load
@@ -88,15 +89,22 @@ def ours(tensor: np.ndarray, chosen: Step, aside: Aside) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def zstd_alone(tensor: np.ndarray, snr: float, aside: Aside) -> float:
-    """MB/s of fp32 input that zstd does on the symbols that `step` makes, with the parameters that it uses."""
+def zstd_alone(tensor: np.ndarray, snr: float, aside: Aside) -> dict[str, float]:
+    """What zstd makes of the symbols of `step`, one a byte: as tuned here, and level 1 as it is. MB/s of fp32 input."""
     batch, channels = tensor.shape[:2]
     whole = tensor.reshape(batch, channels, -1).transpose(1, 0, 2)
     values = whole if aside.support is None else tensor[aside.support][None, None]
     amax, step = float(np.abs(values).max()), quantise.step_of(np.ascontiguousarray(values), snr)
-    symbols, _ = quantise.signed(values, amax, step, None) if aside.dither else quantise.unsigned(values, amax, step)
-    taken, _ = seconds(lambda: frame.compress(np.ascontiguousarray(symbols).reshape(-1)))
-    return tensor.nbytes / taken / 1e6
+    noise = dither.uniform(aside.dither, values.size).reshape(values.shape) if aside.dither else None
+    symbols, _ = quantise.signed(values, amax, step, noise) if aside.dither else quantise.unsigned(values, amax, step)
+    flat = np.ascontiguousarray(symbols).reshape(-1)
+    as_it_is = zstandard.ZstdCompressor(level=1)
+    tuned_s, tuned = seconds(lambda: frame.compress(flat))
+    plain_s, plain = seconds(lambda: as_it_is.compress(flat))
+    return {
+        "zstd_alone_mb_s": tensor.nbytes / tuned_s / 1e6, "zstd_alone_bytes": len(tuned) / tensor.size,
+        "zstd1_mb_s": tensor.nbytes / plain_s / 1e6, "zstd1_bytes": len(plain) / tensor.size,
+    }  # fmt: skip
 
 
 def at_snr(tensor: np.ndarray, coder: str, wanted: float, aside: Aside) -> int:
@@ -118,7 +126,7 @@ def measure(name: str, tensor: np.ndarray, aside: Aside, levels: tuple[int, ...]
         for coder in ("step", "context"):
             row = {"tensor": name, "codec": f"{coder}:{snr}"} | ours(tensor, Step(coder, snr), aside)
             rows.append(row | {"entropy": alone, "entropy_given_neighbours": given})
-        rows[-2]["zstd_alone_mb_s"] = zstd_alone(tensor, snr, aside)
+        rows[-2] |= zstd_alone(tensor, snr, aside)
     if aside.support is not None:
         for snr in levels:
             whole = Aside(aside.dither)
@@ -170,6 +178,23 @@ def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "8-bit peer with zstd / context": [row["with_zstd"] / row["context_at_this_snr"] for row in peers8],
             "step's encoding / zstd alone": [
                 row["encode_mb_s"] / row["zstd_alone_mb_s"] for row in mine if "zstd_alone_mb_s" in row
+            ],
+            "step's encoding / zstd level 1 as it is": [
+                row["encode_mb_s"] / row["zstd1_mb_s"] for row in mine if "zstd1_mb_s" in row
+            ],
+            "zstd as tuned / level 1 as it is, bytes": [
+                row["zstd_alone_bytes"] / row["zstd1_bytes"] for row in mine if "zstd1_bytes" in row
+            ],
+            "zstd as tuned / level 1 as it is, speed": [
+                row["zstd_alone_mb_s"] / row["zstd1_mb_s"] for row in mine if "zstd1_bytes" in row
+            ],
+            "step (packed) / zstd as tuned, bytes": [
+                row["bytes_per_element"] / row["zstd_alone_bytes"] for row in mine if "zstd1_bytes" in row
+            ],
+            "context / zstd level 1 as it is, bytes": [
+                slow["bytes_per_element"] / fast["zstd1_bytes"]
+                for fast, slow in zip(mine, mine[1:], strict=False)
+                if slow["codec"].startswith("context")
             ],
             "context / step, bytes": [
                 slow["bytes_per_element"] / fast["bytes_per_element"]

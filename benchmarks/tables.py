@@ -44,6 +44,12 @@ def sizes(rows: list[dict[str, Any]]) -> str:
     return table(head, result)
 
 
+def ratios(rows: list[dict[str, Any]]) -> str:
+    """The claims, over all tensors of a kind."""
+    lines = [[what, *(_number(value, 2) for value in values.values())] for what, values in codec.goals(rows).items()]
+    return table(["", "least", "median", "most"], lines)
+
+
 def others(rows: list[dict[str, Any]]) -> str:
     """Each peer, medians over the tensors of a kind: its SNR and bytes, and ours at that SNR."""
     result = []
@@ -128,7 +134,8 @@ def main() -> None:
 
     rows, learnt = read("codec"), read("effect")
     made = {
-        "sizes": sizes(rows), "peers": others(rows), "learning": learning(learnt), "raw": raw(learnt),
+        "sizes": sizes(rows), "ratios": ratios(rows), "peers": others(rows),
+        "learning": learning(learnt), "raw": raw(learnt),
         "counters": counters(read("counters")["rows"]),
     }  # fmt: skip
     text = PAGE.read_text()

@@ -11,7 +11,7 @@ from common.codecs.base import Buffer
 from common.errors import CodecError
 
 # Level 1 with a small hash table: quantised tensors are noise to a match finder, which only runs of zeros should
-# interest. Against level 1 as it is, 2 to 10 % fewer bytes and 25 to 35 % less time (docs/codec.md).
+# interest. Fewer bytes than level 1 as it is, and quicker; docs/codec.md has the ratios.
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, hash_log=7)
 # Far above what any level needs for one frame; a frame that asks for more is refused.
 _WINDOW = 2**27
