@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 
 import numpy as np
+import psutil
 import pytest
 import zstandard
 from hypothesis import given, settings
@@ -163,3 +164,18 @@ def test_decoding_takes_a_small_multiple_of_the_tensor(name: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * tensor.nbytes
+
+
+def test_refusing_leaves_nothing_behind() -> None:
+    """Thousands of damaged payloads, and the process is no larger than after the first ones."""
+    process, generator = psutil.Process(), np.random.default_rng(0)
+    good = {name: payload(name, DITHERED) for name in ("step:12", "context:12")}
+    sizes = []
+    for _ in range(3):
+        for name, data in good.items():
+            for _ in range(1500):
+                damaged = bytearray(data)
+                damaged[generator.integers(len(data))] ^= int(generator.integers(1, 256))
+                survives(name, bytes(damaged), aside=DITHERED)
+        sizes.append(process.memory_info().rss)
+    assert sizes[-1] - sizes[0] < 8 << 20
