@@ -53,27 +53,30 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     return min(times), result
 
 
+def symbols_of(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[np.ndarray, int]:
+    """What `step` hands to its coder, [C, B, H*W] or those in the support [1, 1, rest], and the symbol of zero."""
+    batch, channels = tensor.shape[:2]
+    whole = tensor.reshape(batch, channels, -1).transpose(1, 0, 2)
+    values = whole if aside.support is None else tensor[aside.support][None, None]
+    amax, step = float(np.abs(values).max()), quantise.step_of(np.ascontiguousarray(values), snr)
+    if not aside.dither:
+        return quantise.unsigned(values, amax, step)[0], 0
+    noise = dither.uniform(aside.dither, values.size).reshape(values.shape)
+    return quantise.signed(values, amax, step, noise)[0], quantise.SIGNED_ZERO
+
+
 def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, float]:
     """Bytes an element of the quantised symbols: each by itself, and given its four neighbours (no tables counted)."""
     batch, channels, height, width = tensor.shape
-    support = aside.support
-    values = tensor.reshape(batch, channels, -1).transpose(1, 0, 2) if support is None else tensor[support][None, None]
-    amax, step = float(np.abs(values).max()), quantise.step_of(np.ascontiguousarray(values), snr)
-    if aside.dither:
-        noise = np.random.default_rng(0).random(values.shape, np.float32)
-        symbols, _ = quantise.signed(values, amax, step, noise)
-        zero = quantise.SIGNED_ZERO
-    else:
-        symbols, _ = quantise.unsigned(values, amax, step)
-        zero = 0
-    mask = None
-    if support is None:
+    symbols, zero = symbols_of(tensor, snr, aside)
+    support = None
+    if aside.support is None:
         maps = symbols.reshape(channels, batch, height, width)
     else:
         maps = np.full(tensor.shape, zero, np.uint8)
-        maps[support] = symbols.reshape(-1)
-        mask = support.reshape(-1, height, width)
-    bits = context.ideal_bits(maps.reshape(batch * channels, height, width), zero, mask)
+        maps[aside.support] = symbols.reshape(-1)
+        support = aside.support.reshape(-1, height, width)
+    bits = context.ideal_bits(maps.reshape(batch * channels, height, width), zero, support)
     counts = np.bincount(symbols.reshape(-1))
     counts = counts[counts > 0]
     alone = -np.sum(counts * np.log2(counts / counts.sum()))
@@ -91,13 +94,7 @@ def ours(tensor: np.ndarray, chosen: Step, aside: Aside) -> dict[str, Any]:
 
 def zstd_alone(tensor: np.ndarray, snr: float, aside: Aside) -> dict[str, float]:
     """What zstd makes of the symbols of `step`, one a byte: as tuned here, and level 1 as it is. MB/s of fp32 input."""
-    batch, channels = tensor.shape[:2]
-    whole = tensor.reshape(batch, channels, -1).transpose(1, 0, 2)
-    values = whole if aside.support is None else tensor[aside.support][None, None]
-    amax, step = float(np.abs(values).max()), quantise.step_of(np.ascontiguousarray(values), snr)
-    noise = dither.uniform(aside.dither, values.size).reshape(values.shape) if aside.dither else None
-    symbols, _ = quantise.signed(values, amax, step, noise) if aside.dither else quantise.unsigned(values, amax, step)
-    flat = np.ascontiguousarray(symbols).reshape(-1)
+    flat = np.ascontiguousarray(symbols_of(tensor, snr, aside)[0]).reshape(-1)
     as_it_is = zstandard.ZstdCompressor(level=1)
     tuned_s, tuned = seconds(lambda: frame.compress(flat))
     plain_s, plain = seconds(lambda: as_it_is.compress(flat))

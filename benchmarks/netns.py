@@ -6,6 +6,7 @@ Needs Linux, root and `ip`; `unavailable()` says in words what is missing. Used 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -41,6 +42,7 @@ class End:
              "16kb", "limit", limit)  # fmt: skip
 
 
+@functools.cache
 def unavailable() -> str:
     """Why no link can be made here; empty where one can."""
     if os.name != "posix" or os.geteuid() != 0:

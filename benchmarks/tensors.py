@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import inprocess
+from common.codecs.base import Support
 from common.schedule import Phase
 from device_client.data import Dataset, Part
 from device_client.remote_tail import RemoteTail
@@ -72,8 +73,8 @@ class _Recorder(RemoteTail):
             self._kept[step] = {"activation": sent.copy()}
         super().send(step, phase, sent, labels)
 
-    def gradient(self, step: int, phase: Phase, shape: tuple[int, ...]) -> np.ndarray:
-        gradient = super().gradient(step, phase, shape)
+    def gradient(self, step: int, phase: Phase, shape: tuple[int, ...], support: Support | None) -> np.ndarray:
+        gradient = super().gradient(step, phase, shape, support)
         if step in (EARLY, LATE):
             self._kept[step]["gradient"] = gradient.copy()
         return gradient

@@ -41,8 +41,3 @@ def adopt(
     if isinstance(half.bottleneck, LinearEncoder | LinearDecoder):
         half.bottleneck.select(order)
     return dict(half.state_dict())
-
-
-def principal_width(recipe: Recipe, channels: int, source: Manifest | None) -> int:
-    """How many sent channels the principal components are taken over: as many as the trained network used."""
-    return source.phase.width if source else channels

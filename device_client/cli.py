@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from common import cli as common_cli
 from common import report
 from common.channel import is_loopback, parse_address
-from common.errors import DepruneError, RunFolderError
+from common.errors import RunFolderError
 from common.meter import DOWN, UP
 from common.progress import size
 from common.run import RunFolder
@@ -185,15 +185,5 @@ def predict(
 
 
 def main() -> None:
-    """Entry point: errors of ours are one sentence, never a traceback."""
-    try:
-        cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        console.print("Interrupted.")
-        sys.exit(130)
-    except DepruneError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]Error[/red]: {escape(str(error))}", highlight=False)
-        sys.exit(1)
+    """Entry point."""
+    common_cli.run(cli)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from common import cli as common_cli
 from common import models
 from common import recipe as recipes
 from common.errors import DepruneError, ModelError
@@ -114,15 +113,5 @@ def cuts(model: str, input_text: str, classes: int) -> None:
 
 
 def main() -> None:
-    """Entry point: errors of ours are one sentence, never a traceback."""
-    try:
-        cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        console.print("Interrupted.")
-        sys.exit(130)
-    except DepruneError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]Error[/red]: {escape(str(error))}", highlight=False)
-        sys.exit(1)
+    """Entry point."""
+    common_cli.run(cli)

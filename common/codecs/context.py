@@ -124,6 +124,16 @@ def _frequencies(counts: Array) -> Array:
     return result.astype(np.uint32)
 
 
+def _contexts(groups: Array, sums: Array, spreads: Array) -> Array:
+    """The context of each place; 0 is left for places that have no neighbours yet."""
+    return 1 + groups.take(sums) * np.uint8(_SPREADS) + spreads
+
+
+def _tables_for(number: int) -> int:
+    """How many contexts so many groups of sums make."""
+    return 1 + number * _SPREADS
+
+
 def _batches(maps: Symbols, zero: int, support: Support | None) -> tuple[list[tuple[Array, Array]], Array]:
     """(symbols, contexts) of each pass in order, and the groups of sums [_SUMS] that the contexts stand on."""
     plane = _Plane(maps.shape)
@@ -143,7 +153,7 @@ def _batches(maps: Symbols, zero: int, support: Support | None) -> tuple[list[tu
             spreads.append(parts[2])
     groups = _grouped(sums, _most_groups(maps.size))
     contexts = [np.zeros(len(symbols[0]), np.uint8)]
-    contexts += [1 + groups.take(a) * np.uint8(_SPREADS) + b for a, b in zip(sums, spreads, strict=True)]
+    contexts += [_contexts(groups, a, b) for a, b in zip(sums, spreads, strict=True)]
     return list(zip(symbols, contexts, strict=True)), groups
 
 
@@ -158,7 +168,7 @@ def _counts(batches: list[tuple[Array, Array]], tables: int) -> Array:
 def ideal_bits(maps: Symbols, zero: int, support: Support | None = None) -> float:
     """Bits that an ideal coder would take with these contexts, if their tables cost nothing."""
     batches, groups = _batches(maps, zero, support)
-    counts = _counts(batches, 1 + (int(groups.max()) + 1) * _SPREADS).astype(np.float64)
+    counts = _counts(batches, _tables_for(int(groups.max()) + 1)).astype(np.float64)
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return float(-np.sum(counts * np.log2(np.maximum(counts, 1) / totals)))
 
@@ -167,7 +177,7 @@ def encode(maps: Symbols, zero: int, support: Support | None = None) -> bytes:
     """Bytes of symbols [N, H, W], most of which are near `zero`; of those alone where `support` is true, if given."""
     batches, groups = _batches(maps, zero, support)
     number = int(groups.max()) + 1
-    frequencies = _frequencies(_counts(batches, 1 + number * _SPREADS))
+    frequencies = _frequencies(_counts(batches, _tables_for(number)))
     # The low bytes of all, then the high ones: those are nearly all zero.
     table = frame.compress(groups.tobytes() + frequencies.astype("<u2").reshape(-1, 1).view(np.uint8).T.tobytes())
     return b"".join((_HEADER.pack(number, len(table)), table, rans.encode(batches, rans.Tables(frequencies))))
@@ -190,7 +200,7 @@ def decode(data: Buffer, shape: tuple[int, int, int], zero: int, support: Suppor
         places = step.places(maps)
         if step.half:
             sums, spreads = plane.surroundings(step)
-            contexts = (1 + groups.take(sums) * np.uint8(_SPREADS) + spreads).reshape(-1)
+            contexts = _contexts(groups, sums, spreads).reshape(-1)
         else:
             contexts = np.zeros(places.size, np.uint8)
         if support is None:
@@ -207,7 +217,7 @@ def decode(data: Buffer, shape: tuple[int, int, int], zero: int, support: Suppor
 
 def _tables(packed: memoryview, number: int) -> tuple[Array, Array]:
     """The groups [_SUMS] and frequencies [contexts, 256] that `encode` made."""
-    contexts = 1 + number * _SPREADS
+    contexts = _tables_for(number)
     body = np.frombuffer(frame.decompress(packed, _SUMS + 2 * contexts * 256), np.uint8)
     groups = body[:_SUMS]
     low, high = body[_SUMS:].astype(np.uint32).reshape(2, contexts, 256)

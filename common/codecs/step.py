@@ -15,6 +15,7 @@ import numpy as np
 from common.codecs import context, dither, pack, quantise
 from common.codecs.base import NOTHING, Aside, Buffer, Support, Tensor, elements, grid, require_finite
 from common.codecs.quantise import Steps, Symbols
+from common.codecs.raw import Fp32
 from common.errors import CodecError
 
 # Below this many elements the headers cost more than coding saves.
@@ -24,6 +25,7 @@ _LEAST, _MOST, _FURTHEST = 1e-36, 1e28, 2.0**30
 _HEADER = struct.Struct("<BfII")  # form and flags, step, outliers, checksum of the support
 _RAW, _ZEROS, _PACKED, _CONTEXT = range(4)
 _SIGNED, _DITHERED, _SUPPORTED = 4, 8, 16
+_UNCODED = Fp32()
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Step:
         if form in (_RAW, _ZEROS):
             if size or outlying or checksum or len(body) != (4 * count if form == _RAW else 0):
                 raise CodecError(f"{len(body)} bytes came for {count} elements that are not coded")
-            return _unraw(body, shape) if form == _RAW else np.zeros(shape, np.float32)
+            return _UNCODED.decode(body, shape) if form == _RAW else np.zeros(shape, np.float32)
         if form & 3 not in (_PACKED, _CONTEXT) or flags & ~_SIGNED != self._flags(aside) & ~_SIGNED or flags >= 32:
             raise CodecError(f"form {form} is not what was agreed on: the two sides differ in dither or support")
         if flags & _DITHERED and not flags & _SIGNED:
@@ -187,11 +189,4 @@ def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    return _HEADER.pack(_RAW, 0, 0, 0) + tensor.astype("<f4", copy=False).tobytes()
-
-
-def _unraw(body: memoryview, shape: tuple[int, ...]) -> Tensor:
-    tensor = np.frombuffer(body, "<f4").astype(np.float32).reshape(shape)
-    if tensor.size and not (np.isfinite(tensor.min()) and np.isfinite(tensor.max())):
-        raise CodecError("the payload holds NaN or Inf")
-    return tensor
+    return _HEADER.pack(_RAW, 0, 0, 0) + bytes(_UNCODED.encode(tensor))
