@@ -16,6 +16,7 @@ that the device raises the same error the server met.
     ├── VersionError       the two sides speak different versions of the protocol
     ├── MismatchError      halves, recipes or classes that do not belong together
     ├── BusyError          the server has no room for this session
+    ├── StoreError         the server has no room for what it would keep
     ├── DivergedError      the loss or a tensor is no longer finite
     ├── StoppedError       one side was stopped by its user
     └── LinkError          no server answers, or the link broke
@@ -74,6 +75,10 @@ class BusyError(DepruneError):
     pass
 
 
+class StoreError(DepruneError):
+    pass
+
+
 class DivergedError(DepruneError):
     pass
 
@@ -98,6 +103,7 @@ _STATUS: dict[type[DepruneError], grpc.StatusCode] = {
     VersionError: grpc.StatusCode.FAILED_PRECONDITION,
     MismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    StoreError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DivergedError: grpc.StatusCode.ABORTED,
     StoppedError: grpc.StatusCode.UNAVAILABLE,
     LinkError: grpc.StatusCode.UNAVAILABLE,

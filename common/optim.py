@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from common.recipe import OptimiserRecipe
+from common.schedule import Phase
 
 
 def build(recipe: OptimiserRecipe, layers: nn.Module, bottleneck: nn.Module) -> torch.optim.Optimizer:
@@ -29,14 +30,15 @@ def build(recipe: OptimiserRecipe, layers: nn.Module, bottleneck: nn.Module) -> 
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
-def learning_rate(recipe: OptimiserRecipe, step: int, steps: int) -> float:
-    """Learning rate of `step` in a run of `steps`."""
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
+def learning_rate(recipe: OptimiserRecipe, step: int, phase: Phase) -> float:
+    """Learning rate of `step`, which lies in `phase`."""
+    done = step - phase.decay_from
+    if done < recipe.warmup:
+        return phase.lr * (done + 1) / recipe.warmup
     if recipe.decay == "constant":
-        return recipe.lr
-    progress = (step - recipe.warmup) / max(1, steps - recipe.warmup)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return phase.lr
+    progress = (done - recipe.warmup) / max(1, phase.decay_until - phase.decay_from - recipe.warmup)
+    return phase.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:

@@ -103,9 +103,34 @@ _UNCODED = CodecRecipe("fp32", "fp32")
 
 
 @dataclass(frozen=True)
+class PhaseRecipe:
+    """One entry of schedule.phases; the list [width, epochs] is short for a table with these two."""
+
+    width: int  # channels that cross; 0: all
+    epochs: float  # parts of an epoch are allowed
+    activation: str = ""  # codec of this phase, such as a coarser one early on; "" as in [codec]
+    gradient: str = ""  # the same, downwards
+    lr: float = 0.0  # highest learning rate of this phase, where optimiser.restart is true; 0 as in [optimiser]
+    # Above 0 the head and the encoder stay as they are and no gradient comes back: for so many epochs pictures are
+    # sent, each time in another augmented view, and for the rest of the phase the server learns from what it kept.
+    views: float = 0.0
+
+    def __post_init__(self) -> None:
+        _demand(self.width >= 0, f"schedule.phases has width {self.width}; give 0 (all channels) or more")
+        _demand(self.epochs > 0, f"schedule.phases has {self.epochs} epochs; they must be above 0")
+        _demand(self.lr >= 0, f"schedule.phases has lr {self.lr}; it must be 0 (as in optimiser) or more")
+        _demand(0 <= self.views <= 1000, f"schedule.phases has {self.views} views; give 0 to 1000")
+        for name in (self.activation, self.gradient):
+            try:
+                codec(name or "fp32")
+            except CodecError as error:
+                raise RecipeError(f"schedule.phases has the codec {name!r}: {error}") from error
+
+
+@dataclass(frozen=True)
 class ScheduleRecipe:
     kind: str = "epochs"  # "epochs": the list `phases`; "plateau": the next of `widths` when validation stops gaining
-    phases: tuple[tuple[int, float], ...] = ()  # (width, epochs) in order; parts of an epoch are allowed; width 0: all
+    phases: tuple[PhaseRecipe, ...] = ()
     widths: tuple[int, ...] = ()  # plateau: widths in order
     patience: int = 2  # plateau: epochs without gain before the next width (after the last: the end)
     min_gain: float = 0.01  # plateau: share by which the validation loss must fall to count as a gain
@@ -115,8 +140,6 @@ class ScheduleRecipe:
         _one_of("schedule.kind", self.kind, ("epochs", "plateau"))
         if self.kind == "epochs":
             _demand(len(self.phases) > 0, "schedule.phases is empty; give a list of [width, epochs]")
-            for width, epochs in self.phases:
-                _demand(width >= 0 and epochs > 0, f"schedule.phases has [{width}, {epochs}]; epochs must be above 0")
         else:
             _demand(len(self.widths) > 0, "schedule.widths is empty; a plateau schedule needs the widths in order")
             _demand(self.patience >= 1 and self.max_epochs >= 1, "schedule.patience and max_epochs must be 1 or more")
@@ -125,7 +148,7 @@ class ScheduleRecipe:
     @property
     def width_list(self) -> tuple[int, ...]:
         """Widths in the order in which they come; 0 stands for all channels of the cut."""
-        return tuple(width for width, _ in self.phases) if self.kind == "epochs" else self.widths
+        return tuple(phase.width for phase in self.phases) if self.kind == "epochs" else self.widths
 
 
 @dataclass(frozen=True)
@@ -135,7 +158,8 @@ class OptimiserRecipe:
     momentum: float = 0.9  # sgd
     weight_decay: float = 5e-4  # on the model's weights; the bottleneck has none
     decay: str = "cosine"  # "cosine" down to 0 over the run, or "constant"
-    warmup: int = 0  # steps over which the learning rate rises linearly
+    restart: bool = False  # each phase of schedule.phases starts and decays anew, instead of once over the run
+    warmup: int = 0  # steps over which the learning rate rises linearly, at each start
 
     def __post_init__(self) -> None:
         _one_of("optimiser.name", self.name, ("sgd", "adamw"))
@@ -179,6 +203,7 @@ class Recipe:
         )
         if self.method == "plain":
             raw = self.codec == _UNCODED and kind == "none"
+            raw = raw and not any(phase.activation or phase.gradient for phase in self.schedule.phases)
             _demand(raw, 'method "plain" compresses nothing: bottleneck.kind is "none" and both codecs are "fp32"')
         if self.method in ("plain", "fixed"):
             _demand(len(set(widths)) == 1, f'method "{self.method}" has one width; the schedule has {list(widths)}')
@@ -187,7 +212,8 @@ class Recipe:
         # Width 0 means all channels, wider than any number.
         sizes = [width or 2**31 for width in widths]
         if self.method == "deprune":
-            grows = kind != "none" and sizes == sorted(sizes)
+            # With all channels from the start it can still grow in the SNR of its codecs, phase by phase.
+            grows = sizes == sorted(sizes) and (kind != "none" or len(widths) > 1)
             _demand(grows, f'method "deprune" widens a bottleneck; the schedule has {list(widths)} with kind "{kind}"')
         if self.method == "prune":
             shrinks = kind != "none" and sizes == sorted(sizes, reverse=True)
@@ -248,6 +274,9 @@ def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
+    if hint is PhaseRecipe and isinstance(value, list):
+        _demand(len(value) == 2, f"{where} has {len(value)} items; give [width, epochs], or a table")
+        value = dict(zip(("width", "epochs"), value, strict=True))
     if dataclasses.is_dataclass(hint):
         _demand(isinstance(value, dict), f"{where} must be a table, [{where}]")
         return _build(typing.cast(type, hint), value, f"{where}.")

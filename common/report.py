@@ -31,6 +31,7 @@ class Outcome:
     samples: int  # pictures trained on, repeats counted
     epochs: float
     wall_s: float
+    busy_s: float  # of it spent computing on this side
     phases: tuple[Phase, ...]
 
 
@@ -64,12 +65,13 @@ def summarise(
         "steps": outcome.steps,
         "samples": outcome.samples,
         "wall_s": round(outcome.wall_s, 3),
+        "busy_s": round(outcome.busy_s, 3),
         "bytes": bytes_,
         "retransmitted": kernel["retransmitted"] if kernel else None,
         "plain_bytes": plain,
         "times_fewer": {way: round(_fewer(bytes_, plain, (way,)), 3) for way in ("up", "down")}
         | {"total": round(_fewer(bytes_, plain, ("up", "down")), 3)},
-        "phases": [{"from_step": phase.from_step, "width": phase.width} for phase in outcome.phases],
+        "phases": [{name: getattr(phase, name) for name in ("from_step", "width", "kind")} for phase in outcome.phases],
     }
 
 

@@ -6,67 +6,80 @@ Called by the server's coordinator alone; the device is told.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
-from common.recipe import Recipe, ScheduleRecipe
+from common.recipe import PhaseRecipe, Recipe, ScheduleRecipe
+
+# What a step of a phase does; split.proto says it in full.
+LEARN, RANK, STORE, RECALL = "learn", "rank", "store", "recall"
+KINDS = (LEARN, RANK, STORE, RECALL)  # in the order of the protocol's numbers
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps with one width and one codec setting."""
+    """A stretch of steps with one kind, one width, one codec setting and one course of the learning rate."""
 
     index: int
     from_step: int
     width: int
     activation_codec: str
     gradient_codec: str
+    lr: float  # highest learning rate; it starts at step decay_from and has come down to 0 at decay_until
+    decay_from: int
+    decay_until: int
     order: tuple[int, ...] = ()  # bottleneck "channels": the most important first
-    ranking: bool = False  # all channels cross, so that the server can measure what each is worth
+    kind: str = LEARN
+
+    @property
+    def frozen(self) -> bool:
+        """Whether head and encoder stay as they are."""
+        return self.kind in (STORE, RECALL)
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """A phase to come, before the order of its channels is known."""
+def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int) -> list[Phase]:
+    """The phases that one entry of the schedule comes to, from span[0] up to span[1], numbered from 0.
 
-    from_step: int
-    width: int
-    ranking: bool = False
-
-
-def stretches(width: int, from_step: int, channels: int, ranking_steps: int) -> list[Stretch]:
-    """The phases that sending `width` of `channels` from `from_step` on takes: one, or two where channels are
-    chosen by rank and must be measured first (`ranking_steps` above 0)."""
-    if ranking_steps and width < channels:
-        return [Stretch(from_step, channels, True), Stretch(from_step + ranking_steps, width)]
-    return [Stretch(from_step, width)]
-
-
-def resolve(width: int, channels: int) -> int:
-    """Channels that the recipe's `width` means at a cut of `channels`: 0 means all."""
-    return width or channels
+    One; or two where channels are chosen by rank and must be measured first, or where the server recalls what was
+    sent in the first `views` steps.
+    """
+    start, end = span
+    width = entry.width or channels
+    phase = Phase(
+        0, start, width, entry.activation or recipe.codec.activation, entry.gradient or recipe.codec.gradient,
+        entry.lr or recipe.optimiser.lr, start, end,
+    )  # fmt: skip
+    ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
+    result = [phase]
+    if entry.views:
+        result = [replace(phase, kind=STORE), replace(phase, from_step=start + max(1, views), kind=RECALL)]
+    elif ranking and width < channels:
+        result = [replace(phase, width=channels, kind=RANK), replace(phase, from_step=start + ranking)]
+    # A phase shorter than its ranking is measured for what there is of it; one without steps is left out.
+    return [piece for piece in result if piece.from_step < end]
 
 
 def steps_of(epochs: float, steps_per_epoch: int) -> int:
     return round(epochs * steps_per_epoch)
 
 
-def planned(recipe: Recipe, channels: int, steps_per_epoch: int) -> tuple[list[Stretch], int]:
+def planned(recipe: Recipe, channels: int, steps_per_epoch: int) -> tuple[list[Phase], int]:
     """All phases known beforehand, and the steps of the run (the most that it can take, under a plateau)."""
     schedule = recipe.schedule
-    ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
     if schedule.kind == "plateau":
-        first = stretches(resolve(schedule.widths[0], channels), 0, channels, ranking)
-        return first, schedule.max_epochs * steps_per_epoch
-    result: list[Stretch] = []
-    epochs = 0.0
-    for width, length in schedule.phases:
-        start, end = steps_of(epochs, steps_per_epoch), steps_of(epochs + length, steps_per_epoch)
-        epochs += length
-        pieces = stretches(resolve(width, channels), start, channels, ranking)
-        # A phase shorter than its ranking is measured for what there is of it; one without steps is left out.
-        result += [piece for piece in pieces if piece.from_step < end]
-    if not result:  # a run shorter than half a step is one step of its first phase
-        result = stretches(resolve(schedule.phases[0][0], channels), 0, channels, 0)
-    return result, max(1, steps_of(epochs, steps_per_epoch))
+        steps = schedule.max_epochs * steps_per_epoch
+        first = PhaseRecipe(schedule.widths[0], schedule.max_epochs)
+        return stretches(recipe, first, channels, (0, steps), 0), steps
+    ends = [steps_of(epochs, steps_per_epoch) for epochs in accumulate(entry.epochs for entry in schedule.phases)]
+    steps = ends[-1] = max(1, ends[-1])  # a run shorter than half a step is one step of its last phase
+    result: list[Phase] = []
+    for entry, start, end in zip(schedule.phases, [0, *ends], ends, strict=False):
+        result += stretches(recipe, entry, channels, (start, end), steps_of(entry.views, steps_per_epoch))
+    return result if recipe.optimiser.restart else [run_long(phase, recipe, steps) for phase in result], steps
+
+
+def run_long(phase: Phase, recipe: Recipe, steps: int) -> Phase:
+    """The phase with the learning rate of a run that starts only once."""
+    return replace(phase, lr=recipe.optimiser.lr, decay_from=0, decay_until=steps)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which pictures a step trains on and how they are shifted and flipped, as pure functions of (seed, step).
 
 Nothing is carried from one step to the next, so a step that is replayed after a crash sees the same bytes. The
-trainer calls `indices`, `augment` and `normalise`, in that order; `data` borrows `generator` for its split.
+trainer calls `indices`, `augment` and `normalise`, in that order.
 """
 
 from __future__ import annotations
@@ -12,20 +12,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from common.draw import AUGMENT, ORDER, generator
 from common.errors import DataError
 
 Pictures = NDArray[np.uint8]
-
-# One number per use of randomness: the same seed and step must not give, say, the order and the flips the same bits.
-ORDER, AUGMENT, SPLIT = range(3)
-
-
-def generator(seed: int, stream: int, number: int = 0) -> np.random.Generator:
-    """Random numbers that depend on these three alone; `number` is an epoch or a step, `stream` says what for."""
-    # `number` goes into the counter's top word: what is drawn advances the low words and never reaches it.
-    key = np.array([seed % 2**64, stream], dtype=np.uint64)
-    counter = np.array([0, 0, 0, number], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def steps_per_epoch(samples: int, batch: int) -> int:

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from common.draw import SPLIT, generator
 from common.errors import DataError
-from device_client.batches import SPLIT, Pictures, generator
+from device_client.batches import Pictures
 from device_client.pictures import MODES, Shape, bombs_are_errors, decode, reason
 from device_client.sources import Side, check_memory, open_source, some
 

@@ -21,7 +21,7 @@ from common.meter import DOWN, UP, Meter
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
-from common.schedule import Phase
+from common.schedule import KINDS, Phase
 from common.tcp_info import Kernel, find_server
 from common.wire import Place
 
@@ -63,9 +63,13 @@ def phase_of(message: pb.Phase) -> Phase:
             raise VersionError(
                 f"the server uses the codec {name!r}, unknown here: {error}; install the same release on both sides"
             ) from error
+    if message.kind not in range(len(KINDS)):
+        raise VersionError(
+            f"the server announced a phase of kind {message.kind}, unknown here; install the same release on both sides"
+        )
     return Phase(
         message.index, message.from_step, message.width, message.activation_codec, message.gradient_codec,
-        tuple(message.order), message.ranking,
+        message.lr, message.decay_from, message.decay_until, tuple(message.order), KINDS[message.kind],
     )  # fmt: skip
 
 
@@ -206,6 +210,10 @@ class RemoteTail:
         """Frames of an activation [B, width, ...], in the phase's codec."""
         name = phase.activation_codec
         return wire.pack(place, self._chooser.encode(codec(name), sent, NOTHING), sent.shape, name)
+
+    def recall(self, step: int, phase: Phase, steps: int) -> None:
+        """Ask for `steps` steps on what the server has kept; each has its `result`."""
+        self._stream.send(Place(pb.CONTROL, step, phase.index).frame(recall=pb.Recall(steps=steps)))
 
     def gradient(self, step: int, phase: Phase, shape: tuple[int, ...], support: np.ndarray | None) -> np.ndarray:
         """The gradient of the step that was sent, of the same shape; zero where `support` is false."""

@@ -18,8 +18,9 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
+from common.draw import SPLIT, generator
 from common.errors import DataError
-from device_client.batches import SPLIT, Pictures, generator
+from device_client.batches import Pictures
 from device_client.pictures import MODES, Shape, decode, fit
 
 _NAMED = 5  # how many names an error lists

@@ -20,10 +20,13 @@ from common.progress import Live
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
-from common.schedule import Phase
+from common.schedule import RECALL, Phase
 from device_client import batches
 from device_client.data import Dataset, Part
-from device_client.remote_tail import RemoteTail, phase_of
+from device_client.remote_tail import RemoteTail, StepResult, phase_of
+
+# Steps of a recall asked for at once: few enough that Ctrl-C is soon heard.
+_RECALLED = 64
 
 
 class Trainer:
@@ -39,6 +42,8 @@ class Trainer:
             raise DataError("the training part is empty; give more pictures or a smaller data.validation")
         self.started = time.monotonic()
         self.step = 0
+        self.busy_s = 0.0  # spent computing in training steps
+        self.asked = 0  # steps of a recall whose answers have not come yet
 
     @property
     def phase(self) -> Phase:
@@ -75,15 +80,11 @@ class Trainer:
         self.steps, basis_wanted, first = self.remote.begin(len(self.data.train), self.data.classes)
         if basis_wanted:
             self._rotate()
-        self.head.train()
         self._switch(first)
         self.remote.meter.lap()
-        inputs, labels = self._batch(0)
         with Live(self.console, self.steps) as live:
             while True:
-                following = self._batch(self.step + 1)
-                line = self._train_step(inputs, labels)
-                inputs, labels = following
+                line = self._recall_step() if self.phase.kind == RECALL else self._train_step()
                 warning = self.folder.metrics.append(line) if self.folder.metrics else None
                 if warning:
                     live.say(f"[yellow]Warning[/yellow]: {warning}")
@@ -94,36 +95,62 @@ class Trainer:
                 if self.then == pb.FINISH or (self.then == pb.VALIDATE and self._validate(live)):
                     return
 
-    def _train_step(self, inputs: torch.Tensor, labels: np.ndarray) -> dict[str, Any]:
+    def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""
         clock, remote, step, phase = time.perf_counter, self.remote, self.step, self.phase
+        inputs, labels = self._batch(step)
         halves.reseed(self.recipe.seed, step, "head")
         begun = clock()
-        with optim.arithmetic(self.recipe.precision):
+        with torch.set_grad_enabled(not phase.frozen), optim.arithmetic(self.recipe.precision):
             activation = self.head(inputs)
         forward = clock()
         sent = activation.detach().numpy()
         remote.send(step, phase, sent, labels)
         waited, encoded = remote.wait_s, clock()
-        gradient = remote.gradient(step, phase, sent.shape, self.gate.support(sent, phase))
-        decoded, wait = clock(), remote.wait_s - waited
+        decoded = backward = encoded
+        if not phase.frozen:
+            gradient = remote.gradient(step, phase, sent.shape, self.gate.support(sent, phase))
+            decoded = clock()
+            self._learn(activation, gradient)
+            backward = clock()
+        between = remote.wait_s - waited
+        result = remote.result(step, phase)
+        return self._after(result, {
+            "head": forward - begun + backward - decoded, "encode": encoded - forward,
+            "wait": between + clock() - backward, "decode": decoded - encoded - between,
+        })  # fmt: skip
+
+    def _learn(self, activation: torch.Tensor, gradient: np.ndarray) -> None:
+        """Backward through the head and one move of its weights."""
         self.optimiser.zero_grad()
         if activation.requires_grad:
             activation.backward(torch.from_numpy(gradient))
-        optim.set_learning_rate(self.optimiser, optim.learning_rate(self.recipe.optimiser, step, self.steps))
+        rate = optim.learning_rate(self.recipe.optimiser, self.step, self.phase)
+        optim.set_learning_rate(self.optimiser, rate)
         self.optimiser.step()
-        backward = clock()
-        result = remote.result(step, phase)
-        seconds = {
-            "head": forward - begun + backward - decoded, "encode": encoded - forward,
-            "wait": wait + clock() - backward, "decode": decoded - encoded - wait,
-        }  # fmt: skip
+
+    def _recall_step(self) -> dict[str, Any]:
+        """One step that the server makes from what it has kept; asked for many at a time, so no step waits a trip."""
+        started = time.perf_counter()
+        if not self.asked:
+            self.asked = _RECALLED
+            self.remote.recall(self.step, self.phase, self.asked)
+        self.asked -= 1
+        result = self.remote.result(self.step, self.phase)
+        if result.next or result.then != pb.STEP:
+            self.asked = 0
+        return self._after(result, {"wait": time.perf_counter() - started})
+
+    def _after(self, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
+        """Go on to the next step; the line for metrics.jsonl of the one that was."""
+        step, phase = self.step, self.phase
+        self.busy_s += sum(value for name, value in seconds.items() if name != "wait")
         self.step, self.then = step + 1, result.then
         if result.next:
             self._switch(result.next)
         return {
             "step": step, "phase": phase.index, "width": phase.width, "loss": result.loss,
-            "accuracy": result.correct / self.batch, "bytes": remote.meter.lap(),
+            "accuracy": result.correct / self.batch, "bytes": self.remote.meter.lap(),
             "seconds": {name: round(value, 6) for name, value in seconds.items()},
         }  # fmt: skip
 
@@ -137,6 +164,8 @@ class Trainer:
     def _switch(self, phase: Phase) -> None:
         self.phases.append(phase)
         self.head.bottleneck.resize(phase.width, phase.order)
+        # A frozen head is the one that is used later: batch norm takes its running statistics.
+        self.head.train(not phase.frozen)
 
     @torch.no_grad()
     def _rotate(self) -> None:
@@ -157,7 +186,7 @@ class Trainer:
         verdict = self.remote.evaluate(
             sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes
         )
-        self.head.train()
+        self.head.train(not self.phase.frozen)
         return verdict
 
     def _validate(self, live: Live) -> bool:
@@ -178,7 +207,7 @@ class Trainer:
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
         outcome = report.Outcome(
             self.opened.run_id, verdict.accuracy, verdict.loss, self.step, samples,
-            round(self.step / (len(self.data.train) // self.batch), 4), time.monotonic() - self.started,
+            round(self.step / (len(self.data.train) // self.batch), 4), time.monotonic() - self.started, self.busy_s,
             tuple(self.phases),
         )  # fmt: skip
         kernel = report.kernel_of(device=self.remote.kernel.read())

@@ -56,10 +56,18 @@ def cli() -> None:
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores.")
 @click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificate (PEM).")
 @click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its key (PEM).")
+@click.option(
+    "--store-limit",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="MB",
+    help="Disk that a run may take for what its device sends with the head frozen.",
+)
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS.")
 def serve(
     recipe: Path | None, listen: str, run_path: Path, overwrite: bool, once: bool, allowed: tuple[str, ...],
-    threads: int | None, tls_cert: Path | None, tls_key: Path | None, insecure: bool,
+    threads: int | None, tls_cert: Path | None, tls_key: Path | None, store_limit: int, insecure: bool,
 ) -> None:  # fmt: skip
     """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the run in --run."""
     if (tls_cert is None) != (tls_key is None):
@@ -70,6 +78,7 @@ def serve(
     if recipe:
         parsed, text = recipes.load(recipe)
         host = Host.to_train(parsed, text, folder, console, allowed, overwrite)
+        host.store_limit = store_limit * 1_000_000
     else:
         host = Host.to_serve(folder, console, allowed)
     server = Server(host, listen, (tls_cert, tls_key) if tls_cert and tls_key else None, insecure)

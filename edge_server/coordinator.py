@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from common import schedule
 from common.bottleneck import rank_channels, reorder
-from common.recipe import Recipe
+from common.recipe import PhaseRecipe, Recipe
 from common.rpc import split_pb2 as pb
-from common.schedule import Phase, Plateau, Stretch
+from common.schedule import RANK, Phase, Plateau
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Coordinator:
 
     def observe(self, activation: torch.Tensor, gradient: torch.Tensor) -> None:
         """Take the channels' worth from a step of a ranking phase: activation and gradient, both [B, C, ...]."""
-        if self.phase.ranking:
-            self._scores += rank_channels(activation, gradient)
+        self._scores += rank_channels(activation, gradient)
 
     def after_step(self, step: int) -> Decision:
         """What follows `step`."""
@@ -62,9 +61,9 @@ class Coordinator:
         if self._plateau.finished:
             return Decision(pb.FINISH)
         if self._plateau.position != before:
-            width = schedule.resolve(self._recipe.schedule.widths[self._plateau.position], self._channels)
-            ranking = self._recipe.bottleneck.ranking_steps if self._order else 0
-            self._upcoming = schedule.stretches(width, step + 1, self._channels, ranking)
+            entry = PhaseRecipe(self._recipe.schedule.widths[self._plateau.position], 1)
+            coming = schedule.stretches(self._recipe, entry, self._channels, (step + 1, self.steps), 0)
+            self._upcoming = [schedule.run_long(phase, self._recipe, self.steps) for phase in coming]
         return Decision(pb.STEP, self._switch(step + 1))
 
     def _switch(self, step: int) -> Phase | None:
@@ -73,22 +72,11 @@ class Coordinator:
         return None
 
     def _advance(self) -> Phase:
-        stretch: Stretch = self._upcoming.pop(0)
-        if self.phases and self.phase.ranking:
+        coming = self._upcoming.pop(0)
+        if self.phases and self.phase.kind == RANK:
             self._order = reorder(self._order, self._sent, self._scores)
             self._scores.zero_()
-        if self._order and not stretch.ranking:
-            self._sent = stretch.width
-        codec = self._recipe.codec
-        self.phases.append(
-            Phase(
-                len(self.phases),
-                stretch.from_step,
-                stretch.width,
-                codec.activation,
-                codec.gradient,
-                self._order,
-                stretch.ranking,
-            )
-        )
+        if self._order and coming.kind != RANK:
+            self._sent = coming.width
+        self.phases.append(replace(coming, index=len(self.phases), order=self._order))
         return self.phase

@@ -28,6 +28,8 @@ from edge_server.initial import Initial, initial_weights
 from edge_server.session import Training
 
 MAX_SESSIONS = 64
+# Bytes that one run may keep of what its device sent while the head was frozen.
+STORE_LIMIT = 4 << 30
 # A session that was opened and never begun, or left behind, makes room after this long.
 _FORGET_S = 600.0
 # Between the handshake and the first stream a device reads its data; it keeps its place so long at least.
@@ -77,6 +79,7 @@ class Host:
         self.initial = Initial()
         self._first_head = b""
         self.stopping = False
+        self.store_limit = STORE_LIMIT
         # Set when the run's device has left: with its run finished, or interrupted by its user.
         self.ended = threading.Event()
         self.interrupted = ""
@@ -198,9 +201,11 @@ class Host:
         coordinator = Coordinator(self.recipe, halves.channels, per_epoch)
         with self._lock:
             self._refuse_second()
-            session.training = Training(self.recipe, halves, coordinator, classes, samples)
+            self.folder.start(self.text)
+            session.training = Training(
+                self.recipe, halves, coordinator, classes, samples, self.folder.path, self.store_limit
+            )
             self._trainer = session
-        self.folder.start(self.text)
         return session.training
 
     def finish(self, session: Session, head: bytes) -> None:
@@ -214,7 +219,7 @@ class Host:
         self.folder.write_half("tail", training.halves.tail, self._manifest(training))
         outcome = report.Outcome(
             self.run_id, training.test.accuracy, training.test.mean_loss, training.step, training.trained,
-            training.epochs, time.monotonic() - training.started, tuple(training.coordinator.phases),
+            training.epochs, time.monotonic() - training.started, training.busy_s, tuple(training.coordinator.phases),
         )  # fmt: skip
         kernel = report.kernel_of(server=session.kernel.read())
         summary = report.summarise(self.recipe, training.halves.cut, outcome, session.meter, kernel, "server")
@@ -228,6 +233,8 @@ class Host:
     def end(self, session: Session, interrupted: str = "") -> None:
         """The training stream of this session is over, one way or another."""
         training, session.training = session.training, None
+        if training:
+            training.close()
         with self._lock:
             if self._trainer is session:
                 self._trainer = None

@@ -20,8 +20,9 @@ from common.meter import DOWN, UP
 from common.progress import Live
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
-from common.schedule import Phase
+from common.schedule import KINDS, RECALL, STORE, Phase
 from common.wire import Place
+from edge_server.coordinator import Decision
 from edge_server.host import Host, Session
 from edge_server.session import Judgement, Training, judge, logits_of
 
@@ -78,7 +79,8 @@ class Incoming:
 def phase_message(phase: Phase) -> pb.Phase:
     return pb.Phase(
         index=phase.index, from_step=phase.from_step, width=phase.width, activation_codec=phase.activation_codec,
-        gradient_codec=phase.gradient_codec, order=phase.order, ranking=phase.ranking,
+        gradient_codec=phase.gradient_codec, order=phase.order, kind=pb.Kind.Name(KINDS.index(phase.kind)), lr=phase.lr,
+        decay_from=phase.decay_from, decay_until=phase.decay_until,
     )  # fmt: skip
 
 
@@ -162,7 +164,10 @@ class Servicer(split_pb2_grpc.SplitServicer):
                     if frame.role == pb.WEIGHTS and training.test:
                         yield from self._finish(frame, receive, training)
                         return
-                    yield from self._step(frame, receive, training, chooser, live)
+                    if frame.HasField("recall"):
+                        yield from self._recall(frame, receive, training, live)
+                    else:
+                        yield from self._step(frame, receive, training, chooser, live)
             if not interrupted:
                 yield from self._finish(None, receive, training)
         finally:
@@ -183,46 +188,92 @@ class Servicer(split_pb2_grpc.SplitServicer):
     ) -> Iterator[pb.Frame]:
         """One step: labels and activation in, gradient and StepDone out."""
         session, phase, step = receive.session, training.phase, training.step
-        if step >= training.coordinator.steps:
-            raise FrameError(f"the run has {training.coordinator.steps} steps and all are done; Leave was expected")
+        self._check_step(training)
+        if phase.kind == RECALL:
+            raise FrameError(f"step {step} is learnt from what the server has kept; Recall was expected")
         clock = time.perf_counter
         first_wait, receive.wait_s, started = receive.wait_s, 0.0, clock()
         labels = wire.unpack_labels(
             frame, receive, Place(pb.LABEL, step, phase.index), training.batch, training.recipe.model.classes
         )
-        place = Place(pb.ACTIVATION, step, phase.index)
-        sent = wire.unpack(receive(), receive, place, training.sent_shape, phase.activation_codec)
+        place, shape = Place(pb.ACTIVATION, step, phase.index), training.sent_shape
+        payload = wire.payload_of(receive(), receive, place, shape, phase.activation_codec)
+        sent = codec(phase.activation_codec).decode(payload, shape)
         decoded = clock()
         with training.lock:
+            if phase.kind == STORE:
+                training.keep(payload, labels)
             gradient, loss, correct = training.learn(sent, labels)
-            learnt = clock()
-            aside = Aside((training.recipe.seed, step, pb.GRADIENT), training.halves.gate.support(sent, phase))
-            name = phase.gradient_codec
-            payload = chooser.encode(codec(name), gradient, aside)
-            for out in wire.pack(Place(pb.GRADIENT, step, phase.index), payload, gradient.shape, name):
-                yield session.meter.frame(DOWN, out)
-            encoded = clock()
+            encoded = learnt = clock()
+            if gradient is not None:
+                aside = Aside((training.recipe.seed, step, pb.GRADIENT), training.halves.gate.support(sent, phase))
+                name = phase.gradient_codec
+                answer = chooser.encode(codec(name), gradient, aside)
+                for out in wire.pack(Place(pb.GRADIENT, step, phase.index), answer, gradient.shape, name):
+                    yield session.meter.frame(DOWN, out)
+                encoded = clock()
             # The gradient is on its way: the weights move while the device runs its own backward pass.
             decision = training.apply()
+        applied = clock()
+        yield self._done(session, step, phase, loss, correct, decision)
+        wait, receive.wait_s = receive.wait_s, 0.0
+        seconds = {
+            "wait": first_wait + wait, "decode": decoded - started - wait, "tail": learnt - decoded + applied - encoded,
+            "encode": encoded - learnt,
+        }  # fmt: skip
+        self._log(session, training, phase, loss, correct, seconds, live)
+
+    @staticmethod
+    def _check_step(training: Training) -> None:
+        if training.step >= training.coordinator.steps:
+            raise FrameError(f"the run has {training.coordinator.steps} steps and all are done; Leave was expected")
+
+    def _recall(self, frame: pb.Frame, receive: Incoming, training: Training, live: Live) -> Iterator[pb.Frame]:
+        """Steps on what was kept: a StepDone each, until so many are done or something else comes next."""
+        self._check_step(training)
+        wire.check_place(frame, Place(pb.CONTROL, training.step, training.phase.index))
+        if training.phase.kind != RECALL or not frame.recall.steps:
+            raise FrameError(f"Recall of {frame.recall.steps} steps came in a phase of kind {training.phase.kind}")
+        clock, session, phase = time.perf_counter, receive.session, training.phase
+        for _ in range(frame.recall.steps):
+            if self.host.stopping:
+                raise StoppedError("the server was stopped by its operator; the run is not finished")
+            step, started = training.step, clock()
+            with training.lock:
+                sent, labels = training.recall()
+                decoded = clock()
+                _, loss, correct = training.learn(sent, labels)
+                decision = training.apply()
+            seconds = {"decode": decoded - started, "tail": clock() - decoded}
+            yield self._done(session, step, phase, loss, correct, decision)
+            self._log(session, training, phase, loss, correct, seconds, live)
+            if decision.phase or decision.then != pb.STEP:
+                return
+
+    @staticmethod
+    def _done(session: Session, step: int, phase: Phase, loss: float, correct: int, decision: Decision) -> pb.Frame:
         done = pb.StepDone(loss=loss, correct=correct, then=decision.then)
         if decision.phase:
             done.next.CopyFrom(phase_message(decision.phase))
-        applied = clock()
-        yield session.meter.frame(DOWN, Place(pb.CONTROL, step, phase.index).frame(done=done))
-        wait, receive.wait_s = receive.wait_s, 0.0
+        return session.meter.frame(DOWN, Place(pb.CONTROL, step, phase.index).frame(done=done))
+
+    def _log(
+        self, session: Session, training: Training, phase: Phase, loss: float, correct: int,
+        seconds: dict[str, float], live: Live,
+    ) -> None:  # fmt: skip
+        """The line of the step that was just applied, in metrics.jsonl and on the operator's screen."""
+        accuracy = correct / training.batch
+        training.busy_s += sum(value for name, value in seconds.items() if name != "wait")
         line = {
-            "step": step, "phase": phase.index, "width": phase.width, "loss": loss,
-            "accuracy": correct / training.batch, "bytes": session.meter.lap(),
-            "seconds": {
-                "wait": round(first_wait + wait, 6), "decode": round(decoded - started - wait, 6),
-                "tail": round(learnt - decoded + applied - encoded, 6), "encode": round(encoded - learnt, 6),
-            },
+            "step": training.step - 1, "phase": phase.index, "width": phase.width, "loss": loss,
+            "accuracy": accuracy, "bytes": session.meter.lap(),
+            "seconds": {name: round(value, 6) for name, value in seconds.items()},
         }  # fmt: skip
         warning = self.host.folder.metrics.append(line) if self.host.folder.metrics else None
         if warning:
             live.say(f"[yellow]Warning[/yellow]: {warning}")
         up, down = session.meter.total(UP).message, session.meter.total(DOWN).message
-        live.step(step + 1, phase.width, loss, correct / training.batch, up, down)
+        live.step(training.step, phase.width, loss, accuracy, up, down)
 
     def _finish(self, frame: pb.Frame | None, receive: Incoming, training: Training) -> Iterator[pb.Frame]:
         """The published head, if `frame` starts one, and the end of the run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from common.errors import DivergedError
 from common.halves import Halves, reseed
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
-from common.schedule import Phase
+from common.schedule import RANK, RECALL, STORE, Phase
 from edge_server.coordinator import Coordinator, Decision
+from edge_server.store import Store
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,15 @@ class Training:
     coordinator: Coordinator
     classes: tuple[str, ...]
     samples: int  # pictures in an epoch
+    folder: Path  # where a store may lie
+    store_limit: int  # bytes that it may have
     step: int = 0  # the next to come
     trained: int = 0  # pictures trained on so far
     started: float = field(default_factory=time.monotonic)
     test: Judgement | None = None
+    store: Store | None = None
+    stored: int = 0  # steps kept in the run so far
+    busy_s: float = 0.0  # spent computing
     # Held while the tail computes: an evaluation waits for the step before it to be applied.
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -100,14 +107,35 @@ class Training:
 
     def switch(self, phase: Phase) -> None:
         self.halves.tail.bottleneck.resize(phase.width, phase.order)
+        if phase.kind != RECALL:
+            self.close()
+        if phase.kind == STORE:
+            self.store = Store(self.folder, phase, self.sent_shape, self.recipe.seed, self.store_limit)
 
-    def learn(self, sent: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float, int]:
+    def keep(self, payload: bytes | bytearray, labels: np.ndarray) -> None:
+        """Store what a step of a STORE phase brought; StoreError without room."""
+        assert self.store
+        self.store.add(payload, labels)
+        self.stored += 1
+
+    def recall(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the next step of a RECALL phase learns from: activation [B, width, ...] and labels [B]."""
+        assert self.store
+        return self.store.draw(self.step - self.phase.from_step)
+
+    def close(self) -> None:
+        """Drop what was kept."""
+        if self.store:
+            self.store.close()
+            self.store = None
+
+    def learn(self, sent: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray | None, float, int]:
         """Forward and backward of one step: dLoss/dActivation (shape of `sent`), mean loss, right answers.
 
-        The weights move in `apply`, so that the gradient can be on its way meanwhile.
+        No gradient where the head is frozen. The weights move in `apply`, so that it can be on its way meanwhile.
         """
         reseed(self.recipe.seed, self.step, "tail")
-        activation = torch.from_numpy(sent).requires_grad_()
+        activation = torch.from_numpy(sent).requires_grad_(not self.phase.frozen)
         truth = torch.from_numpy(labels)
         with optim.arithmetic(self.recipe.precision):
             logits = self.halves.tail(activation)
@@ -119,13 +147,16 @@ class Training:
             )
         self._optimiser.zero_grad()
         loss.backward()
-        assert activation.grad is not None
-        self.coordinator.observe(activation.detach(), activation.grad)
-        return activation.grad.numpy(), loss.item(), int((logits.argmax(1) == truth).sum())
+        correct = int((logits.argmax(1) == truth).sum())
+        if activation.grad is None:
+            return None, loss.item(), correct
+        if self.phase.kind == RANK:
+            self.coordinator.observe(activation.detach(), activation.grad)
+        return activation.grad.numpy(), loss.item(), correct
 
     def apply(self) -> Decision:
         """Move the weights, count the step, and say what comes next."""
-        rate = optim.learning_rate(self.recipe.optimiser, self.step, self.coordinator.steps)
+        rate = optim.learning_rate(self.recipe.optimiser, self.step, self.phase)
         optim.set_learning_rate(self._optimiser, rate)
         self._optimiser.step()
         decision = self.coordinator.after_step(self.step)

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 from torch.nn import functional
 
-from common import models, optim, recipe
+from common import models, optim, recipe, schedule
 from device_client import batches, data
 from tests.conftest import Run
 
@@ -21,6 +21,7 @@ def test_split_training_equals_unsplit(plain_run: Run) -> None:
         model = models.build("tiny", parsed.model.input, 10).train()
         optimiser = optim.build(parsed.optimiser, model, torch.nn.Identity())
         losses = []
+        (phase,), _ = schedule.planned(parsed, 32, len(loaded.train) // 32)
         for step in range(20):
             chosen = batches.indices(parsed.seed, step, len(loaded.train), 32)
             pictures = batches.augment(loaded.train.pictures[chosen], parsed.seed, step, 1, True)
@@ -28,7 +29,7 @@ def test_split_training_equals_unsplit(plain_run: Run) -> None:
             loss = functional.cross_entropy(model(inputs), torch.from_numpy(loaded.train.labels[chosen]))
             optimiser.zero_grad()
             loss.backward()
-            optim.set_learning_rate(optimiser, optim.learning_rate(parsed.optimiser, step, 20))
+            optim.set_learning_rate(optimiser, optim.learning_rate(parsed.optimiser, step, phase))
             optimiser.step()
             losses.append(loss.item())
     finally:

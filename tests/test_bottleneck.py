@@ -73,7 +73,7 @@ def test_epochs_become_steps() -> None:
     )
     plan, steps = schedule.planned(parsed, 32, 10)
     assert steps == 15
-    assert [(s.from_step, s.width, s.ranking) for s in plan] == [(0, 32, True), (2, 2, False), (5, 32, False)]
+    assert [(s.from_step, s.width, s.kind) for s in plan] == [(0, 32, "rank"), (2, 2, "learn"), (5, 32, "learn")]
 
 
 def test_plateau_moves_on_after_patience() -> None:

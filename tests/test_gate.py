@@ -16,7 +16,7 @@ INPUT = (3, 32, 32)
 
 
 def phase(activation: str) -> Phase:
-    return Phase(0, 0, 1, activation, "step:10")
+    return Phase(0, 0, 1, activation, "step:10", 0.1, 0, 1)
 
 
 def head_gradients(head: nn.Module, pictures: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor]:

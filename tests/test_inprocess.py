@@ -11,14 +11,22 @@ from benchmarks import inprocess
 from device_client.data import load
 from tests.conftest import recipe_text, train
 
+SCHEDULES = {
+    "all": "phases = [[0, 0.5]]",
+    "widening": "phases = [[2, 0.25], [5, 0.25]]",
+    "frozen": "phases = [[4, 0.25], { width = 8, epochs = 0.75, views = 0.25 }]",
+}
 
-@pytest.mark.parametrize("method", ["fixed", "deprune"])
-def test_in_process_is_two_processes(method: str, tmp_path: Path) -> None:
-    change = (
-        {"schedule": "phases = [[0, 0.5]]"} if method == "fixed" else {"schedule": "phases = [[2, 0.25], [5, 0.25]]"}
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_in_process_is_two_processes(schedule: str, tmp_path: Path) -> None:
+    method, kind = ("fixed", "none") if schedule == "all" else ("deprune", "linear")
+    text = recipe_text(
+        method,
+        bottleneck=f'kind = "{kind}"',
+        codec='activation = "step:15"\ngradient = "step:10"',
+        schedule=SCHEDULES[schedule],
     )
-    kind = 'kind = "none"' if method == "fixed" else 'kind = "linear"'
-    text = recipe_text(method, bottleneck=kind, codec='activation = "step:15"\ngradient = "step:10"', **change)
     run = train(tmp_path, text)
     expected = run.summary("device")
     threads = torch.get_num_threads()

@@ -197,7 +197,7 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
             {"codec": 'activation = "jpeg"'},
             "codec.activation is 'jpeg': there is no codec 'jpeg'; there are fp32, fp16, int8",
         ),
-        ({"schedule": "phases = [[0, 1, 2]]"}, "schedule.phases[0] has 3 items; give 2"),
+        ({"schedule": "phases = [[0, 1, 2]]"}, "schedule.phases[0] has 3 items; give [width, epochs]"),
         ({"schedule": "phases = [[4, 1]]"}, 'bottleneck.kind "none" sends all channels'),
         ({"schedule": 'kind = "plateau"\nwidths = [0]'}, "needs data.validation above 0"),
         ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
@@ -244,10 +244,20 @@ def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "number"), [("device", signal.SIGINT), ("server", signal.SIGINT), ("server", signal.SIGTERM)]
+    ("side", "number", "views"),
+    [
+        ("device", signal.SIGINT, 0),
+        ("server", signal.SIGINT, 0),
+        ("server", signal.SIGTERM, 0),
+        ("device", signal.SIGINT, 0.01),  # while the server learns from what it has kept
+        ("server", signal.SIGINT, 0.01),
+    ],
 )
-def test_stopping_either_side_ends_both_with_a_sentence(side: str, number: signal.Signals, tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(recipe_text(schedule="phases = [[0, 500]]"))
+def test_stopping_either_side_ends_both_with_a_sentence(
+    side: str, number: signal.Signals, views: float, tmp_path: Path
+) -> None:
+    schedule = f"phases = [{{ width = 0, epochs = 500, views = {views} }}]"
+    (tmp_path / "recipe.toml").write_text(recipe_text(schedule=schedule))
     arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
     with pair.server(*arguments, log=tmp_path / "log") as (server_process, address):
         line = pair.command("device-client", "train", address, "--data", "digits", "--run", tmp_path / "device")

@@ -1,0 +1,85 @@
+"""What a device sent while its head was frozen, kept as it came, for the server to learn from again.
+
+One payload a step, appended to a file in the run folder, so that memory holds its index alone and disk no more than
+crossed the link. The servicer adds; the session draws batches.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from common.codecs import codec
+from common.draw import RECALL, generator
+from common.errors import StoreError
+from common.schedule import Phase
+
+# So many payloads are mixed into as many new batches: pictures that came together do not stay together.
+_MIXED = 4
+
+
+class Store:
+    """The steps of one STORE phase. `shape` [B, width, ...] is what each decodes to."""
+
+    def __init__(self, folder: Path, phase: Phase, shape: tuple[int, ...], seed: int, limit: int) -> None:
+        self.shape, self.limit = shape, limit
+        self.phase = phase
+        self._seed = seed
+        self._places: list[tuple[int, int]] = []
+        self._labels: list[np.ndarray] = []
+        # Without a name: it is gone with the process, however that ends.
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- closed by close()
+        self._mix: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self._places)
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return sum(self._places[-1]) if self._places else 0
+
+    def add(self, payload: bytes | bytearray, labels: np.ndarray) -> None:
+        """Keep one step; StoreError where it would take more disk than the operator allowed."""
+        if self.size + len(payload) > self.limit:
+            raise StoreError(
+                f"the server may keep {self.limit / 1e6:,.0f} MB of what a device sends, and step {self.steps} of this "
+                f"phase is over that; raise --store-limit, or lower views or width in the recipe"
+            )
+        start = self.size
+        try:
+            self._file.seek(start)
+            self._file.write(payload)
+            self._file.flush()
+        except OSError as error:
+            raise StoreError(f"what the device sent cannot be kept on the server's disk: {error.strerror}") from error
+        self._places.append((start, len(payload)))
+        self._labels.append(labels)
+
+    def draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Batch `number` (from 0) of a recall, [B, width, ...] and labels [B]: a function of seed and number.
+
+        Goes through all that is kept in a random order, again and again.
+        """
+        cycle, position = divmod(number, self.steps)
+        group, part = divmod(position, _MIXED)
+        chosen = generator(self._seed, RECALL, 2 * cycle).permutation(self.steps)[group * _MIXED :][:_MIXED]
+        key = cycle * self.steps + group
+        if self._mix is None or self._mix[0] != key:
+            decoded = np.concatenate([self._decode(index) for index in chosen])
+            self._mix = key, decoded, np.concatenate([self._labels[index] for index in chosen])
+        _, sent, labels = self._mix
+        batch = self.shape[0]
+        order = generator(self._seed, RECALL, 2 * key + 1).permutation(len(labels))[part * batch :][:batch]
+        return sent[order], labels[order]
+
+    def _decode(self, index: int) -> np.ndarray:
+        start, length = self._places[index]
+        self._file.seek(start)
+        return codec(self.phase.activation_codec).decode(bytearray(self._file.read(length)), self.shape)
+
+    def close(self) -> None:
+        self._file.close()

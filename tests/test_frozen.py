@@ -1,0 +1,167 @@
+"""Phases with a frozen head: pictures cross once, and the server learns again and again from what it kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from common import halves, schedule
+from common.codecs import codec
+from common.errors import FrameError, StoreError
+from common.recipe import parse
+from common.rpc import split_pb2 as pb
+from common.schedule import Phase
+from device_client.remote_tail import RemoteTail
+from edge_server.store import Store
+from tests.conftest import Run, recipe_text, train
+
+PER_EPOCH = 1438 // 32
+SHAPE = (4, 2, 3, 3)
+
+
+@pytest.fixture(scope="module")
+def frozen_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An epoch in which both halves learn, then a frozen phase: two epochs sent, two recalled."""
+    text = recipe_text(
+        "deprune",
+        bottleneck='kind = "linear"',
+        codec='activation = "step:15"\ngradient = "step:10"',
+        schedule="phases = [[4, 1], { width = 8, epochs = 4, views = 2, activation = 'context:10', lr = 0.02 }]",
+        optimiser="lr = 0.05\nrestart = true",
+    )
+    return train(tmp_path_factory.mktemp("frozen"), text)
+
+
+def test_nothing_comes_back_and_recalls_are_nearly_free(frozen_run: Run) -> None:
+    kinds = [(phase["from_step"], phase["kind"]) for phase in frozen_run.summary("device")["phases"]]
+    assert kinds == [(0, "learn"), (PER_EPOCH, "store"), (3 * PER_EPOCH, "recall")]
+    lines = frozen_run.metrics("device")
+    learn, store, recall = ([line["bytes"] for line in lines if line["phase"] == phase] for phase in (0, 1, 2))
+    assert (len(learn), len(store), len(recall)) == (PER_EPOCH, 2 * PER_EPOCH, 2 * PER_EPOCH)
+    assert min(step["down"] for step in learn) > 500
+    assert max(step["down"] for step in store) < 80, "a StepDone, and once the next phase"
+    assert min(step["up"] for step in store) > 500
+    assert sum(step["up"] + step["down"] for step in recall) < 30 * len(recall)
+    assert [line["bytes"] for line in frozen_run.metrics("server")] == [line["bytes"] for line in lines]
+
+
+def test_the_server_goes_on_learning(frozen_run: Run) -> None:
+    losses = np.array([line["loss"] for line in frozen_run.metrics("server")])
+    stored, recalled = losses[PER_EPOCH : 3 * PER_EPOCH], losses[3 * PER_EPOCH :]
+    assert recalled[-PER_EPOCH:].mean() < 0.8 * stored[:PER_EPOCH].mean()
+    assert frozen_run.summary("device")["accuracy"] > 0.9
+
+
+def test_a_frozen_head_is_the_one_it_started_as(tmp_path: Path) -> None:
+    text = recipe_text(
+        "fixed", bottleneck='kind = "linear"', schedule="phases = [{ width = 4, epochs = 0.5, views = 1 }]"
+    )
+    run = train(tmp_path, text)
+    trained = safetensors.torch.load_file(run.path / "device" / "head.safetensors")
+    for name, value in halves.build(parse(text)).head.state_dict().items():
+        assert torch.equal(trained[name], value), name
+
+
+def test_what_an_entry_comes_to() -> None:
+    parsed = parse(
+        recipe_text(
+            "deprune",
+            codec='activation = "step:10"\ngradient = "step:5"',
+            schedule="phases = [[0, 1], { width = 0, epochs = 3, views = 1, activation = 'step:15', lr = 0.01 }]",
+            optimiser="lr = 0.05\nrestart = true",
+        )
+    )
+    plan, steps = schedule.planned(parsed, 32, 10)
+    assert steps == 40
+    shown = [
+        (p.kind, p.from_step, p.activation_codec, p.gradient_codec, p.lr, p.decay_from, p.decay_until) for p in plan
+    ]
+    assert shown == [
+        ("learn", 0, "step:10", "step:5", 0.05, 0, 10),
+        ("store", 10, "step:15", "step:5", 0.01, 10, 40),
+        ("recall", 20, "step:15", "step:5", 0.01, 10, 40),
+    ]
+
+
+def _store(folder: Path, steps: int, limit: int = 1 << 20) -> Store:
+    store = Store(folder, Phase(0, 0, 2, "fp32", "fp32", 0.1, 0, 1), SHAPE, 7, limit)
+    for step in range(steps):
+        labels = np.arange(4) + 4 * step
+        tensor = np.broadcast_to(labels[:, None, None, None], SHAPE).astype(np.float32)
+        store.add(codec("fp32").encode(tensor), labels)
+    return store
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 10])
+def test_every_kept_picture_comes_once_a_cycle(steps: int, tmp_path: Path) -> None:
+    store = _store(tmp_path, steps)
+    orders = []
+    for cycle in range(2):
+        drawn = [store.draw(cycle * steps + number) for number in range(steps)]
+        labels = np.concatenate([labels for _, labels in drawn])
+        assert Counter(labels.tolist()) == Counter(range(4 * steps))
+        for sent, batch in drawn:
+            assert sent.shape == SHAPE and np.array_equal(sent[:, 0, 0, 0], batch), "pictures keep their labels"
+        orders.append(labels)
+    assert steps == 1 or not np.array_equal(*orders)
+    if steps > 4:  # what came together is drawn apart
+        assert len(set(orders[0][:4] // 4)) > 1
+    again = _store(tmp_path, steps)
+    assert np.array_equal(again.draw(2 * steps - 1)[1], store.draw(2 * steps - 1)[1])
+    assert not list(tmp_path.iterdir()), "the file has no name, so nothing can be left behind"
+
+
+def test_a_store_stays_within_its_limit(tmp_path: Path) -> None:
+    size = 4 * int(np.prod(SHAPE))
+    store = _store(tmp_path, 2, limit=2 * size)
+    assert store.size == 2 * size
+    with pytest.raises(StoreError, match="--store-limit"):
+        store.add(bytes(size), np.zeros(4, int))
+    assert store.steps == 2
+
+
+def test_frames_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
+    """Recall where a tensor was expected, a tensor where Recall was, and a Recall of nothing."""
+    from benchmarks import pair
+
+    text = recipe_text("fixed", schedule="phases = [{ width = 0, epochs = 2, views = 1 }]")
+    text = text.replace("batch = 32", "batch = 2")
+    (tmp_path / "recipe.toml").write_text(text)
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
+    pictures, labels = np.ones((2, 32, 8, 8), np.float32), np.array([1, 2])
+    with pair.server(*arguments, log=tmp_path / "log") as (_, address):
+
+        def begun() -> tuple[RemoteTail, Phase]:
+            remote = RemoteTail(address)
+            remote.open(trains=True)
+            return remote, remote.begin(2, tuple("0123456789"))[2]
+
+        remote, phase = begun()
+        remote.recall(0, phase, 1)
+        with pytest.raises(FrameError, match="kind store"):
+            remote.result(0, phase)
+        remote.close()
+        for wrong in ("tensor", "nothing"):
+            remote, phase = begun()
+            remote.send(0, phase, pictures, labels)
+            following = remote.result(0, phase).next
+            assert following and following.kind == "recall"
+            if wrong == "tensor":
+                remote.send(1, following, pictures, labels)
+            else:
+                remote.recall(1, following, 0)
+            with pytest.raises(FrameError, match="Recall"):
+                remote.result(1, following)
+            remote.close()
+        remote, phase = begun()
+        remote.send(0, phase, pictures, labels)
+        following = remote.result(0, phase).next
+        assert following
+        remote.recall(1, following, 1000)
+        assert remote.result(1, following).then == pb.FINISH, "however many were asked for"
+        remote.close()
