@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCE ?= folder:cifar
 RUNS ?= 1000000
 
-.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-counters fuzz clean
+.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters fuzz clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,9 @@ bench-step: setup
 
 bench-codec: setup
 	$(BIN)/python -m benchmarks.codec $(SOURCE)
+
+bench-learning: setup
+	$(BIN)/python -m benchmarks.learning $(SOURCE) $(ARGS)
 
 bench-effect: setup
 	$(BIN)/python -m benchmarks.effect $(SOURCE)

@@ -6,9 +6,10 @@ same payload and message bytes (tests/test_inprocess.py), so many runs can be co
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from rich.console import Console
 
 from common import recipe as recipes
 from common.run import RunFolder
+from common.schedule import Phase
 from device_client.data import Dataset
-from device_client.remote_tail import RemoteTail
+from device_client.remote_tail import RemoteTail, StepResult
 from device_client.trainer import Trainer
 from edge_server.host import Host
 from edge_server.servicer import Servicer
+from edge_server.session import Training
 
 
 class _Failed(grpc.RpcError):
@@ -75,22 +78,47 @@ class Stub:
         return self._servicer.Evaluate(frames, _Context())
 
 
-def train(text: str, data: Dataset, remote_class: type[RemoteTail] = RemoteTail, **remote: Any) -> dict[str, Any]:
-    """Train the recipe in `text` on `data`; the device's summary. `remote_class`: a RemoteTail that also looks on."""
+# Called after each step with its number, its phase, the device's loop and what the server holds for it.
+Watch = Callable[[int, Phase, Trainer, Training], None]
+
+
+def train(
+    text: str, data: Dataset, remote_class: type[RemoteTail] = RemoteTail, folder: Path | None = None,
+    watch: Watch | None = None, **remote: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the recipe in `text` on `data`; the device's summary.
+
+    `remote_class`: a RemoteTail that also looks on. `folder`: where the two run folders are kept, `device` and
+    `server`, if they are. `watch` sees the halves as they are after each step.
+    """
     quiet = Console(file=io.StringIO())
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        host = Host.to_train(recipes.parse(text), text, RunFolder(folder / "server"), quiet, (), False)
+    with contextlib.ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        host = Host.to_train(recipes.parse(text), text, RunFolder(place / "server"), quiet, (), folder is not None)
+        stack.callback(host.close)
         tail = remote_class("127.0.0.1:1", stub=Stub(Servicer(host)), **remote)
-        try:
-            tail.open(trains=True)
-            run = RunFolder(folder / "device")
-            run.prepare(overwrite=False)
-            trainer = Trainer(tail, data, run, quiet)
-            trainer.prepare((), None)
-            run.start(text)
-            trainer.fit()
-            return trainer.finish(publish=False)
-        finally:
-            tail.close()
-            host.close()
+        stack.callback(tail.close)
+        tail.open(trains=True)
+        run = RunFolder(place / "device")
+        run.prepare(overwrite=folder is not None)
+        trainer = Trainer(tail, data, run, quiet)
+        trainer.prepare((), None)
+        if watch:
+            _observe(tail, watch, trainer, host)
+        run.start(text)
+        trainer.fit()
+        return trainer.finish(publish=False)
+
+
+def _observe(tail: RemoteTail, watch: Watch, trainer: Trainer, host: Host) -> None:
+    """Have `watch` called where the device takes in the result of a step: both halves have applied it by then."""
+    result = tail.result
+
+    def watched(step: int, phase: Phase) -> StepResult:
+        answer = result(step, phase)
+        training = host.session(tail.opened.session).training
+        assert training
+        watch(step, phase, trainer, training)
+        return answer
+
+    tail.result = watched  # type: ignore[method-assign]

@@ -114,12 +114,15 @@ class PhaseRecipe:
     # Above 0 the head and the encoder stay as they are and no gradient comes back: for so many epochs pictures are
     # sent, each time in another augmented view, and for the rest of the phase the server learns from what it kept.
     views: float = 0.0
+    flip: bool = False  # with views: what was kept is mirrored half of the time when it is learnt from again
+    shift: int = 0  # with views: and moved by up to so many places each way
 
     def __post_init__(self) -> None:
         _demand(self.width >= 0, f"schedule.phases has width {self.width}; give 0 (all channels) or more")
         _demand(self.epochs > 0, f"schedule.phases has {self.epochs} epochs; they must be above 0")
         _demand(self.lr >= 0, f"schedule.phases has lr {self.lr}; it must be 0 (as in optimiser) or more")
         _demand(0 <= self.views <= 1000, f"schedule.phases has {self.views} views; give 0 to 1000")
+        _demand(0 <= self.shift <= 64, f"schedule.phases has shift {self.shift}; give 0 to 64 places")
         for name in (self.activation, self.gradient):
             try:
                 codec(name or "fp32")

@@ -29,6 +29,8 @@ class Phase:
     decay_until: int
     order: tuple[int, ...] = ()  # bottleneck "channels": the most important first
     kind: str = LEARN
+    flip: bool = False  # recall: mirror what was kept half of the time
+    shift: int = 0  # recall: move it by up to so many places
 
     @property
     def frozen(self) -> bool:
@@ -51,7 +53,10 @@ def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int
     ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
     result = [phase]
     if entry.views:
-        result = [replace(phase, kind=STORE), replace(phase, from_step=start + max(1, views), kind=RECALL)]
+        result = [
+            replace(phase, kind=STORE),
+            replace(phase, from_step=start + max(1, views), kind=RECALL, flip=entry.flip, shift=entry.shift),
+        ]
     elif ranking and width < channels:
         result = [replace(phase, width=channels, kind=RANK), replace(phase, from_step=start + ranking)]
     # A phase shorter than its ranking is measured for what there is of it; one without steps is left out.

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from common.draw import AUGMENT, ORDER, generator
+from common.draw import AUGMENT, ORDER, generator, shifted
 from common.errors import DataError
 
 Pictures = NDArray[np.uint8]
@@ -56,18 +56,7 @@ def augment(pictures: Pictures, seed: int, step: int, crop: int, flip: bool) -> 
         raise DataError(
             f"a crop of {crop} pixels does not fit pictures of {height}x{width}; choose 0 to {min(height, width) - 1}"
         )
-    random = generator(seed, AUGMENT, step)
-    down, right = random.integers(0, 2 * crop + 1, size=(2, count))
-    mirrored = random.random(count) < 0.5
-    result = pictures.copy(order="C")
-    if crop:
-        padded = np.pad(pictures, ((0, 0), (0, 0), (crop, crop), (crop, crop)), mode="reflect")
-        # A view of every window there is; the index copies one a picture, as whole rows.
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
-        result[:] = windows[np.arange(count), :, down, right]
-    if flip:
-        result[mirrored] = result[mirrored][..., ::-1]
-    return result
+    return shifted(pictures, generator(seed, AUGMENT, step), crop, flip)
 
 
 def normalise(pictures: Pictures, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:

@@ -275,6 +275,13 @@ def _check_sizes(recipe: Recipe, halves: Halves) -> None:
             f"an activation of {largest:,} elements would cross the link; at most {MAX_TENSOR_ELEMENTS:,} may: "
             f"lower data.batch or data.evaluation_batch, or cut later"
         )
+    largest_shift = max((phase.shift for phase in recipe.schedule.phases), default=0)
+    moves = largest_shift or any(phase.flip for phase in recipe.schedule.phases)
+    if moves and (len(halves.cut) != 3 or largest_shift >= min(halves.cut[1:])):
+        raise ModelError(
+            f"the schedule flips or shifts what was kept by {largest_shift} places, which an activation of shape "
+            f"{list(halves.cut)} at the cut {recipe.model.cut} does not allow; leave them out"
+        )
     too_wide = [width for width in recipe.schedule.width_list if width > channels]
     if too_wide:
         raise ModelError(

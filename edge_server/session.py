@@ -121,7 +121,7 @@ class Training:
     def recall(self) -> tuple[np.ndarray, np.ndarray]:
         """What the next step of a RECALL phase learns from: activation [B, width, ...] and labels [B]."""
         assert self.store
-        return self.store.draw(self.step - self.phase.from_step)
+        return self.store.draw(self.step - self.phase.from_step, self.phase.flip, self.phase.shift)
 
     def close(self) -> None:
         """Drop what was kept."""

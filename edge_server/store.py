@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common.codecs import codec
-from common.draw import RECALL, generator
+from common.draw import JITTER, RECALL, generator, shifted
 from common.errors import StoreError
 from common.schedule import Phase
 
@@ -59,10 +59,10 @@ class Store:
         self._places.append((start, len(payload)))
         self._labels.append(labels)
 
-    def draw(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, number: int, flip: bool = False, shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Batch `number` (from 0) of a recall, [B, width, ...] and labels [B]: a function of seed and number.
 
-        Goes through all that is kept in a random order, again and again.
+        Goes through all that is kept in a random order, again and again. `flip` and `shift` as in `shifted`.
         """
         cycle, position = divmod(number, self.steps)
         group, part = divmod(position, _MIXED)
@@ -74,7 +74,10 @@ class Store:
         _, sent, labels = self._mix
         batch = self.shape[0]
         order = generator(self._seed, RECALL, 2 * key + 1).permutation(len(labels))[part * batch :][:batch]
-        return sent[order], labels[order]
+        batch_of = sent[order]
+        if flip or shift:
+            batch_of = shifted(batch_of, generator(self._seed, JITTER, number), shift, flip)
+        return batch_of, labels[order]
 
     def _decode(self, index: int) -> np.ndarray:
         start, length = self._places[index]

@@ -1,0 +1,88 @@
+"""The rows of `make bench-learning`: what each trains, on which pictures, from what start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EPOCHS = 20
+# What plain and ours differ in is the link; batch, augmentation and optimiser are one for all.
+RECIPE = """
+name = "{name}"
+method = "{method}"
+seed = {seed}
+precision = "bf16"
+[model]
+name = "{model}"
+input = [3, 32, 32]
+classes = {classes}
+cut = "{cut}"
+init = "{init}"
+[data]
+batch = 128
+crop = 4
+flip = true
+mean = [0.49, 0.48, 0.45]
+std = [0.25, 0.24, 0.26]
+[bottleneck]
+kind = "{kind}"
+[codec]
+activation = "{up}"
+gradient = "{down}"
+[schedule]
+phases = [{phases}]
+[optimiser]
+lr = {lr}
+warmup = {warmup}
+"""
+CUTS = {"tiny": "stage1_relu2"}
+# Which pictures a row trains on: a half of those that are read, all classes or five of them.
+ALL, OTHERS, LAST_FIVE, FIRST_FIVE = "all", "others", "last five", "first five"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row. `phases` is TOML; `start` names the case whose trained network it goes on from, seed by seed."""
+
+    name: str
+    method: str  # plain, fixed, deprune, prune; "pretrained", "federated" and "jpeg" stand beside them
+    phases: str = f"[0, {EPOCHS}]"
+    kind: str = "none"
+    up: str = "fp32"
+    down: str = "fp32"
+    part: str = ALL
+    start: str = ""
+    lr: float = 0.1
+    warmup: int = 100
+    quick: bool = False  # in the quick benchmark too
+
+    def recipe(self, model: str, seed: int, init: str, shorten: float = 1) -> str:
+        classes = 10 if self.part in (ALL, OTHERS) else 5
+        method = "plain" if self.method == "pretrained" else self.method
+        return RECIPE.format(
+            name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model],
+            init=f"run:{init}" if init else "", kind=self.kind, up=self.up, down=self.down, phases=self.phases,
+            lr=self.lr, warmup=self.warmup,
+        )  # fmt: skip
+
+
+def _linear(name: str, width: int, up: int = 15, down: int = 10, quick: bool = False, part: str = ALL) -> Case:
+    return Case(
+        name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"context:{up}", f"context:{down}", part=part, quick=quick
+    )
+
+
+THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
+CASES = [
+    Case("plain", "plain", quick=True),
+    Case("plain on other pictures", "pretrained", part=OTHERS, quick=True),
+    _linear("fixed width 8", 8, quick=True),
+    _linear("fixed width 4", 4),
+    _linear("fixed width 2", 2),
+    _linear("fixed width 1", 1, quick=True),
+    Case("all channels, coarse codec", "fixed", up="context:10", down="context:5"),
+    Case("fixed width 8, no codec", "fixed", f"[8, {EPOCHS}]", "linear"),
+    Case("paper's fixed width 8", "fixed", f"[8, {EPOCHS}]", "channels"),
+    Case("paper's fixed width 2", "fixed", f"[2, {EPOCHS}]", "channels"),
+    Case("paper's deprune 2, 4, 8", "deprune", THIRDS, "channels"),
+    Case("deprune 2, 4, 8", "deprune", THIRDS, "linear", "context:15", "context:10"),
+]

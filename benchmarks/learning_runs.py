@@ -1,0 +1,185 @@
+"""How a worker of `make bench-learning` trains one row: its pictures, its curve, the run itself."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import inprocess, whole
+from benchmarks.learning_cases import ALL, CASES, EPOCHS, LAST_FIVE, OTHERS, Case
+from common import optim, recipe
+from common.codecs import codec
+from common.halves import Head
+from common.meter import Meter
+from common.schedule import Phase
+from device_client import batches
+from device_client.data import Dataset, Part, load
+from device_client.trainer import Trainer, sent_batches
+from edge_server.session import Judgement, Training, judge
+
+NETWORKS = Path("runs/learning")  # the trained networks that prune starts from
+Job = tuple[str, int, str, bool]  # case, seed, model, quick
+
+
+class _Pictures:
+    """The worker's pictures: read once, dealt into the parts that cases name."""
+
+    def __init__(self, source: str, count: int) -> None:
+        loaded = load(source, (3, 32, 32), 0, 0.0, limit=2 * count)
+        order = np.random.default_rng(0).permutation(len(loaded.train))
+        self._halves = {
+            name: Part(loaded.train.pictures[chosen], loaded.train.labels[chosen])
+            for name, chosen in ((ALL, order[:count]), (OTHERS, order[count : 2 * count]))
+        }
+        self._loaded = loaded
+        folder = Path(source.partition(":")[2]) / "train"
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        self.upload = round(statistics.mean(sizes))  # bytes of one picture's file
+
+    def part(self, name: str) -> Dataset:
+        """The Dataset of ALL or OTHERS; LAST_FIVE classes of the first, FIRST_FIVE of the other pictures."""
+        if name in self._halves:
+            train, test, classes = self._halves[name], self._loaded.test, self._loaded.classes
+        else:
+            low = 5 if name == LAST_FIVE else 0
+
+            def five(part: Part) -> Part:
+                chosen = (part.labels >= low) & (part.labels < low + 5)
+                return Part(part.pictures[chosen], part.labels[chosen] - low)
+
+            train = five(self._halves[ALL if name == LAST_FIVE else OTHERS])
+            test, classes = five(self._loaded.test), self._loaded.classes[low : low + 5]
+        return Dataset(classes, train, self._loaded.validation, test, ())
+
+
+_pictures: _Pictures
+
+
+def start(source: str, count: int) -> None:
+    global _pictures
+    torch.set_num_threads(1)
+    _pictures = _Pictures(source, count)
+
+
+class _Curve:
+    """Test accuracy every second epoch, with the bytes and seconds until then; its own time is not counted."""
+
+    def __init__(self, per_epoch: int) -> None:
+        self.points: list[dict[str, float]] = []
+        self.spent = 0.0
+        self._every = 2 * per_epoch
+        self._started = time.monotonic()
+
+    @property
+    def wall_s(self) -> float:
+        return time.monotonic() - self._started - self.spent
+
+    def due(self, step: int) -> bool:
+        return (step + 1) % self._every == 0
+
+    def add(self, step: int, accuracy: float, up: int, down: int, **more: float) -> None:
+        self.points.append(
+            {"step": step + 1, "accuracy": accuracy, "bytes": up + down, "wall_s": round(self.wall_s, 1), **more}
+        )
+
+
+def _sent(meter: Meter) -> tuple[int, int]:
+    """Message bytes up and down, evaluations left out."""
+    ways = meter.report(None, None)
+    up, down = (
+        sum(count["message"] for role, count in ways[way]["by_role"].items() if role != "evaluation")
+        for way in ("up", "down")
+    )
+    return up, down
+
+
+def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]:
+    """A row of ours."""
+    curve = _Curve(len(data.train) // 128)
+    last: list[Meter] = []
+
+    def accuracy(head: Head, training: Training, phase: Phase) -> float:
+        head.eval()
+        training.halves.tail.eval()
+        total, name = Judgement(), codec(phase.activation_codec)
+        for sent, labels in sent_batches(head, data.test, training.recipe):
+            total += judge(training.halves, name.decode(name.encode(sent), sent.shape), labels, "bf16")
+        head.train(not phase.frozen)
+        training.halves.tail.train()
+        return total.accuracy
+
+    def watch(step: int, phase: Phase, trainer: Trainer, training: Training) -> None:
+        last[:] = [trainer.remote.meter]
+        if curve.due(step):
+            started = time.monotonic()
+            found = accuracy(trainer.head, training, phase)
+            curve.spent += time.monotonic() - started
+            curve.add(step, found, *_sent(trainer.remote.meter), width=phase.width)
+
+    summary = inprocess.train(text, data, folder=folder, watch=watch)
+    up, down = _sent(last[0])
+    return {
+        "accuracy": summary["accuracy"], "bytes_up": up, "bytes_down": down,
+        "wall_s": round(summary["wall_s"] - curve.spent, 1), "device_s": round(summary["busy_s"], 1),
+        "steps": summary["steps"], "phases": summary["phases"], "curve": curve.points,
+    }  # fmt: skip
+
+
+def _whole(case: Case, text: str, data: Dataset) -> dict[str, Any]:
+    """Federated averaging, or training on pictures that were uploaded."""
+    parsed, curve = recipe.parse(text), _Curve(len(data.train) // 128)
+    last: list[tuple[int, int]] = []
+
+    @torch.no_grad()
+    def accuracy(model: nn.Module) -> float:
+        model.eval()
+        right = 0
+        for start in range(0, len(data.test), 256):
+            pictures = batches.normalise(data.test.pictures[start:][:256], parsed.data.mean, parsed.data.std)
+            with optim.arithmetic(parsed.precision):
+                found = model(torch.from_numpy(pictures)).argmax(1)
+            right += int((found.numpy() == data.test.labels[start:][:256]).sum())
+        model.train()
+        return right / len(data.test)
+
+    def watch(step: int, model: nn.Module, meter: Meter) -> None:
+        if curve.due(step):
+            started = time.monotonic()
+            found = accuracy(model)
+            curve.spent += time.monotonic() - started
+            last[:] = [_sent(meter)]
+            curve.add(step, found, *last[0])
+
+    if case.method == "federated":
+        busy = whole.federated(parsed, data, EPOCHS, watch)
+    else:
+        busy = whole.central(parsed, data, EPOCHS, _pictures.upload, watch)
+    (up, down), wall = last[0], curve.wall_s
+    return {
+        "accuracy": curve.points[-1]["accuracy"], "bytes_up": up, "bytes_down": down, "wall_s": round(wall, 1),
+        "device_s": round(busy, 1), "steps": curve.points[-1]["step"], "phases": [], "curve": curve.points,
+    }  # fmt: skip
+
+
+def run(job: Job) -> dict[str, Any]:
+    name, seed, model, quick = job
+    case = next(case for case in CASES if case.name == name)
+    init = str(_network(case.start, seed, model, quick)) if case.start else ""
+    text = case.recipe(model, seed, init)
+    data = _pictures.part(case.part)
+    whole = case.method in ("federated", "jpeg")
+    found = _whole(case, text, data) if whole else _split(case, text, data, _network(name, seed, model, quick))
+    head = {"name": name, "method": case.method, "model": model, "seed": seed, "pictures": len(data.train)}
+    return {**head, **found, "recipe": text, "machine": f"{platform.machine()}, one thread", "date": str(date.today())}
+
+
+def _network(name: str, seed: int, model: str, quick: bool) -> Path:
+    return NETWORKS / ("quick" if quick else "full") / model / f"{name.replace(' ', '-')}-{seed}"
