@@ -94,8 +94,8 @@ def main() -> None:
     jobs = [
         [
             (case.name, seed, options.model, options.quick)
-            for seed in (QUICK_SEEDS if options.quick else SEEDS)
             for case in dict.fromkeys(wave)
+            for seed in (QUICK_SEEDS if options.quick else SEEDS)
             if (case.name, seed, options.model) not in done
         ]
         for wave in waves

@@ -72,17 +72,28 @@ def _linear(name: str, width: int, up: int = 15, down: int = 10, quick: bool = F
 
 
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
+KNOWN = "plain on other pictures"
 CASES = [
     Case("plain", "plain", quick=True),
-    Case("plain on other pictures", "pretrained", part=OTHERS, quick=True),
+    Case(KNOWN, "pretrained", part=OTHERS, quick=True),
+    Case(
+        "deprune 8 then 16", "deprune", "[8, 18], { width = 16, epochs = 8, activation = 'context:15' }", "linear",
+        "context:10", "context:5", quick=True,
+    ),
     _linear("fixed width 8", 8, quick=True),
-    _linear("fixed width 4", 4),
-    _linear("fixed width 2", 2),
     _linear("fixed width 1", 1, quick=True),
-    Case("all channels, coarse codec", "fixed", up="context:10", down="context:5"),
-    Case("fixed width 8, no codec", "fixed", f"[8, {EPOCHS}]", "linear"),
+    Case("paper's deprune 2, 4, 8", "deprune", THIRDS, "channels"),
     Case("paper's fixed width 8", "fixed", f"[8, {EPOCHS}]", "channels"),
     Case("paper's fixed width 2", "fixed", f"[2, {EPOCHS}]", "channels"),
-    Case("paper's deprune 2, 4, 8", "deprune", THIRDS, "channels"),
-    Case("deprune 2, 4, 8", "deprune", THIRDS, "linear", "context:15", "context:10"),
-]
+    Case(
+        "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "context:20",
+        start=KNOWN, lr=0.05, warmup=0, quick=True,
+    ),
+    Case("paper's prune to 8", "prune", "[8, 2]", "channels", start=KNOWN, lr=0.05, warmup=0),
+    Case("all channels, coarse codec", "fixed", up="context:10", down="context:5"),
+    Case("fixed width 8, no codec", "fixed", f"[8, {EPOCHS}]", "linear"),
+    _linear("fixed width 4", 4),
+    _linear("fixed width 2", 2),
+    Case("federated averaging", "federated"),
+    Case("pictures uploaded", "jpeg", quick=True),
+]  # fmt: skip

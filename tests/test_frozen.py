@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from rich.console import Console
 
 from common import halves, schedule
 from common.codecs import codec
-from common.errors import FrameError, StoreError
+from common.errors import FrameError, ModelError, StoreError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
+from common.run import RunFolder
 from common.schedule import Phase
 from device_client.remote_tail import RemoteTail
+from edge_server.host import Host
 from edge_server.store import Store
 from tests.conftest import Run, recipe_text, train
 
@@ -165,3 +168,24 @@ def test_frames_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
         remote.recall(1, following, 1000)
         assert remote.result(1, following).then == pb.FINISH, "however many were asked for"
         remote.close()
+
+
+def test_recalled_maps_are_flipped_and_shifted_the_same_each_time(tmp_path: Path) -> None:
+    store = Store(tmp_path, Phase(0, 0, 2, "fp32", "fp32", 0.1, 0, 1), (8, 1, 4, 4), 7, 1 << 20)
+    ramp = np.broadcast_to(np.arange(4, dtype=np.float32), (8, 1, 4, 4))
+    store.add(codec("fp32").encode(np.ascontiguousarray(ramp)), np.zeros(8, int))
+    flipped, _ = store.draw(0, flip=True)
+    falls = flipped[:, 0, 0, 0] > flipped[:, 0, 0, 1]
+    assert 0 < falls.sum() < 8, "some are mirrored, some are not"
+    assert np.array_equal(flipped, store.draw(0, flip=True)[0])
+    moved = store.draw(1, shift=1)[0][:, 0, 0]
+    assert {tuple(row) for row in moved} <= {(0, 1, 2, 3), (1, 0, 1, 2), (1, 2, 3, 2)}
+    assert len({tuple(row) for row in moved}) > 1
+
+
+def test_a_cut_without_maps_cannot_be_flipped(tmp_path: Path) -> None:
+    for cut, table in (("flatten", "flip = true"), ("stage1_relu2", "shift = 8")):
+        text = recipe_text("fixed", schedule=f"phases = [{{ width = 0, epochs = 2, views = 1, {table} }}]")
+        text = text.replace("stage1_relu2", cut)
+        with pytest.raises(ModelError, match="flips or shifts what was kept"):
+            Host.to_train(parse(text), text, RunFolder(tmp_path), Console(), (), False)
