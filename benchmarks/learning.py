@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.learning_cases import CASES
+from benchmarks.learning_cases import CASES, Case
 from benchmarks.learning_runs import run, start
 
 RESULTS = Path("benchmarks/results")
@@ -90,12 +90,16 @@ def main() -> None:
     starts = [case for case in CASES if case.name in {case.start for case in chosen}]
     done = {(row["name"], row["seed"], row["model"]) for row in rows}
     started, count = time.monotonic(), 0
-    waves = [[c for c in [*starts, *chosen] if not c.start], [c for c in chosen if c.start]]
+    seeds = QUICK_SEEDS if options.quick else SEEDS
+    known = {name for name in (case.start for case in chosen) if all((name, s, options.model) in done for s in seeds)}
+    waves: list[list[Case]] = [[], []]  # the second waits for the networks that it starts from
+    for case in dict.fromkeys([*starts, *chosen]):
+        waves[bool(case.start) and case.start not in known].append(case)
     jobs = [
         [
             (case.name, seed, options.model, options.quick)
-            for case in dict.fromkeys(wave)
-            for seed in (QUICK_SEEDS if options.quick else SEEDS)
+            for case in wave
+            for seed in seeds
             if (case.name, seed, options.model) not in done
         ]
         for wave in waves

@@ -34,7 +34,7 @@ phases = [{phases}]
 lr = {lr}
 warmup = {warmup}
 """
-CUTS = {"tiny": "stage1_relu2"}
+CUTS = {"tiny": ("stage1_relu2", "stage2_1_relu2")}  # the cut of all rows, and a later one
 # Which pictures a row trains on: a half of those that are read, all classes or five of them.
 ALL, OTHERS, LAST_FIVE, FIRST_FIVE = "all", "others", "last five", "first five"
 
@@ -44,7 +44,7 @@ class Case:
     """One row. `phases` is TOML; `start` names the case whose trained network it goes on from, seed by seed."""
 
     name: str
-    method: str  # plain, fixed, deprune, prune; "pretrained", "federated" and "jpeg" stand beside them
+    method: str  # plain, fixed, deprune, prune; "pretrained" and "fine-tuned" are plain, "federated" and "jpeg" stand beside
     phases: str = f"[0, {EPOCHS}]"
     kind: str = "none"
     up: str = "fp32"
@@ -53,13 +53,14 @@ class Case:
     start: str = ""
     lr: float = 0.1
     warmup: int = 100
+    later: bool = False  # cut later, where the device computes more and less crosses
     quick: bool = False  # in the quick benchmark too
 
     def recipe(self, model: str, seed: int, init: str, shorten: float = 1) -> str:
         classes = 10 if self.part in (ALL, OTHERS) else 5
-        method = "plain" if self.method == "pretrained" else self.method
+        method = "plain" if self.method in ("pretrained", "fine-tuned") else self.method
         return RECIPE.format(
-            name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model],
+            name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
             init=f"run:{init}" if init else "", kind=self.kind, up=self.up, down=self.down, phases=self.phases,
             lr=self.lr, warmup=self.warmup,
         )  # fmt: skip
@@ -72,6 +73,7 @@ def _linear(name: str, width: int, up: int = 15, down: int = 10, quick: bool = F
 
 
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
+STORED = "{ width = 0, epochs = 12, views = 1, flip = true, shift = 1 }"
 KNOWN = "plain on other pictures"
 CASES = [
     Case("plain", "plain", quick=True),
@@ -90,6 +92,16 @@ CASES = [
         start=KNOWN, lr=0.05, warmup=0, quick=True,
     ),
     Case("paper's prune to 8", "prune", "[8, 2]", "channels", start=KNOWN, lr=0.05, warmup=0),
+    Case("fine-tuned, later cut, no codec", "fine-tuned", STORED, start=KNOWN, lr=0.05, warmup=0, later=True),
+    Case(
+        "prune to 32 of 64, later cut", "prune", STORED.replace("width = 0", "width = 32"), "linear", "context:8",
+        start=KNOWN, lr=0.05, warmup=0, later=True,
+    ),
+    Case("fine-tuned, no codec", "fine-tuned", STORED, start=KNOWN, lr=0.05, warmup=0),
+    Case(
+        "prune to 16, below the pictures", "prune", STORED.replace("width = 0", "width = 16"), "linear", "context:6",
+        start=KNOWN, lr=0.05, warmup=0,
+    ),
     Case("all channels, coarse codec", "fixed", up="context:10", down="context:5"),
     Case("fixed width 8, no codec", "fixed", f"[8, {EPOCHS}]", "linear"),
     _linear("fixed width 4", 4),

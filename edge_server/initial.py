@@ -39,13 +39,17 @@ def initial_weights(recipe: Recipe, halves: Halves, allowed: Collection[str]) ->
         return Initial()
     if init.startswith("run:"):
         return _from_run(recipe, halves, Path(init.removeprefix("run:")), allowed)
-    whole = weights.read(Path(init))
+    return _split(weights.read(Path(init)), halves, init)
+
+
+def _split(whole: Mapping[str, torch.Tensor], halves: Halves, source: str) -> Initial:
+    """Each half's share of the whole model's weights."""
     for half in (halves.head, halves.tail):
         expected = set(half.layers.state_dict())
-        weights.fill(half.layers, {name: value for name, value in whole.items() if name in expected}, init)
+        weights.fill(half.layers, {name: value for name, value in whole.items() if name in expected}, source)
     unknown = whole.keys() - set(halves.head.layers.state_dict()) - set(halves.tail.layers.state_dict())
     if unknown:
-        raise ModelError(f"the weights in {init} are of another model: it has the unknown {sorted(unknown)[0]}")
+        raise ModelError(f"the weights in {source} are of another model: it has the unknown {sorted(unknown)[0]}")
     return Initial(halves.head.state_dict(), halves.tail.state_dict())
 
 
@@ -58,16 +62,24 @@ def _from_run(recipe: Recipe, halves: Halves, folder: Path, allowed: Collection[
     if not (folder / "run.json").is_file() and (folder / "server" / "run.json").is_file():
         folder = folder / "server"
     source, _, manifest = RunFolder(folder).read()
-    if source.model.name != recipe.model.name or source.model.cut != recipe.model.cut:
-        raise RunFolderError(
-            f"{folder} trained {source.model.name} cut at {source.model.cut}; "
-            f"the recipe has {recipe.model.name} cut at {recipe.model.cut}"
-        )
+    if source.model.name != recipe.model.name:
+        raise RunFolderError(f"{folder} trained {source.model.name}; the recipe has {recipe.model.name}")
     trained = halves_module.build(source, allowed)
     RunFolder(folder).fill_half("tail", trained.tail)
-    tail = adopt(halves.tail, trained.tail.state_dict(), recipe, source, manifest)
+    here = False
     for place in (folder, folder.parent / "device"):
         if (place / "head.safetensors").is_file() and RunFolder(place).read()[2].run_id == manifest.run_id:
             RunFolder(place).fill_half("head", trained.head)
-            return Initial(adopt(halves.head, trained.head.state_dict(), recipe, source, manifest), tail)
+            here = True
+    if source.model.cut != recipe.model.cut:
+        if not here or source.bottleneck.kind == "linear":
+            raise RunFolderError(
+                f"{folder} was cut at {source.model.cut}, the recipe cuts at {recipe.model.cut}: that needs a run "
+                f"without a linear bottleneck whose head lies on this machine or was published"
+            )
+        layers = dict(trained.head.layers.state_dict()) | dict(trained.tail.layers.state_dict())
+        return _split(layers, halves, str(folder))
+    tail = adopt(halves.tail, trained.tail.state_dict(), recipe, source, manifest)
+    if here:
+        return Initial(adopt(halves.head, trained.head.state_dict(), recipe, source, manifest), tail)
     return Initial(tail=tail, run_id=manifest.run_id)
