@@ -44,7 +44,7 @@ class Case:
     """One row. `phases` is TOML; `start` names the case whose trained network it goes on from, seed by seed."""
 
     name: str
-    method: str  # plain, fixed, deprune, prune; "pretrained" and "fine-tuned" are plain, "federated" and "jpeg" stand beside
+    method: str  # plain (also as "pretrained", "fine-tuned"), fixed, deprune, prune; "federated", "jpeg"
     phases: str = f"[0, {EPOCHS}]"
     kind: str = "none"
     up: str = "fp32"
