@@ -73,7 +73,15 @@ def _linear(name: str, width: int, up: int = 15, down: int = 10, quick: bool = F
 
 
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
-STORED = "{ width = 0, epochs = 12, views = 1, flip = true, shift = 1 }"
+
+
+def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
+    """From the trained network, its head frozen: each picture crosses once, 12 epochs. Width 0: without compression."""
+    phase = f"{{ width = {width}, epochs = 12, views = 1, flip = true, shift = {1 if later else 2} }}"
+    method, kind = ("prune", "linear") if width else ("fine-tuned", "none")
+    return Case(name, method, phase, kind, up, start=KNOWN, lr=0.05, warmup=0, later=later)
+
+
 KNOWN = "plain on other pictures"
 CASES = [
     Case("plain", "plain", quick=True),
@@ -92,17 +100,15 @@ CASES = [
         start=KNOWN, lr=0.05, warmup=0, quick=True,
     ),
     Case("paper's prune to 8", "prune", "[8, 2]", "channels", start=KNOWN, lr=0.05, warmup=0),
-    Case("fine-tuned, later cut, no codec", "fine-tuned", STORED, start=KNOWN, lr=0.05, warmup=0, later=True),
-    Case(
-        "prune to 32 of 64, later cut", "prune", STORED.replace("width = 0", "width = 32"), "linear", "context:8",
-        start=KNOWN, lr=0.05, warmup=0, later=True,
-    ),
-    Case("fine-tuned, no codec", "fine-tuned", STORED, start=KNOWN, lr=0.05, warmup=0),
-    Case(
-        "prune to 16, below the pictures", "prune", STORED.replace("width = 0", "width = 16"), "linear", "context:6",
-        start=KNOWN, lr=0.05, warmup=0,
-    ),
+    _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
+    _stored("prune to 32 of 64, later cut", 32, "context:8", later=True),
+    _stored("fine-tuned, no codec", 0, "fp32"),
+    _stored("prune to 8, below the pictures", 8, "context:10"),
     Case("all channels, coarse codec", "fixed", up="context:10", down="context:5"),
+    Case(
+        "deprune 8, then 16 with the head frozen", "deprune",
+        "[8, 6], { width = 16, epochs = 14, views = 6, flip = true, shift = 1 }", "linear", "context:10", "context:5",
+    ),
     Case("fixed width 8, no codec", "fixed", f"[8, {EPOCHS}]", "linear"),
     _linear("fixed width 4", 4),
     _linear("fixed width 2", 2),
