@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import inprocess
+from benchmarks import inprocess, tensors
 from device_client.data import load
 from tests.conftest import recipe_text, train
 
@@ -45,3 +46,18 @@ def test_in_process_is_two_processes(schedule: str, tmp_path: Path) -> None:
         }
         # Loss and ids in control messages differ by nothing but chance in their length.
         assert roles["control"]["message"] == pytest.approx(theirs["control"]["message"], abs=8)
+
+
+def test_the_recorder_keeps_what_crossed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make bench-codec` works on tensors of the project's own training: both of a step, as they are sent."""
+    monkeypatch.setattr(tensors, "EARLY", 1)
+    monkeypatch.setattr(tensors, "LATE", 3)
+    digits = load("digits", (3, 32, 32), 0, 0.0, limit=200)
+    cut = next(iter(tensors.CUTS))
+    early, late = tensors.record(digits, cut, 32)
+    assert (early.step, late.step) == (1, 3)
+    for sample in (early, late):
+        assert sample.activation.shape == sample.gradient.shape == (32, *sample.activation.shape[1:])
+        assert sample.activation.min() == 0 and sample.activation.max() > 0, "behind a ReLU"
+        assert np.abs(sample.gradient).max() > 0
+    assert not np.array_equal(early.activation, late.activation)
