@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.recipe import METHODS
+
 EPOCHS = 20
 # What plain and ours differ in is the link; batch, augmentation and optimiser are one for all.
 RECIPE = """
@@ -58,7 +60,7 @@ class Case:
 
     def recipe(self, model: str, seed: int, init: str, shorten: float = 1) -> str:
         classes = 10 if self.part in (ALL, OTHERS) else 5
-        method = "plain" if self.method in ("pretrained", "fine-tuned") else self.method
+        method = self.method if self.method in METHODS else "plain"
         return RECIPE.format(
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
             init=f"run:{init}" if init else "", kind=self.kind, up=self.up, down=self.down, phases=self.phases,
@@ -91,17 +93,17 @@ CASES = [
         "context:10", "context:5", quick=True,
     ),
     _linear("fixed width 8", 8, quick=True),
-    _linear("fixed width 1", 1, quick=True),
-    Case("paper's deprune 2, 4, 8", "deprune", THIRDS, "channels"),
-    Case("paper's fixed width 8", "fixed", f"[8, {EPOCHS}]", "channels"),
-    Case("paper's fixed width 2", "fixed", f"[2, {EPOCHS}]", "channels"),
     Case(
         "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "context:20",
         start=KNOWN, lr=0.05, warmup=0, quick=True,
     ),
-    Case("paper's prune to 8", "prune", "[8, 2]", "channels", start=KNOWN, lr=0.05, warmup=0),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
     _stored("prune to 32 of 64, later cut", 32, "context:8", later=True),
+    _linear("fixed width 1", 1, quick=True),
+    Case("paper's deprune 2, 4, 8", "deprune", THIRDS, "channels"),
+    Case("paper's fixed width 8", "fixed", f"[8, {EPOCHS}]", "channels"),
+    Case("paper's fixed width 2", "fixed", f"[2, {EPOCHS}]", "channels"),
+    Case("paper's prune to 8", "prune", "[8, 2]", "channels", start=KNOWN, lr=0.05, warmup=0),
     _stored("fine-tuned, no codec", 0, "fp32"),
     _stored("prune to 8, below the pictures", 8, "context:10"),
     Case("all channels, coarse codec", "fixed", up="context:10", down="context:5"),

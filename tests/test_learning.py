@@ -1,0 +1,94 @@
+"""What the learning benchmark counts: bytes of federated averaging and of uploads, and the bytes until a target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import learning, whole
+from benchmarks.learning_cases import CASES
+from common import weights
+from common.meter import DOWN, UP, Meter
+from common.recipe import parse
+from device_client.data import Dataset, load
+
+RECIPE = parse(next(case for case in CASES if case.method == "federated").recipe("tiny", 0, "").replace("128", "32"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker of the benchmark
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits", (3, 32, 32), 0, 0.0, limit=640)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_is_a_legal_recipe(case: Any) -> None:
+    parse(case.recipe("tiny", 0, "somewhere" if case.start else ""))
+
+
+def test_federated_averaging_moves_all_weights_both_ways(digits: Dataset) -> None:
+    seen: list[tuple[int, Meter]] = []
+    models: list[nn.Module] = []
+
+    def watch(step: int, model: nn.Module, meter: Meter) -> None:
+        seen.append((step, meter))
+        models.append(model)
+
+    busy = whole.federated(RECIPE, digits, 2, watch)
+    assert [step for step, _ in seen] == [19, 39] and busy > 0
+    size = len(weights.to_bytes(models[-1]))
+    for way in (UP, DOWN):
+        assert seen[-1][1].total(way).payload == 2 * whole.DEVICES * size
+    fresh = whole.network(RECIPE).state_dict()
+    trained = models[-1].state_dict()
+    assert all(torch.isfinite(value).all() for value in trained.values())
+    assert not torch.equal(fresh["fc.weight"], trained["fc.weight"])
+
+
+def test_an_average_of_equal_devices_is_that_device(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "_learn", lambda *_: None)
+    models: list[nn.Module] = []
+    whole.federated(RECIPE, digits, 1, lambda _step, model, _meter: models.append(model))
+    for name, value in whole.network(RECIPE).state_dict().items():
+        torch.testing.assert_close(models[0].state_dict()[name], value, msg=name)
+
+
+def test_an_upload_costs_its_files_and_labels_once(digits: Dataset) -> None:
+    meters: list[Meter] = []
+    whole.central(RECIPE, digits, 1, 921, lambda _step, _model, meter: meters.append(meter))
+    assert len(meters) == 20
+    assert meters[0].total(UP).payload == meters[-1].total(UP).payload == 640 * 921 + 640
+    assert meters[-1].total(DOWN).payload == 0
+
+
+def _row(name: str, method: str, seed: int, curve: list[tuple[float, int]]) -> dict[str, Any]:
+    points = [{"accuracy": accuracy, "bytes": count} for accuracy, count in curve]
+    total = curve[-1][1]
+    return {
+        "name": name, "method": method, "model": "tiny", "seed": seed, "accuracy": curve[-1][0], "bytes_up": total - 1,
+        "bytes_down": 1, "curve": points,
+    }  # fmt: skip
+
+
+def test_bytes_to_target_are_those_of_the_first_time_it_was_met() -> None:
+    rows = [
+        _row("plain", "plain", 0, [(0.6, 100), (0.80, 200)]),
+        _row("plain", "plain", 1, [(0.7, 100), (0.82, 200)]),
+        _row("deprune", "deprune", 0, [(0.7, 10), (0.806, 20), (0.80, 30), (0.81, 40)]),
+        _row("fixed", "fixed", 0, [(0.7, 10), (0.804, 20)]),
+    ]
+    learning.add_targets(rows)
+    assert np.isclose(rows[0]["target"], 0.805)
+    assert [row["bytes_to_target"] for row in rows] == [None, 200, 20, None]
