@@ -92,6 +92,10 @@ CASES = [
         "deprune 8 then 16", "deprune", "[8, 18], { width = 16, epochs = 8, activation = 'context:15' }", "linear",
         "context:10", "context:5", quick=True,
     ),
+    Case(
+        "deprune 8 then 16, longer", "deprune", "[8, 20], { width = 16, epochs = 12, activation = 'context:15' }",
+        "linear", "context:10", "context:5",
+    ),
     _linear("fixed width 8", 8, quick=True),
     Case(
         "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "context:20",
