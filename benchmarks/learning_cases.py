@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from common.recipe import METHODS
 
@@ -35,6 +36,7 @@ phases = [{phases}]
 [optimiser]
 lr = {lr}
 warmup = {warmup}
+restart = {restart}
 """
 CUTS = {"tiny": ("stage1_relu2", "stage2_1_relu2")}  # the cut of all rows, and a later one
 # Which pictures a row trains on: a half of those that are read, all classes or five of them.
@@ -55,6 +57,7 @@ class Case:
     start: str = ""
     lr: float = 0.1
     warmup: int = 100
+    restart: bool = False
     later: bool = False  # cut later, where the device computes more and less crosses
     quick: bool = False  # in the quick benchmark too
 
@@ -64,7 +67,7 @@ class Case:
         return RECIPE.format(
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
             init=f"run:{init}" if init else "", kind=self.kind, up=self.up, down=self.down, phases=self.phases,
-            lr=self.lr, warmup=self.warmup,
+            lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(),
         )  # fmt: skip
 
 
@@ -77,6 +80,12 @@ def _linear(name: str, width: int, up: int = 15, down: int = 10, quick: bool = F
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
 
 
+def _five(name: str, method: str, phase: str, kind: str = "none", **more: Any) -> Case:
+    """On five classes, or from a network that was trained on the other five."""
+    part = FIRST_FIVE if method == "pretrained" else LAST_FIVE
+    return Case(name, method, phase, kind, part=part, **more)
+
+
 def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
     """From the trained network, its head frozen: each picture crosses once, 12 epochs. Width 0: without compression."""
     phase = f"{{ width = {width}, epochs = 12, views = 1, flip = true, shift = {1 if later else 2} }}"
@@ -84,7 +93,7 @@ def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
     return Case(name, method, phase, kind, up, start=KNOWN, lr=0.05, warmup=0, later=later)
 
 
-KNOWN = "plain on other pictures"
+KNOWN, KNOWN_FIVE = "plain on other pictures", "plain on five other classes"
 CASES = [
     Case("plain", "plain", quick=True),
     Case(KNOWN, "pretrained", part=OTHERS, quick=True),
@@ -104,6 +113,12 @@ CASES = [
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
     _stored("prune to 32 of 64, later cut", 32, "context:8", later=True),
     _linear("fixed width 1", 1, quick=True),
+    Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "context:10", "context:5", warmup=50, quick=True),
+    Case(
+        "deprune 1, then 8 with the head frozen", "deprune",
+        "[1, 4], { width = 8, epochs = 16, views = 1, lr = 0.05, flip = true, shift = 2 }", "linear", "context:10",
+        "context:5", warmup=50, restart=True, quick=True,
+    ),
     Case("paper's deprune 2, 4, 8", "deprune", THIRDS, "channels"),
     Case("paper's fixed width 8", "fixed", f"[8, {EPOCHS}]", "channels"),
     Case("paper's fixed width 2", "fixed", f"[2, {EPOCHS}]", "channels"),
@@ -111,13 +126,16 @@ CASES = [
     _stored("fine-tuned, no codec", 0, "fp32"),
     _stored("prune to 8, below the pictures", 8, "context:10"),
     Case("all channels, coarse codec", "fixed", up="context:10", down="context:5"),
-    Case(
-        "deprune 8, then 16 with the head frozen", "deprune",
-        "[8, 6], { width = 16, epochs = 14, views = 6, flip = true, shift = 1 }", "linear", "context:10", "context:5",
-    ),
     Case("fixed width 8, no codec", "fixed", f"[8, {EPOCHS}]", "linear"),
     _linear("fixed width 4", 4),
     _linear("fixed width 2", 2),
     Case("federated averaging", "federated"),
+    _five(KNOWN_FIVE, "pretrained", f"[0, {EPOCHS}]"),
+    _five("five classes: fixed width 8", "fixed", f"[8, {EPOCHS}]", "linear", up="context:15", down="context:10"),
+    _five(
+        "five classes: prune to 8, head frozen", "prune",
+        "{ width = 8, epochs = 4, views = 1, flip = true, shift = 2 }",
+        "linear", up="context:20", start=KNOWN_FIVE, lr=0.05, warmup=0,
+    ),
     Case("pictures uploaded", "jpeg", quick=True),
 ]  # fmt: skip

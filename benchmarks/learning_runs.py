@@ -110,13 +110,14 @@ def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]
         head.eval()
         training.halves.tail.eval()
         # Where this step was its phase's last, the server has gone on already and the device has not.
-        training.halves.tail.bottleneck.resize(phase.width, phase.order)
+        training.halves.tail.resize(phase.width, phase.order)
+        head.bottleneck.resize(phase.width)
         total, name = Judgement(), codec(phase.activation_codec)
         for sent, labels in sent_batches(head, data.test, training.recipe):
-            total += judge(training.halves, name.decode(name.encode(sent), sent.shape), labels, "bf16")
+            total += judge(training.halves, name.decode(name.encode(sent), sent.shape), labels, phase.width, "bf16")
         head.train(not phase.frozen)
         training.halves.tail.train()
-        training.halves.tail.bottleneck.resize(training.phase.width, training.phase.order)
+        training.halves.tail.resize(training.phase.width, training.phase.order)
         return total.accuracy
 
     def watch(step: int, phase: Phase, trainer: Trainer, training: Training) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # One number per use of randomness: the same seed and step must not give, say, the order and the flips the same bits.
-ORDER, AUGMENT, SPLIT, RECALL, JITTER = range(5)
+ORDER, AUGMENT, SPLIT, RECALL, JITTER, NESTED = range(6)
 
 
 def generator(seed: int, stream: int, number: int = 0) -> np.random.Generator:

@@ -6,14 +6,16 @@ asking; the weights then come from the server.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from common import bottleneck, models
 from common.gate import Gate, rectified
+from common.norms import Norms
 from common.partition import cut_shape, split
 from common.recipe import Recipe
 
@@ -33,10 +35,17 @@ class Head(nn.Module):
 class Tail(nn.Module):
     """What was sent [B, width, ...] to logits [B, classes], fp32 whatever the arithmetic inside."""
 
-    def __init__(self, layers: nn.Module, decoder: bottleneck.Decoder) -> None:
+    def __init__(self, layers: nn.Module, decoder: bottleneck.Decoder, nested: Sequence[int] = ()) -> None:
         super().__init__()
         self.layers = layers
         self.bottleneck = decoder
+        self.norms = Norms(layers, nested)
+
+    def resize(self, width: int, order: tuple[int, ...] = ()) -> None:
+        """Be ready for `width` channels; `order` as in bottleneck.resize."""
+        if width != self.norms.width:
+            self.norms.switch(width)
+        self.bottleneck.resize(width, order)
 
     def forward(self, sent: Tensor) -> Tensor:
         return self.layers(self.bottleneck(sent)).float()
@@ -48,6 +57,8 @@ class Halves:
     tail: Tail
     cut: tuple[int, ...]  # shape of one picture's activation at the cut, channels first
     gate: Gate
+    # Held while the tail computes for devices that are served at the same time.
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def channels(self) -> int:
@@ -68,7 +79,9 @@ def build(recipe: Recipe, allowed: Collection[str] = ()) -> Halves:
     encoder, decoder = bottleneck.build(recipe.bottleneck.kind, shape[0], recipe.seed)
     # A linear bottleneck mixes the channels: behind it nothing is zero any more.
     gate = Gate(recipe.bottleneck.kind != "linear" and rectified(head))
-    return Halves(Head(head, encoder), Tail(tail, decoder), shape, gate)
+    nested = {width or shape[0] for phase in recipe.schedule.phases if phase.nested
+              for width in (*phase.nested, phase.width)}  # fmt: skip
+    return Halves(Head(head, encoder), Tail(tail, decoder, sorted(nested)), shape, gate)
 
 
 def reseed(seed: int, step: int, side: str) -> None:

@@ -31,12 +31,16 @@ def adopt(
             f'model.init has learnt a linear bottleneck; bottleneck.kind "{new}" cannot go on from it: choose '
             f'"linear", or start from a run without one'
         )
-    layers = {name: value for name, value in trained.items() if name.startswith("layers.")}
+    kept = ("layers.", "bottleneck.") if old == new else ("layers.",)
+    # What the widths of a nested run learnt apart is not taken over: the new run has widths of its own.
+    theirs = {name: value for name, value in trained.items() if not name.startswith("norms.")}
+    theirs = {name: value for name, value in theirs.items() if old == new or name.startswith(kept)}
+    own = {name: value for name, value in half.state_dict().items() if not name.startswith(kept)}
+    weights.fill(half, theirs | own, "model.init")
+    if isinstance(half, Tail):
+        half.norms.start()
     if old == new:
-        weights.fill(half, trained, "model.init")
         return dict(half.state_dict())
-    own = {name: value for name, value in half.state_dict().items() if not name.startswith("layers.")}
-    weights.fill(half, layers | own, "model.init")
     order = torch.tensor(manifest.phase.order or range(half.bottleneck.channels))
     if isinstance(half.bottleneck, LinearEncoder | LinearDecoder):
         half.bottleneck.select(order)

@@ -111,6 +111,8 @@ class PhaseRecipe:
     activation: str = ""  # codec of this phase, such as a coarser one early on; "" as in [codec]
     gradient: str = ""  # the same, downwards
     lr: float = 0.0  # highest learning rate of this phase, where optimiser.restart is true; 0 as in [optimiser]
+    # Narrower widths of which, and of `width`, each step draws one: the trained network serves all of them.
+    nested: tuple[int, ...] = ()
     # Above 0 the head and the encoder stay as they are and no gradient comes back: for so many epochs pictures are
     # sent, each time in another augmented view, and for the rest of the phase the server learns from what it kept.
     views: float = 0.0
@@ -122,6 +124,10 @@ class PhaseRecipe:
         _demand(self.epochs > 0, f"schedule.phases has {self.epochs} epochs; they must be above 0")
         _demand(self.lr >= 0, f"schedule.phases has lr {self.lr}; it must be 0 (as in optimiser) or more")
         _demand(0 <= self.views <= 1000, f"schedule.phases has {self.views} views; give 0 to 1000")
+        fits = all(1 <= width < (self.width or 2**31) for width in self.nested)
+        fits = fits and len(set(self.nested)) == len(self.nested)
+        _demand(fits, f"schedule.phases has nested {list(self.nested)}; give different widths, each below width")
+        _demand(not (self.nested and self.views), "schedule.phases has nested and views; a frozen head has one width")
         _demand(0 <= self.shift <= 64, f"schedule.phases has shift {self.shift}; give 0 to 64 places")
         for name in (self.activation, self.gradient):
             try:
@@ -147,6 +153,11 @@ class ScheduleRecipe:
             _demand(len(self.widths) > 0, "schedule.widths is empty; a plateau schedule needs the widths in order")
             _demand(self.patience >= 1 and self.max_epochs >= 1, "schedule.patience and max_epochs must be 1 or more")
             _demand(0 <= self.min_gain < 1, f"schedule.min_gain is {self.min_gain}; give a share from 0 up to below 1")
+
+    @property
+    def nested(self) -> bool:
+        """Whether some phase draws its widths."""
+        return any(phase.nested for phase in self.phases)
 
     @property
     def width_list(self) -> tuple[int, ...]:
@@ -203,6 +214,10 @@ class Recipe:
         _demand(
             kind != "none" or all(width == 0 for width in widths),
             'bottleneck.kind "none" sends all channels; write width 0 in the schedule, or choose channels or linear',
+        )
+        _demand(
+            kind != "none" or not self.schedule.nested,
+            'bottleneck.kind "none" sends all channels; nested widths need kind channels or linear',
         )
         if self.method == "plain":
             raw = self.codec == _UNCODED and kind == "none"

@@ -149,7 +149,8 @@ class RunFolder:
         recipe, text = recipes.load(self.path / "recipe.toml")
         try:
             table = json.loads((self.path / "run.json").read_text())
-            phase = Phase(**{**table["phase"], "order": tuple(table["phase"]["order"])})
+            lists = {name: tuple(table["phase"].get(name, ())) for name in ("order", "nested")}
+            phase = Phase(**{**table["phase"], **lists})
             manifest = Manifest(table["run_id"], table["digest"], tuple(table["classes"]), phase, table["finished"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{self.path}/run.json is damaged: {error!r}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from common.draw import NESTED, generator
 from common.recipe import PhaseRecipe, Recipe, ScheduleRecipe
 
 # What a step of a phase does; split.proto says it in full.
@@ -31,11 +32,21 @@ class Phase:
     kind: str = LEARN
     flip: bool = False  # recall: mirror what was kept half of the time
     shift: int = 0  # recall: move it by up to so many places
+    nested: tuple[int, ...] = ()  # narrower widths of which, and of `width`, each step draws one
 
     @property
     def frozen(self) -> bool:
         """Whether head and encoder stay as they are."""
         return self.kind in (STORE, RECALL)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """All that its steps may have."""
+        return (*self.nested, self.width)
+
+    def width_at(self, seed: int, step: int) -> int:
+        """The width of one step: a function of seed and step."""
+        return self.widths[generator(seed, NESTED, step).integers(len(self.widths))] if self.nested else self.width
 
 
 def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int) -> list[Phase]:
@@ -48,7 +59,7 @@ def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int
     width = entry.width or channels
     phase = Phase(
         0, start, width, entry.activation or recipe.codec.activation, entry.gradient or recipe.codec.gradient,
-        entry.lr or recipe.optimiser.lr, start, end,
+        entry.lr or recipe.optimiser.lr, start, end, nested=entry.nested,
     )  # fmt: skip
     ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
     result = [phase]
@@ -58,7 +69,7 @@ def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int
             replace(phase, from_step=start + max(1, views), kind=RECALL, flip=entry.flip, shift=entry.shift),
         ]
     elif ranking and width < channels:
-        result = [replace(phase, width=channels, kind=RANK), replace(phase, from_step=start + ranking)]
+        result = [replace(phase, width=channels, kind=RANK, nested=()), replace(phase, from_step=start + ranking)]
     # A phase shorter than its ranking is measured for what there is of it; one without steps is left out.
     return [piece for piece in result if piece.from_step < end]
 

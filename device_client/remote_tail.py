@@ -70,6 +70,7 @@ def phase_of(message: pb.Phase) -> Phase:
     return Phase(
         message.index, message.from_step, message.width, message.activation_codec, message.gradient_codec,
         message.lr, message.decay_from, message.decay_until, tuple(message.order), KINDS[message.kind],
+        nested=tuple(message.nested),
     )  # fmt: skip
 
 
@@ -257,7 +258,7 @@ class RemoteTail:
         classes: tuple[str, ...], progress: Callable[[int], None] = lambda done: None,
     ) -> pb.Verdict:  # fmt: skip
         """Have labelled batches judged: (sent [B, width, ...], labels [B]) each; `count` pictures in all."""
-        stream = self._begin_evaluation(count, subset, classes)
+        stream = self._begin_evaluation(count, subset, classes, phase)
         waiting: list[int] = []
         done = number = 0
 
@@ -290,7 +291,7 @@ class RemoteTail:
 
     def predict(self, batches: Iterable[np.ndarray], count: int, phase: Phase) -> Iterator[np.ndarray]:
         """Logits [B, classes] for each batch of what is sent [B, width, ...]."""
-        stream = self._begin_evaluation(count, pb.SUBSET_UNSPECIFIED, ())
+        stream = self._begin_evaluation(count, pb.SUBSET_UNSPECIFIED, (), phase)
         number = 0
         for number, sent in enumerate(batches):
             place = Place(pb.EVALUATION, number, phase.index)
@@ -300,9 +301,9 @@ class RemoteTail:
             yield wire.unpack(stream.receive(), stream.receive, place, shape, "fp32")
         self._end_evaluation(stream, number + 1, phase)
 
-    def _begin_evaluation(self, count: int, subset: pb.Subset, classes: tuple[str, ...]) -> Stream:
+    def _begin_evaluation(self, count: int, subset: pb.Subset, classes: tuple[str, ...], phase: Phase) -> Stream:
         stream = Stream(self._stub.Evaluate, self.meter, self.server)
-        begin = pb.Begin(session=self.opened.session, samples=count, classes=classes, subset=subset)
+        begin = pb.Begin(session=self.opened.session, samples=count, classes=classes, subset=subset, width=phase.width)
         stream.send(Place(pb.EVALUATION, 0, 0).frame(begin=begin))
         return stream
 

@@ -99,6 +99,7 @@ class Trainer:
         """One step's round trip; the line for metrics.jsonl."""
         clock, remote, step, phase = time.perf_counter, self.remote, self.step, self.phase
         inputs, labels = self._batch(step)
+        self.head.bottleneck.resize(phase.width_at(self.recipe.seed, step))
         halves.reseed(self.recipe.seed, step, "head")
         begun = clock()
         with torch.set_grad_enabled(not phase.frozen), optim.arithmetic(self.recipe.precision):
@@ -149,7 +150,7 @@ class Trainer:
         if result.next:
             self._switch(result.next)
         return {
-            "step": step, "phase": phase.index, "width": phase.width, "loss": result.loss,
+            "step": step, "phase": phase.index, "width": phase.width_at(self.recipe.seed, step), "loss": result.loss,
             "accuracy": result.correct / self.batch, "bytes": self.remote.meter.lap(),
             "seconds": {name: round(value, 6) for name, value in seconds.items()},
         }  # fmt: skip
@@ -183,6 +184,7 @@ class Trainer:
 
     def _judge(self, part: Part, subset: pb.Subset) -> pb.Verdict:
         self.head.eval()
+        self.head.bottleneck.resize(self.phase.width)
         verdict = self.remote.evaluate(
             sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes
         )

@@ -113,7 +113,7 @@ class Host:
         return host
 
     def _serve(self, halves: Halves, manifest: Manifest, head: bytes) -> None:
-        halves.tail.bottleneck.resize(manifest.phase.width, manifest.phase.order)
+        halves.tail.resize(manifest.phase.width, manifest.phase.order)
         halves.tail.eval()
         self.run_id = manifest.run_id
         self.served = Served(halves, manifest, head)

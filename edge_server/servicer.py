@@ -80,7 +80,7 @@ def phase_message(phase: Phase) -> pb.Phase:
     return pb.Phase(
         index=phase.index, from_step=phase.from_step, width=phase.width, activation_codec=phase.activation_codec,
         gradient_codec=phase.gradient_codec, order=phase.order, kind=pb.Kind.Name(KINDS.index(phase.kind)), lr=phase.lr,
-        decay_from=phase.decay_from, decay_until=phase.decay_until,
+        decay_from=phase.decay_from, decay_until=phase.decay_until, nested=phase.nested,
     )  # fmt: skip
 
 
@@ -262,10 +262,10 @@ class Servicer(split_pb2_grpc.SplitServicer):
         seconds: dict[str, float], live: Live,
     ) -> None:  # fmt: skip
         """The line of the step that was just applied, in metrics.jsonl and on the operator's screen."""
-        accuracy = correct / training.batch
+        accuracy, width = correct / training.batch, phase.width_at(training.recipe.seed, training.step - 1)
         training.busy_s += sum(value for name, value in seconds.items() if name != "wait")
         line = {
-            "step": training.step - 1, "phase": phase.index, "width": phase.width, "loss": loss,
+            "step": training.step - 1, "phase": phase.index, "width": width, "loss": loss,
             "accuracy": accuracy, "bytes": session.meter.lap(),
             "seconds": {name: round(value, 6) for name, value in seconds.items()},
         }  # fmt: skip
@@ -273,7 +273,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if warning:
             live.say(f"[yellow]Warning[/yellow]: {warning}")
         up, down = session.meter.total(UP).message, session.meter.total(DOWN).message
-        live.step(training.step, phase.width, loss, accuracy, up, down)
+        live.step(training.step, width, loss, accuracy, up, down)
 
     def _finish(self, frame: pb.Frame | None, receive: Incoming, training: Training) -> Iterator[pb.Frame]:
         """The published head, if `frame` starts one, and the end of the run."""
@@ -302,6 +302,11 @@ class Servicer(split_pb2_grpc.SplitServicer):
             self._check_classes(tuple(receive.begin.classes))
         else:
             raise FrameError("Evaluate needs a training session, or a server with a finished run")
+        width = receive.begin.width or phase.width
+        if width not in phase.widths:
+            raise FrameError(
+                f"width {width} was asked for; this network serves {', '.join(map(str, sorted(phase.widths)))}"
+            )
         session.streams += 1
         total, number, recipe = Judgement(), 0, self.host.recipe
         try:
@@ -320,14 +325,14 @@ class Servicer(split_pb2_grpc.SplitServicer):
                         f"an evaluation batch of {count} pictures came; 1 to {recipe.data.evaluation_batch} fit, "
                         f"as many as labels"
                     )
-                shape = halves.sent_shape(count, phase.width)
+                shape = halves.sent_shape(count, width)
                 sent = wire.unpack(frame, receive, place, shape, phase.activation_codec)
                 if labels is None:
-                    logits = logits_of(halves, sent, recipe.precision).numpy()
+                    logits = logits_of(halves, sent, width, recipe.precision).numpy()
                     for out in wire.pack_raw(place, logits):
                         yield session.meter.frame(DOWN, out)
                 else:
-                    result = judge(halves, sent, labels, recipe.precision)
+                    result = judge(halves, sent, labels, width, recipe.precision)
                     total += result
                     judged = pb.Judged(count=result.count, loss=result.loss, correct=result.correct)
                     yield session.meter.frame(DOWN, place.frame(judged=judged))

@@ -42,14 +42,16 @@ class Judgement:
         return self.correct / max(1, self.count)
 
 
-def logits_of(halves: Halves, sent: np.ndarray, precision: str) -> torch.Tensor:
-    """Logits [B, classes] for what a device sent, in eval mode and without gradient."""
-    with torch.inference_mode(), optim.arithmetic(precision):
+def logits_of(halves: Halves, sent: np.ndarray, width: int, precision: str) -> torch.Tensor:
+    """Logits [B, classes] for what a device sent [B, width, ...], in eval mode and without gradient."""
+    # Devices that are served at the same time may have different widths.
+    with halves.lock, torch.no_grad(), optim.arithmetic(precision):
+        halves.tail.resize(width)
         return halves.tail(torch.from_numpy(sent))
 
 
-def judge(halves: Halves, sent: np.ndarray, labels: np.ndarray, precision: str) -> Judgement:
-    logits = logits_of(halves, sent, precision)
+def judge(halves: Halves, sent: np.ndarray, labels: np.ndarray, width: int, precision: str) -> Judgement:
+    logits = logits_of(halves, sent, width, precision)
     truth = torch.from_numpy(labels)
     loss = functional.cross_entropy(logits, truth, reduction="sum")
     return Judgement(len(labels), float(loss), int((logits.argmax(1) == truth).sum()))
@@ -93,7 +95,7 @@ class Training:
     @property
     def sent_shape(self) -> tuple[int, ...]:
         """Shape of the activation that the next step must bring."""
-        return self.halves.sent_shape(self.batch, self.phase.width)
+        return self.halves.sent_shape(self.batch, self.phase.width_at(self.recipe.seed, self.step))
 
     @property
     def epochs(self) -> float:
@@ -106,7 +108,7 @@ class Training:
         decoder.rotate(torch.from_numpy(basis[:-1].copy()), torch.from_numpy(basis[-1].copy()))
 
     def switch(self, phase: Phase) -> None:
-        self.halves.tail.bottleneck.resize(phase.width, phase.order)
+        self.halves.tail.resize(phase.width, phase.order)
         if phase.kind != RECALL:
             self.close()
         if phase.kind == STORE:
@@ -135,6 +137,7 @@ class Training:
         No gradient where the head is frozen. The weights move in `apply`, so that it can be on its way meanwhile.
         """
         reseed(self.recipe.seed, self.step, "tail")
+        self.halves.tail.resize(self.phase.width_at(self.recipe.seed, self.step))
         activation = torch.from_numpy(sent).requires_grad_(not self.phase.frozen)
         truth = torch.from_numpy(labels)
         with optim.arithmetic(self.recipe.precision):

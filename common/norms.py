@@ -1,0 +1,58 @@
+"""Running statistics of batch norms, a set for each width that a nested run serves.
+
+Sums over few channels are not those over many: with one set for all widths the narrow ones would be judged by the
+statistics of the wide ones (Yu et al., Slimmable Neural Networks, arXiv 1812.08928). Weights are shared all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Norms(nn.Module):
+    """Keeps the sets of the batch norms in `layers`, as buffers that travel with the weights."""
+
+    def __init__(self, layers: nn.Module, widths: Sequence[int]) -> None:
+        super().__init__()
+        self._used = {
+            f"{name}.{buffer}".replace(".", "_"): value
+            for name, module in layers.named_modules()
+            if isinstance(module, _BatchNorm)
+            for buffer, value in module.named_buffers(recurse=False)
+        }
+        self.widths = tuple(widths)
+        self.width: int | None = None  # whose set the layers have now; None: not set yet
+        for width in self.widths:
+            for name, value in self._used.items():
+                self.register_buffer(self._key(width, name), value.clone())
+
+    @staticmethod
+    def _key(width: int, name: str) -> str:
+        return f"{name}_at_{width}"
+
+    @torch.no_grad()
+    def switch(self, width: int) -> None:
+        """Put away what the layers have learnt of the width until now, and give them the set of this one."""
+        self.put_away()
+        if width in self.widths:
+            for name, value in self._used.items():
+                value.copy_(self.get_buffer(self._key(width, name)))
+            self.width = width
+
+    @torch.no_grad()
+    def put_away(self) -> None:
+        """Copy what the layers have into the set of the present width."""
+        if self.width is not None:
+            for name, value in self._used.items():
+                self.get_buffer(self._key(self.width, name)).copy_(value)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Let every set be what the layers have: the statistics of a run that this one goes on from."""
+        for width in self.widths:
+            for name, value in self._used.items():
+                self.get_buffer(self._key(width, name)).copy_(value)
