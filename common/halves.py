@@ -47,6 +47,11 @@ class Tail(nn.Module):
             self.norms.switch(width)
         self.bottleneck.resize(width, order)
 
+    def settle(self, width: int, order: tuple[int, ...] = ()) -> None:
+        """Be ready for `width` channels and to be written: what each width has learnt apart is in its own place."""
+        self.resize(width, order)
+        self.norms.put_away()
+
     def forward(self, sent: Tensor) -> Tensor:
         return self.layers(self.bottleneck(sent)).float()
 

@@ -36,12 +36,15 @@ class Norms(nn.Module):
 
     @torch.no_grad()
     def switch(self, width: int) -> None:
-        """Put away what the layers have learnt of the width until now, and give them the set of this one."""
+        """Put away what the layers have learnt of the width until now, and give them the set of this one.
+
+        A width without a set (all channels, while they are ranked) goes on from what the layers have, for itself.
+        """
         self.put_away()
-        if width in self.widths:
+        self.width = width if width in self.widths else None
+        if self.width is not None:
             for name, value in self._used.items():
                 value.copy_(self.get_buffer(self._key(width, name)))
-            self.width = width
 
     @torch.no_grad()
     def put_away(self) -> None:

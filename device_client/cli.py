@@ -30,6 +30,8 @@ _PLACE = click.Path(file_okay=False, path_type=Path)
 _OWN_RUN = [click.option("--run", "run_path", required=True, type=_PLACE, help="Folder of the run on this device.")]
 _ANY_RUN = [click.option("--run", "run_path", type=_PLACE, help="Folder of the run on this device; left out: the head "
                          "that the server publishes.")]  # fmt: skip
+_WIDTH = [click.option("--width", type=click.IntRange(1), help="Send so many channels, of the widths that the run was "
+                      "trained for; default: its last.")]  # fmt: skip
 _SHARED = [
     click.argument("server", metavar="HOST:PORT"),
     click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
@@ -139,16 +141,16 @@ def train(
 
 
 @cli.command()
-@_with(_SHARED + _ANY_RUN + _DATA)
+@_with(_SHARED + _ANY_RUN + _WIDTH + _DATA)
 def evaluate(
-    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None, source: str,
-    skip_unreadable: bool, limit: int | None,
+    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
+    width: int | None, source: str, skip_unreadable: bool, limit: int | None,
 ) -> None:  # fmt: skip
     """Judge the trained halves on the test part of SOURCE."""
     check_source(source)
     remote = _connect(server, tls_ca, threads)
     try:
-        head = use.open_finished(remote, _finished(run_path), allowed)
+        head = use.open_finished(remote, _finished(run_path), allowed, width)
         loaded = _load(remote, source, skip_unreadable, limit, ("test",))
         verdict = use.evaluate(remote, head, loaded)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
@@ -162,16 +164,16 @@ def evaluate(
 
 
 @cli.command()
-@_with(_SHARED + _ANY_RUN)
+@_with(_SHARED + _ANY_RUN + _WIDTH)
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 def predict(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
-    pictures: tuple[Path, ...],
+    width: int | None, pictures: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Name the class of each PICTURE, with its probability."""
     remote = _connect(server, tls_ca, threads)
     try:
-        head = use.open_finished(remote, _finished(run_path), allowed)
+        head = use.open_finished(remote, _finished(run_path), allowed, width)
         answers = list(use.predict(remote, head, pictures))
     finally:
         remote.close()

@@ -216,6 +216,7 @@ class Host:
         if head:
             weights.fill(training.halves.head, weights.from_bytes(head, "the published head"), "the published head")
             self.folder.write_half("head", training.halves.head, self._manifest(training))
+        training.halves.tail.settle(training.phase.width, training.phase.order)
         self.folder.write_half("tail", training.halves.tail, self._manifest(training))
         outcome = report.Outcome(
             self.run_id, training.test.accuracy, training.test.mean_loss, training.step, training.trained,

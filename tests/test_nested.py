@@ -1,0 +1,80 @@
+"""Nested widths: one trained network that serves each of them, with the batch-norm statistics of that width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import pair
+from common import recipe as recipes
+from common.errors import RecipeError
+from common.norms import Norms
+from tests.conftest import Run, recipe_text, train
+
+
+@pytest.fixture(scope="module")
+def nested_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    text = recipe_text(
+        "deprune",
+        bottleneck='kind = "linear"',
+        codec='activation = "step:20"\ngradient = "step:10"',
+        schedule="phases = [{ width = 8, epochs = 4, nested = [2, 4] }]",
+    )
+    return train(tmp_path_factory.mktemp("nested"), text)
+
+
+def test_every_step_draws_its_width_and_both_sides_the_same(nested_run: Run) -> None:
+    widths = [line["width"] for line in nested_run.metrics("device")]
+    assert widths == [line["width"] for line in nested_run.metrics("server")]
+    counts = {width: widths.count(width) for width in (2, 4, 8)}
+    assert sum(counts.values()) == len(widths) and min(counts.values()) > len(widths) / 5
+
+
+def test_the_finished_run_serves_each_width_that_it_was_trained_for(nested_run: Run, tmp_path: Path) -> None:
+    run = nested_run.path / "device"
+    with pair.server("--run", nested_run.path / "server", log=tmp_path / "log") as (_, address):
+        judged = {
+            width: pair.device(
+                "evaluate", address, "--data", "digits", "--run", run, *width, capture_output=True
+            ).stdout
+            for width in ((), ("--width", 8), ("--width", 2))
+        }
+        refused = pair.device(
+            "evaluate", address, "--data", "digits", "--run", run, "--width", 3, capture_output=True
+        ).stderr
+    accuracy = {width: float(text.split("%")[0]) for width, text in judged.items()}
+    assert (
+        accuracy[()]
+        == accuracy["--width", 8]
+        == pytest.approx(100 * nested_run.summary("device")["accuracy"], abs=0.01)
+    )
+    # With the statistics of another width it would be little better than chance.
+    assert accuracy["--width", 2] > 70
+    assert "this network was trained for 2, 4, 8" in " ".join(refused.split())
+
+
+def test_each_width_keeps_its_own_statistics() -> None:
+    layers = nn.Sequential(nn.BatchNorm1d(1))
+    norms = Norms(layers, (2, 4))
+    mean = layers[0].running_mean
+    for width, value in ((2, 20.0), (4, 40.0), (8, 80.0)):
+        norms.switch(width)
+        mean.fill_(value)
+    for width, value in ((2, 20.0), (4, 40.0)):
+        norms.switch(width)
+        assert mean.item() == value
+    mean.fill_(41.0)
+    norms.put_away()
+    assert torch.equal(norms.get_buffer("0_running_mean_at_4"), mean)
+
+
+@pytest.mark.parametrize("nested", ["[8]", "[2, 2]", "[0]"])
+def test_nested_widths_are_different_and_narrower(nested: str) -> None:
+    text = recipe_text(
+        "deprune", bottleneck='kind = "linear"', schedule=f"phases = [{{ width = 8, epochs = 1, nested = {nested} }}]"
+    )
+    with pytest.raises(RecipeError, match="different widths, each below width"):
+        recipes.parse(text)
