@@ -156,7 +156,7 @@ class Trainer:
         forward = clock()
         sent = activation.detach().numpy()
         support = None if phase.frozen else self.gate.support(sent, phase)
-        gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._newest())
+        gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._news())
         received = clock()
         # Here the server has applied the step; nothing of it was applied on this side until now.
         if gradient is not None:
@@ -164,9 +164,8 @@ class Trainer:
         seconds["head"] = forward - begun + clock() - received
         return self._after(result, seconds)
 
-    def _newest(self) -> int:
-        """This step, if a checkpoint was kept before it: the server is told once."""
-        return self.step if self.step in self.checkpoints.written else 0
+    def _news(self) -> int:
+        return self.checkpoints.news(self.step, self.opened.checkpoint_every)
 
     def _learn(self, activation: torch.Tensor, gradient: np.ndarray) -> None:
         """Backward through the head and one move of its weights."""
@@ -180,7 +179,7 @@ class Trainer:
     def _recall_step(self) -> dict[str, Any]:
         """One step that the server makes from what it has kept; the line for metrics.jsonl."""
         started = time.perf_counter()
-        result = self.remote.recall(self.step, self.phase, self._newest())
+        result = self.remote.recall(self.step, self.phase, self._news())
         return self._after(result, {"wait": time.perf_counter() - started})
 
     def _after(self, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:

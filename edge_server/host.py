@@ -57,6 +57,7 @@ class Session:
     run: LiveRun | None = None  # which it has begun or taken up
     streams: int = 0  # open at the moment
     head_sent: bool = False
+    joined: bool = False  # it has had a stream for the run
     touched: float = field(default_factory=time.monotonic)
 
     def seen(self, peer: str) -> None:
@@ -242,6 +243,7 @@ class Host:
                     raise
                 run.meter, run.kernel = session.meter, session.kernel
                 session.run = run
+                session.joined = True
                 return True
             assert run.training
             run.training.answered_from(begin.step)
@@ -251,6 +253,8 @@ class Host:
                     f"{run.training.samples} of {len(run.training.classes)}: use the data it began with"
                 )
             run.take_over(context)
+            run.faults.reconnects += session.joined
+            session.joined = True
             return False
 
     def finish(self, head: bytes) -> None:

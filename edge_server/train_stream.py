@@ -40,7 +40,6 @@ class TrainStream:
         run, receive, training, meter = self.run, self.receive, self.training, self.run.meter
         count = meter.frame if begun else meter.again
         count(UP, receive.first)
-        run.faults.reconnects += not begun
         answers = training.answered_from(receive.begin.step)
         wanted = training.recipe.principal and not training.rotated
         ready = pb.Ready(
@@ -175,8 +174,7 @@ class TrainStream:
         done = pb.StepDone(loss=loss, correct=correct, then=decision.then)
         if decision.phase:
             done.next.CopyFrom(phase_message(decision.phase))
-        if step in self.run.checkpoints.written:
-            done.kept = step
+        done.kept = self.run.checkpoints.news(step, self.run.every)
         return wire.seal(Place(pb.CONTROL, step, phase.index).frame(done=done))
 
     def _log(self, phase: Phase, loss: float, correct: int, seconds: dict[str, float], live: Live) -> None:
