@@ -116,7 +116,7 @@ def _observe(tail: RemoteTail, watch: Watch, trainer: Trainer, host: Host) -> No
 
     def watched(step: int, phase: Phase) -> StepResult:
         answer = result(step, phase)
-        training = host.session(tail.opened.session).training
+        training = host.session(tail.opened.session, "").training
         assert training
         watch(step, phase, trainer, training)
         return answer

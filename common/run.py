@@ -29,7 +29,7 @@ _OURS = ("recipe.toml", "run.json", "metrics.jsonl", "summary.json", "head.safet
 _SPARE_BYTES = 8 << 20
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write a file whole or not at all: temporary file, fsync, rename, fsync of the folder."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -38,7 +38,7 @@ def write_atomically(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o644)
+            Path(name).chmod(mode)
             Path(name).replace(path)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -112,12 +111,12 @@ class Stream:
 class RemoteTail:
     """A session with one server, from `open` to `close`; `stub` is given where no network lies in between."""
 
-    def __init__(self, server: str, tls_ca: Path | None = None, stub: Any = None) -> None:
+    def __init__(self, server: str, access: channel.Access | None = None, stub: Any = None) -> None:
         self.server = server
         self.meter = Meter()
         self.kernel = Kernel()
         self._chooser = Chooser(self.kernel.flow)
-        self._channel = None if stub else channel.connect(server, tls_ca)
+        self._channel = None if stub else channel.connect(server, access or channel.Access())
         self._stub = stub or split_pb2_grpc.SplitStub(self._channel)
         self._train: Stream | None = None
         self.opened: Opened

@@ -16,7 +16,7 @@ from rich.console import Console
 from common import halves as halves_module
 from common import report, weights
 from common.codecs.base import elements
-from common.errors import BusyError, FrameError, MismatchError, ModelError, StoppedError
+from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, ModelError, StoppedError
 from common.halves import Halves
 from common.meter import Meter
 from common.recipe import Recipe
@@ -42,6 +42,7 @@ class Session:
 
     name: str
     trains: bool
+    identity: str = ""  # of the caller who opened it, and who alone may use it
     meter: Meter = field(default_factory=Meter)
     kernel: Kernel = field(default_factory=Kernel)
     peer: str = ""  # gRPC's name of the device's end of the connection
@@ -74,6 +75,8 @@ class Host:
         self._lock = threading.Lock()
         self._sessions: dict[str, Session] = {}
         self._trainer: Session | None = None
+        # Who began the run; it stays theirs when the link is lost, so that no one else can take it over.
+        self.owner: str | None = None
         self.run_id = secrets.token_hex(8)
         self.served: Served | None = None
         self.initial = Initial()
@@ -120,14 +123,16 @@ class Host:
 
     # Sessions
 
-    def open(self, trains: bool, run_id: str) -> Session:
-        """A new session; BusyError without room, MismatchError where the device's head is of another run."""
+    def open(self, trains: bool, run_id: str, identity: str) -> Session:
+        """A new session of `identity`'s; BusyError without room, ForbiddenError where the run is another's,
+        MismatchError where the device's head is of another run.
+        """
         if self.stopping:
             raise StoppedError("the server is being stopped; try again later")
         if trains:
             if self.served:
                 raise MismatchError(f"this server serves the finished run {self.run_id}; it has nothing to train")
-            self._refuse_second()
+            self._refuse_second(identity)
         elif not self.served:
             raise MismatchError("this server has no finished run yet; wait until training ends")
         elif run_id and run_id != self.run_id:
@@ -142,14 +147,15 @@ class Host:
             )
         with self._lock:
             self._make_room()
-            session = Session(secrets.token_hex(16), trains)
+            session = Session(secrets.token_hex(16), trains, identity)
             self._sessions[session.name] = session
         return session
 
-    def session(self, name: str) -> Session:
+    def session(self, name: str, identity: str) -> Session:
+        """The session that `identity` opened. Another's is not known either: nothing tells that there is one."""
         with self._lock:
             session = self._sessions.get(name)
-        if session is None:
+        if session is None or session.identity != identity:
             raise FrameError(
                 "this session is not known here (the server was restarted, or it was idle too long); reconnect"
             )
@@ -173,7 +179,11 @@ class Host:
             if not session.streams and self._sessions.pop(session.name, None) is not None:
                 session.kernel.close()
 
-    def _refuse_second(self) -> None:
+    def _refuse_second(self, identity: str) -> None:
+        if self.owner not in (None, identity):
+            raise ForbiddenError(
+                "this run was begun by another device and is its own; start another server for a second"
+            )
         busy = self._trainer
         if busy and busy.training:
             raise BusyError(
@@ -200,12 +210,12 @@ class Host:
         per_epoch = max(1, samples // self.recipe.data.batch)
         coordinator = Coordinator(self.recipe, halves.channels, per_epoch)
         with self._lock:
-            self._refuse_second()
+            self._refuse_second(session.identity)
             self.folder.start(self.text)
             session.training = Training(
                 self.recipe, halves, coordinator, classes, samples, self.folder.path, self.store_limit
             )
-            self._trainer = session
+            self._trainer, self.owner = session, session.identity
         return session.training
 
     def finish(self, session: Session, head: bytes) -> None:

@@ -24,6 +24,7 @@ from common.schedule import KINDS, RECALL, STORE, Phase
 from common.wire import Place
 from edge_server.coordinator import Decision
 from edge_server.host import Host, Session
+from edge_server.identity import Guard
 from edge_server.session import Judgement, Training, judge, logits_of
 
 
@@ -54,14 +55,14 @@ def _streaming(method: Callable[..., Iterator[pb.Frame]]) -> Callable[..., Itera
 class Incoming:
     """The frames that a device sends on one stream, counted; `wait_s` adds up the time spent waiting for them."""
 
-    def __init__(self, frames: Iterator[pb.Frame], host: Host, peer: str) -> None:
+    def __init__(self, frames: Iterator[pb.Frame], host: Host, peer: str, identity: str) -> None:
         self._frames, self._host = frames, host
         self.wait_s = 0.0
         first = next(frames, None)
         if first is None or not first.HasField("begin"):
             raise FrameError("a stream starts with Begin")
         self.begin = first.begin
-        self.session: Session = host.session(first.begin.session)
+        self.session: Session = host.session(first.begin.session, identity)
         self.session.seen(peer)
         self.session.meter.frame(UP, first)
 
@@ -85,8 +86,9 @@ def phase_message(phase: Phase) -> pb.Phase:
 
 
 class Servicer(split_pb2_grpc.SplitServicer):
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, guard: Guard | None = None) -> None:
         self.host = host
+        self._identity = (guard or Guard()).identity
 
     def fail(self, context: grpc.ServicerContext, error: Exception) -> None:
         """End the RPC: an error of ours with its own sentence, a fault with a traceback for the operator alone."""
@@ -98,6 +100,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
+        identity = self._identity(context)
         if request.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the device speaks protocol version {request.protocol_version}, this server {wire.PROTOCOL_VERSION}; "
@@ -106,7 +109,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if request.purpose not in (pb.TRAIN, pb.USE):
             raise FrameError(f"Open has purpose {request.purpose}; TRAIN (1) or USE (2) was expected")
         host, trains = self.host, request.purpose == pb.TRAIN
-        session = host.open(trains, request.run_id)
+        session = host.open(trains, request.run_id, identity)
         session.seen(context.peer())
         reply = pb.OpenReply(
             protocol_version=wire.PROTOCOL_VERSION,
@@ -126,14 +129,14 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_streaming
     def Head(self, request: pb.HeadRequest, context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        session = self.host.session(request.session)
+        session = self.host.session(request.session, self._identity(context))
         session.meter.control(UP, request)
         for frame in wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), self.host.head_weights(session)):
             yield session.meter.frame(DOWN, frame)
 
     @_streaming
     def Train(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        receive = Incoming(frames, self.host, context.peer())
+        receive = Incoming(frames, self.host, context.peer(), self._identity(context))
         session, begin = receive.session, receive.begin
         host, interrupted = self.host, ""
         try:
@@ -144,8 +147,9 @@ class Servicer(split_pb2_grpc.SplitServicer):
         session.streams += 1
         chooser = Chooser(session.kernel.flow)
         host.console.print(
-            f"A device trains [bold]{host.recipe.name}[/bold]: {training.coordinator.steps:,} steps of "
-            f"{training.batch} pictures, {begin.samples:,} pictures an epoch.", highlight=False,
+            f"{escape(session.identity) or 'A device'} trains [bold]{host.recipe.name}[/bold]: "
+            f"{training.coordinator.steps:,} steps of {training.batch} pictures, "
+            f"{begin.samples:,} pictures an epoch.", highlight=False,
         )  # fmt: skip
         try:
             with Live(host.console, training.coordinator.steps) as live:
@@ -292,7 +296,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_streaming
     def Evaluate(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        receive = Incoming(frames, self.host, context.peer())
+        receive = Incoming(frames, self.host, context.peer(), self._identity(context))
         session, training, served = receive.session, receive.session.training, self.host.served
         subset = receive.begin.subset
         if training:
