@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -47,29 +47,28 @@ def make(folder: Path, hosts: Sequence[str], devices: Sequence[str], renew: bool
     """
     names = [_host(host) for host in hosts]
     for device in devices:
-        if not _NAME.fullmatch(device) or device in _RESERVED:
+        if not _NAME.fullmatch(device) or device.lower() in _RESERVED:
             raise AuthError(
                 f"{device!r} cannot name a device: letters, digits, '.', '_' and '-' do, but not 'server' or 'ca'"
             )
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise AuthError(f"{folder} cannot be made: {error.strerror}") from error
     here = (folder / "ca.pem").exists() or (folder / "ca.key").exists()
     if not here and (renew or not hosts):
         raise AuthError(f"{folder} has no authority yet (ca.pem, ca.key); name the HOSTs that devices will connect to")
-    wanted = [*(["server"] if names else []), *(devices or (["device"] if not here else []))]
+    wanted = [*(["server"] if names else []), *(devices or ([] if here else ["device"]))]
     if renew and not wanted:
         wanted = sorted(path.stem for path in folder.glob("*.pem") if path.stem != "ca")
-        if "server" in wanted:
-            names = list(_hosts_of(_load(folder / "server.pem")))
+        names = _hosts_of(folder / "server.pem") if "server" in wanted else []
+    if not wanted:
+        raise AuthError("there is nothing to make: name HOSTs, a --device NAME, or pass --renew")
     present = [f"{name}{kind}" for name in wanted for kind in (".pem", ".key") if (folder / f"{name}{kind}").exists()]
     if present and not renew:
         raise AuthError(
             f"{folder} already has {', '.join(present)}; pass --renew to make it anew under the same authority"
         )
-    if not wanted:
-        raise AuthError("there is nothing to make: name HOSTs, a --device NAME, or pass --renew")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise AuthError(f"{folder} cannot be made: {error.strerror}") from error
     authority = _authority(folder) if here else _new_authority(folder)
     for name in wanted:
         _issue(folder, name, authority, names if name == "server" else ())
@@ -80,13 +79,18 @@ def _host(text: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(text.strip("[]")))
     except ValueError:
-        if not _HOST.fullmatch(text):
+        # One that ends in a number is an address with a mistake in it.
+        if not _HOST.fullmatch(text) or text.rpartition(".")[2].isdigit():
             raise AuthError(f"{text!r} is neither the name nor the address of a host; give it without a port") from None
         return x509.DNSName(text.lower())
 
 
-def _hosts_of(certificate: x509.Certificate) -> Iterable[x509.GeneralName]:
-    return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+def _hosts_of(path: Path) -> list[x509.GeneralName]:
+    """The hosts that a certificate was made for."""
+    try:
+        return list(_load(path).extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound as error:
+        raise AuthError(f"{path} names no hosts; name them after the folder") from error
 
 
 def _load(path: Path) -> x509.Certificate:

@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives import serialization
 
 from benchmarks import pair
 from common import tokens, wire
-from common.channel import Access, connect
+from common.channel import Access, ServerTls, connect, server_credentials
 from common.errors import AuthError, DepruneError, ForbiddenError, FrameError, LinkError, from_rpc
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
@@ -91,10 +92,10 @@ def mutual(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         assert process.poll() is None, (path / "log").read_text()
 
 
-def refusal(address: str, access: Callable[[], Access] | Access) -> DepruneError:
+def refusal(address: str, access: Access) -> DepruneError:
     """What a device is told that may not even open a session."""
     with pytest.raises(DepruneError) as refused:
-        remote = RemoteTail(address, access if isinstance(access, Access) else access())
+        remote = RemoteTail(address, access)
         try:
             remote.open(trains=True)
         finally:
@@ -113,7 +114,7 @@ def test_both_processes_with_certificates_and_a_token(ours: Path, tmp_path: Path
         return ("--data", "digits", "--threads", 1, *keys, "--token-file", own)
 
     with serving(tmp_path, *guarded) as (_, address):
-        run = ("--run", tmp_path / "device", "--publish-head")
+        run = ("--run", tmp_path / "device", "--publish-head", "--limit", 400)
         done = pair.device("train", address, *run, *options("pi", "alice"), capture_output=True)
         log = (tmp_path / "log").read_text()
         assert done.returncode == 0, done.stdout + done.stderr + log
@@ -138,9 +139,13 @@ def test_only_certificates_of_the_one_authority_get_in(mutual: tuple[str, Path],
         assert "TLS (--tls-ca), or a certificate (--tls-cert)" in str(error)
 
 
-def test_a_device_takes_no_other_device_for_its_server(ours: Path, tmp_path: Path) -> None:
-    with serving(tmp_path, "--tls-cert", ours / "pi.pem", "--tls-key", ours / "pi.key") as (_, address):
-        assert isinstance(refusal(address, as_device(ours, "hut")), AuthError)
+def test_a_device_takes_no_other_device_for_its_server(ours: Path) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    disguised = ServerTls(ours / "pi.pem", ours / "pi.key")
+    address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', server_credentials(disguised, print))}"
+    server.start()
+    assert isinstance(refusal(address, as_device(ours, "hut")), AuthError)
+    server.stop(0).wait()
 
 
 def told(call: Callable[[], Any], address: str) -> DepruneError:
@@ -378,6 +383,7 @@ def test_certs_keeps_what_is_there(tmp_path: Path) -> None:
         ((), "has no authority yet"),
         (("--renew",), "has no authority yet"),
         (("cloud:50051",), "give it without a port"),
+        (("192.0.2.256",), "neither the name nor the address"),
         (("cloud", "--device", "server"), "cannot name a device"),
         (("cloud", "--device", "../x"), "cannot name a device"),
     ],
