@@ -12,7 +12,6 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-import grpc
 from rich.console import Console
 
 from common import halves as halves_module
@@ -35,7 +34,7 @@ from common.run import Manifest, RunFolder
 from common.tcp_info import Kernel, find_peer
 from common.wire import MAX_TENSOR_ELEMENTS
 from edge_server.initial import Initial, initial_weights
-from edge_server.live import LiveRun
+from edge_server.live import LiveRun, Stream
 
 MAX_SESSIONS = 64
 # A session that was opened and never begun, or left behind, makes room after this long.
@@ -224,7 +223,7 @@ class Host:
 
     # Training
 
-    def begin(self, session: Session, begin: pb.Begin, context: grpc.ServicerContext) -> bool:
+    def begin(self, session: Session, begin: pb.Begin, context: Stream) -> bool:
         """Let `context` be the one stream of the session's run, which is started where it was not; whether it was.
 
         FrameError where the device stands at a step from which the run cannot go on: nothing is disturbed by it.

@@ -10,9 +10,8 @@ import secrets
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
-import grpc
 from rich.console import Console
 
 from common import halves as halves_module
@@ -35,6 +34,12 @@ STORE_LIMIT = 4 << 30
 _TAKE_OVER_S = 20.0
 
 
+class Stream(Protocol):
+    """A device's stream as far as it matters here: it can be ended."""
+
+    def cancel(self) -> None: ...
+
+
 class LiveRun:
     """One run in training. `training` is None until a device begins it, or takes it up in this process."""
 
@@ -52,7 +57,7 @@ class LiveRun:
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.checkpoints = Checkpoints(folder.checkpoints, self.run_id, recipe.digest())
         self._at = 0  # step of the newest checkpoint, where `saved`
-        self._streams: set[grpc.ServicerContext] = set()
+        self._streams: set[Stream] = set()
         self._changed = threading.Condition()
         if saved:
             found, warnings = self.checkpoints.sound()
@@ -93,16 +98,16 @@ class LiveRun:
 
     # Streams
 
-    def join(self, context: grpc.ServicerContext) -> None:
+    def join(self, context: Stream) -> None:
         with self._changed:
             self._streams.add(context)
 
-    def part(self, context: grpc.ServicerContext) -> None:
+    def part(self, context: Stream) -> None:
         with self._changed:
             self._streams.discard(context)
             self._changed.notify_all()
 
-    def take_over(self, context: grpc.ServicerContext | None = None) -> None:
+    def take_over(self, context: Stream | None = None) -> None:
         """End all streams of this run, so that `context` can be its only one; BusyError where they take too long."""
         with self._changed:
             for stream in self._streams:

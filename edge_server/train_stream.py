@@ -46,11 +46,13 @@ class TrainStream:
             steps=training.coordinator.steps, basis_wanted=wanted, phase=phase_message(training.phase),
             answered=len(answers),
         )  # fmt: skip
-        run.console.print(
-            f"A device trains [bold]{escape(training.recipe.name)}[/bold]: {training.coordinator.steps:,} steps of "
-            f"{training.batch} pictures, {training.samples:,} pictures an epoch."
-            if begun else f"The device is connected again, at step {receive.begin.step:,}.", highlight=False,
-        )  # fmt: skip
+        what = f"The device is connected again, at step {receive.begin.step:,}."
+        if begun:
+            what = (
+                f"{escape(receive.session.identity) or 'A device'} trains [bold]{escape(training.recipe.name)}[/bold]: "
+                f"{training.coordinator.steps:,} steps of {training.batch} pictures, {training.samples:,} an epoch."
+            )
+        run.console.print(what, highlight=False)
         with Live(run.console, training.coordinator.steps, training.step) as live:
             yield count(DOWN, wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)))
             for answer in answers:
