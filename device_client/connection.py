@@ -143,8 +143,24 @@ class Connection:
 
     def head_weights(self) -> bytes:
         """safetensors bytes of the head, as the server hands them out."""
+        trouble: Trouble | None = None
+        unknown = False
+        while True:
+            try:
+                if unknown:
+                    self._reopen(0)
+                return self._head_weights(again=trouble is not None)
+            except CURABLE as error:
+                if self._channel is None:
+                    raise
+                trouble = trouble or Trouble(self.give_up_s)
+                unknown = isinstance(error, SessionError)
+                trouble.wait(error, self.say)
+                self._connect()
+
+    def _head_weights(self, again: bool) -> bytes:
         request, draft = pb.HeadRequest(session=self.opened.session), Draft(self.meter)
-        self.meter.control(UP, request)
+        self.meter.control(UP, request, again)
         try:
             frames = iter(self._stub.Head(request))
 

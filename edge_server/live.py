@@ -37,7 +37,7 @@ _TAKE_OVER_S = 20.0
 class Stream(Protocol):
     """A device's stream as far as it matters here: it can be ended."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> object: ...
 
 
 class LiveRun:
