@@ -104,21 +104,18 @@ def train(
         trainer = Trainer(tail, data, run, quiet)
         trainer.prepare((), None)
         if watch:
-            _observe(tail, watch, trainer, host)
+            _observe(watch, trainer, host)
         run.start(text)
-        trainer.fit()
-        return trainer.finish(publish=False)
+        return trainer.run(publish=False)
 
 
-def _observe(tail: RemoteTail, watch: Watch, trainer: Trainer, host: Host) -> None:
+def _observe(watch: Watch, trainer: Trainer, host: Host) -> None:
     """Have `watch` called where the device takes in the result of a step: both halves have applied it by then."""
-    result = tail.result
+    after = trainer._after
 
-    def watched(step: int, phase: Phase) -> StepResult:
-        answer = result(step, phase)
-        training = host.session(tail.opened.session).training
-        assert training
-        watch(step, phase, trainer, training)
-        return answer
+    def watched(result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
+        assert host.run and host.run.training
+        watch(trainer.step, trainer.phase, trainer, host.run.training)
+        return after(result, seconds)
 
-    tail.result = watched  # type: ignore[method-assign]
+    trainer._after = watched  # type: ignore[method-assign]

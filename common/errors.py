@@ -15,11 +15,14 @@ that the device raises the same error the server met.
     │   └── TooLargeError  a tensor or message over the negotiated limit
     ├── VersionError       the two sides speak different versions of the protocol
     ├── MismatchError      halves, recipes or classes that do not belong together
+    ├── ForbiddenError     a run that belongs to another identity
     ├── BusyError          the server has no room for this session
+    ├── SessionError       the server does not know this session (any more)
     ├── StoreError         the server has no room for what it would keep
     ├── DivergedError      the loss or a tensor is no longer finite
     ├── StoppedError       one side was stopped by its user
-    └── LinkError          no server answers, or the link broke
+    ├── LinkError          no server answers, or the link broke
+    └── RolledBackError    the server went on from an earlier step; the device must follow
 """
 
 from __future__ import annotations
@@ -71,7 +74,15 @@ class MismatchError(DepruneError):
     pass
 
 
+class ForbiddenError(DepruneError):
+    pass
+
+
 class BusyError(DepruneError):
+    pass
+
+
+class SessionError(DepruneError):
     pass
 
 
@@ -91,6 +102,12 @@ class LinkError(DepruneError):
     pass
 
 
+class RolledBackError(DepruneError):
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 _STATUS: dict[type[DepruneError], grpc.StatusCode] = {
     RecipeError: grpc.StatusCode.FAILED_PRECONDITION,
     ModelError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -102,7 +119,9 @@ _STATUS: dict[type[DepruneError], grpc.StatusCode] = {
     TooLargeError: grpc.StatusCode.OUT_OF_RANGE,
     VersionError: grpc.StatusCode.FAILED_PRECONDITION,
     MismatchError: grpc.StatusCode.FAILED_PRECONDITION,
+    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
     BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    SessionError: grpc.StatusCode.NOT_FOUND,
     StoreError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DivergedError: grpc.StatusCode.ABORTED,
     StoppedError: grpc.StatusCode.UNAVAILABLE,

@@ -12,6 +12,7 @@ from rich.table import Table
 from common import cli as common_cli
 from common import models
 from common import recipe as recipes
+from common.checkpoint import EVERY
 from common.errors import DepruneError, ModelError
 from common.partition import describe_cuts
 from common.progress import size
@@ -64,12 +65,24 @@ def cli() -> None:
     metavar="MB",
     help="Disk that a run may take for what its device sends with the head frozen.",
 )
+@click.option(
+    "--checkpoint-every",
+    default=EVERY,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Steps between two checkpoints, on both sides; more are kept where a phase or a validation begins.",
+)
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS.")
 def serve(
     recipe: Path | None, listen: str, run_path: Path, overwrite: bool, once: bool, allowed: tuple[str, ...],
-    threads: int | None, tls_cert: Path | None, tls_key: Path | None, store_limit: int, insecure: bool,
+    threads: int | None, tls_cert: Path | None, tls_key: Path | None, store_limit: int,
+    checkpoint_every: int, insecure: bool,
 ) -> None:  # fmt: skip
-    """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the run in --run."""
+    """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the run in --run.
+
+    A run in --run that was not finished goes on where its newest checkpoint was taken.
+    """
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
     if threads:
@@ -78,7 +91,8 @@ def serve(
     if recipe:
         parsed, text = recipes.load(recipe)
         host = Host.to_train(parsed, text, folder, console, allowed, overwrite)
-        host.store_limit = store_limit * 1_000_000
+        assert host.run
+        host.run.store_limit, host.run.every = store_limit * 1_000_000, checkpoint_every
     else:
         host = Host.to_serve(folder, console, allowed)
     server = Server(host, listen, (tls_cert, tls_key) if tls_cert and tls_key else None, insecure)
@@ -87,13 +101,19 @@ def serve(
         console.print(
             "[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link."
         )
-    doing = f"waiting for a device to train {parsed.name}" if recipe else f"serving run {host.run_id} in {run_path}"
+    at = host.run.step if host.run else 0
+    waiting = f"waiting for its device to go on with {parsed.name} at step {at:,}" if at else ""
+    doing = f"serving run {host.run_id} in {run_path}"
+    if recipe:
+        doing = waiting or f"waiting for a device to train {parsed.name}"
     console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.", highlight=False)
     caught = run(server, once)
-    if host.interrupted:
-        raise DepruneError(f"{host.interrupted}; the run is not finished")
     if caught and not host.served:
-        raise DepruneError(f"stopped by {caught}; the run is not finished")
+        assert host.run
+        raise DepruneError(
+            f"stopped by {caught} at step {host.run.step:,}; the run is not finished and goes on from there when it is "
+            f"started again with the same recipe and --run"
+        )
     console.print(f"Stopped{f' by {caught}' if caught else ''}; the run in {run_path} is complete.", highlight=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from edge_server.servicer import Servicer
 
 # A device in the middle of a step gets this long to be told that the server stops.
 _GRACE_S = 5.0
+# A device whose link broke over the last word of a run gets this long to come back and hear it.
+_LINGER_S = 60.0
 _SERVICE = split_pb2.DESCRIPTOR.services_by_name["Split"].full_name
 
 
@@ -57,7 +60,7 @@ class Server:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
-        """Refuse new work, let running steps end, close."""
+        """Refuse new work, let running steps end, keep a checkpoint, close: within 10 s."""
         self.host.stopping = True
         self._health.enter_graceful_shutdown()
         self._grpc.stop(_GRACE_S).wait()
@@ -79,11 +82,7 @@ def _check_free(address: str) -> None:
 
 
 def run(server: Server, once: bool) -> str:
-    """Serve until a signal (the answer is its name), or until the run's device has left where that ends it.
-
-    A device that was interrupted by its user ends the server too: the run cannot be finished without it. With
-    `once` a finished run does so as well.
-    """
+    """Serve until a signal (the answer is its name), with `once` also until the run's device knows it is finished."""
     wake = threading.Event()
     caught: list[str] = []
 
@@ -96,7 +95,8 @@ def run(server: Server, once: bool) -> str:
     server.start()
     host = server.host
     while not wake.wait(0.2):
-        if host.ended.is_set() and (host.interrupted or (once and host.served)):
+        since = host.finished_at
+        if once and since and (host.ended.is_set() or time.monotonic() - since > _LINGER_S):
             break
     server.stop()
     return caught[0] if caught else ""
