@@ -44,6 +44,10 @@ SERVER_OPTIONS = [
     # Devices ping every 20 s; a server that allows less than that would throw them out as too chatty (GOAWAY).
     ("grpc.http2.min_ping_interval_without_data_ms", _PING_EVERY_MS // 2),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A device needs four at most; the server's own count of a caller's calls is only made once one has come in.
+    ("grpc.max_concurrent_streams", 16),
+    # What connects and doesn't speak HTTP/2, or TLS, is let go after this long.
+    ("grpc.server_handshake_timeout_ms", 20_000),
     # A second server on the same port is a mistake, to be told at once.
     ("grpc.so_reuseport", 0),
 ]

@@ -86,6 +86,10 @@ def _connect(
     return RemoteTail(server, Access(tls_ca, tls_cert, tls_key, token_file), give_up_s=give_up_s)
 
 
+def _say(sentence: str) -> None:
+    console.print(f"[yellow]Note[/yellow]: {escape(sentence)}", highlight=False)
+
+
 def _finished(run_path: Path | None) -> RunFolder | None:
     """The folder with this device's own trained head; None for the published one."""
     if run_path and not (run_path / "run.json").is_file():
@@ -183,9 +187,9 @@ def evaluate(
     check_source(source)
     remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file)
     try:
-        head = use.open_finished(remote, _finished(run_path), allowed, width)
+        head = use.open_finished(remote, _finished(run_path), allowed, width, _say)
         loaded = _load(remote, source, skip_unreadable, limit, ("test",))
-        verdict = use.evaluate(remote, head, loaded)
+        verdict = use.evaluate(remote, head, loaded, _say)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
     finally:
         remote.close()
@@ -207,8 +211,8 @@ def predict(
     """Name the class of each PICTURE, with its probability."""
     remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file)
     try:
-        head = use.open_finished(remote, _finished(run_path), allowed, width)
-        answers = list(use.predict(remote, head, pictures))
+        head = use.open_finished(remote, _finished(run_path), allowed, width, _say)
+        answers = list(use.predict(remote, head, pictures, _say))
     finally:
         remote.close()
     table = Table(show_edge=False, pad_edge=False)

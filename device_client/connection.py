@@ -45,6 +45,7 @@ class Opened:
     step: int | None  # that both sides go on from; None: the run starts anew
     finished: bool  # the run that the device would go on with is finished
     checkpoint_every: int
+    max_elements: int  # of one tensor, that the server takes
 
 
 class Connection:
@@ -116,7 +117,7 @@ class Connection:
             reply.session, parsed, reply.recipe, reply.run_id,
             phase_of(reply.phase) if reply.HasField("phase") else None,
             reply.head_size, reply.init_run_id, tuple(reply.classes), reply.step if reply.resumed else None,
-            reply.finished, reply.checkpoint_every,
+            reply.finished, reply.checkpoint_every, reply.limits.max_tensor_elements,
         )  # fmt: skip
         self._joined = reply.resumed
         return self.opened

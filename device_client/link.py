@@ -95,5 +95,7 @@ class Trouble:
             raise LinkError(f"{error}; gave up after {duration(spent)} and {self._attempts} attempts") from error
         # Jitter, so that devices which lost their server together do not come back together.
         pause = min(_MOST_S, _FIRST_S * 2 ** (self._attempts - 1)) * random.uniform(0.5, 1.5)
+        if isinstance(error, BusyError) and error.retry_after_s:
+            pause = max(pause, error.retry_after_s)
         say(f"reconnecting, attempt {self._attempts} ({error}); gives up in {duration(self.give_up_s - spent)}")
         time.sleep(min(pause, max(0.0, self.give_up_s - spent)))

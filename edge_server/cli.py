@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -22,9 +25,47 @@ from common.run import RunFolder
 from common.tokens import exposed
 from edge_server import certs as certificates
 from edge_server.host import Host
+from edge_server.limits import Limits
 from edge_server.server import Server, run
 
 console = Console(soft_wrap=True)
+
+_USUAL = Limits()
+
+
+def _limit(name: str, field: str, kind: click.ParamType, metavar: str, text: str, unit: int = 1) -> Any:
+    """An option for a field of Limits, which counts `unit` of it; 0 for one that is unlimited by default."""
+    default = getattr(_USUAL, field) / unit
+    free = math.isinf(default)
+
+    def scaled(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
+        return math.inf if free and not value else value * unit
+
+    return click.option(
+        name, field, default=0 if free else default, show_default="no limit" if free else f"{default:g}", type=kind,
+        metavar=metavar, callback=scaled, help=text,
+    )  # fmt: skip
+
+
+def _limits(function: Callable[..., None]) -> Callable[..., None]:
+    """What a server allows, each an option: docs/limits.md."""
+    count, above, any_rate = click.IntRange(1), click.FloatRange(0, min_open=True), click.FloatRange(0)
+    options = [
+        _limit("--max-sessions", "sessions", count, "N", "Devices at once."),
+        _limit("--max-sessions-each", "sessions_each", count, "N",
+               "Sessions at once of one identity, or of one address where identities are not asked for."),
+        _limit("--max-opens", "opens_a_second", above, "N", "Handshakes a second of one identity; more have to wait."),
+        _limit("--max-rate", "rate", any_rate, "MB/S", "Bytes a second from one identity; more has to wait.", 10**6),
+        _limit("--max-queue", "queue", count, "N", "Devices that evaluate or predict at once; more try again later."),
+        _limit("--max-elements", "elements", count, "N", "Elements of one tensor."),
+        _limit("--max-recall", "recall", count, "N", "Steps that a device may ask for at once with the head frozen."),
+        _limit("--idle-time", "idle_s", above, "SECONDS", "End the stream of a device that is silent for so long."),
+        _limit("--store-limit", "store", count, "MB",
+               "Disk that a run may take for what its device sends with the head frozen.", 10**6),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 @click.group()
@@ -72,14 +113,6 @@ def cli() -> None:
     help="Let in only devices with a token from this file, a line `NAME TOKEN` for each; default: of DEPRUNE_TOKEN.",
 )
 @click.option(
-    "--store-limit",
-    default=4096,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="MB",
-    help="Disk that a run may take for what its device sends with the head frozen.",
-)
-@click.option(
     "--checkpoint-every",
     default=EVERY,
     show_default=True,
@@ -88,10 +121,11 @@ def cli() -> None:
     help="Steps between two checkpoints, on both sides; more are kept where a phase or a validation begins.",
 )
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS.")
+@_limits
 def serve(
     recipe: Path | None, listen: str, run_path: Path, overwrite: bool, once: bool, allowed: tuple[str, ...],
     threads: int | None, tls_cert: Path | None, tls_key: Path | None, tls_client_ca: Path | None,
-    token_file: Path | None, store_limit: int, checkpoint_every: int, insecure: bool,
+    token_file: Path | None, checkpoint_every: int, insecure: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the run in --run.
 
@@ -108,11 +142,11 @@ def serve(
     folder = RunFolder(run_path)
     if recipe:
         parsed, text = recipes.load(recipe)
-        host = Host.to_train(parsed, text, folder, console, allowed, overwrite)
+        host = Host.to_train(parsed, text, folder, console, allowed, overwrite, Limits(**limits))
         assert host.run
-        host.run.store_limit, host.run.every = store_limit * 1_000_000, checkpoint_every
+        host.run.every = checkpoint_every
     else:
-        host = Host.to_serve(folder, console, allowed)
+        host = Host.to_serve(folder, console, allowed, Limits(**limits))
     tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
     server = Server(host, listen, tls, insecure, token_file)
     address = f"{listen.rpartition(':')[0]}:{server.port}"
