@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,48 +22,12 @@ from common.progress import size
 from common.run import RunFolder
 from common.tokens import exposed
 from edge_server import certs as certificates
+from edge_server import limit_options
 from edge_server.host import Host
 from edge_server.limits import Limits
 from edge_server.server import Server, run
 
 console = Console(soft_wrap=True)
-
-_USUAL = Limits()
-
-
-def _limit(name: str, field: str, kind: click.ParamType, metavar: str, text: str, unit: int = 1) -> Any:
-    """An option for a field of Limits, which counts `unit` of it; 0 for one that is unlimited by default."""
-    default = getattr(_USUAL, field) / unit
-    free = math.isinf(default)
-
-    def scaled(_context: click.Context, _parameter: click.Parameter, value: float) -> float:
-        return math.inf if free and not value else value * unit
-
-    return click.option(
-        name, field, default=0 if free else default, show_default="no limit" if free else f"{default:g}", type=kind,
-        metavar=metavar, callback=scaled, help=text,
-    )  # fmt: skip
-
-
-def _limits(function: Callable[..., None]) -> Callable[..., None]:
-    """What a server allows, each an option: docs/limits.md."""
-    count, above, any_rate = click.IntRange(1), click.FloatRange(0, min_open=True), click.FloatRange(0)
-    options = [
-        _limit("--max-sessions", "sessions", count, "N", "Devices at once."),
-        _limit("--max-sessions-each", "sessions_each", count, "N",
-               "Sessions at once of one identity, or of one address where identities are not asked for."),
-        _limit("--max-opens", "opens_a_second", above, "N", "Handshakes a second of one identity; more have to wait."),
-        _limit("--max-rate", "rate", any_rate, "MB/S", "Bytes a second from one identity; more has to wait.", 10**6),
-        _limit("--max-queue", "queue", count, "N", "Devices that evaluate or predict at once; more try again later."),
-        _limit("--max-elements", "elements", count, "N", "Elements of one tensor."),
-        _limit("--max-recall", "recall", count, "N", "Steps that a device may ask for at once with the head frozen."),
-        _limit("--idle-time", "idle_s", above, "SECONDS", "End the stream of a device that is silent for so long."),
-        _limit("--store-limit", "store", count, "MB",
-               "Disk that a run may take for what its device sends with the head frozen.", 10**6),
-    ]  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
 
 
 @click.group()
@@ -74,7 +36,7 @@ def cli() -> None:
     """The server's side of split learning: owns the recipe, runs the tail of the network."""
 
 
-@cli.command()
+@cli.command(cls=limit_options.Grouped)
 @click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--listen",
@@ -121,7 +83,7 @@ def cli() -> None:
     help="Steps between two checkpoints, on both sides; more are kept where a phase or a validation begins.",
 )
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS.")
-@_limits
+@limit_options.limits
 def serve(
     recipe: Path | None, listen: str, run_path: Path, overwrite: bool, once: bool, allowed: tuple[str, ...],
     threads: int | None, tls_cert: Path | None, tls_key: Path | None, tls_client_ca: Path | None,
