@@ -9,7 +9,7 @@ RUNS ?= 1000000
 COUNT ?= 200
 MINUTES ?= 60
 
-.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters fuzz faults soak clean
+.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters bench-checkpoint fuzz faults soak clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,9 @@ bench-codec: setup
 
 bench-learning: setup
 	$(BIN)/python -m benchmarks.learning $(SOURCE) $(ARGS)
+
+bench-checkpoint: setup
+	$(BIN)/python -m benchmarks.checkpoint
 
 bench-effect: setup
 	$(BIN)/python -m benchmarks.effect $(SOURCE)

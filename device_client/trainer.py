@@ -88,6 +88,7 @@ class Trainer:
     def _count_lost(self, lost: dict[str, int]) -> None:
         self.remote.faults.resumed += 1
         self.remote.faults.steps_again += lost["steps"]
+        self.keep(anew=True)  # with what the fault cost: a second one before the next checkpoint must not forget it
 
     def _inherit(self, init: RunFolder | None) -> None:
         wanted = self.opened.init_run_id
@@ -205,9 +206,9 @@ class Trainer:
             self.keep()
             self.remote.interrupt(self.step, self.phase, "its user stopped it")
 
-    def keep(self) -> None:
-        """Write a checkpoint; a full disk is told, and the run goes on."""
-        if self.step in self.checkpoints.written:
+    def keep(self, anew: bool = False) -> None:
+        """Write a checkpoint, `anew` also in place of one; a full disk is told, and the run goes on."""
+        if self.step in self.checkpoints.written and not anew:
             return
         try:
             self.checkpoints.write(self.step, *state_of(self))

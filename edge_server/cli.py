@@ -104,6 +104,8 @@ def serve(
     folder = RunFolder(run_path)
     if recipe:
         parsed, text = recipes.load(recipe)
+    # The same command goes on serving a run that it has finished: a service may be restarted at any time.
+    if recipe and (overwrite or not folder.holds_finished(parsed.digest())):
         host = Host.to_train(parsed, text, folder, console, allowed, overwrite, Limits(**limits))
         assert host.run
         host.run.every = checkpoint_every
@@ -116,11 +118,11 @@ def serve(
         console.print(
             "[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link."
         )
-    at = host.run.step if host.run else 0
-    waiting = f"waiting for its device to go on with {parsed.name} at step {at:,}" if at else ""
     doing = f"serving run {host.run_id} in {run_path}"
-    if recipe:
-        doing = waiting or f"waiting for a device to train {parsed.name}"
+    if host.run:
+        doing = f"waiting for a device to train {parsed.name}"
+    if host.run and host.run.step:
+        doing = f"waiting for its device to go on with {parsed.name} at step {host.run.step:,}"
     console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.", highlight=False)
     caught = run(server, once)
     if caught and not host.served:

@@ -155,6 +155,7 @@ class Host:
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"
         host._serve(halves, manifest, published.read_bytes() if published.is_file() else b"")
+        host.finished_at = time.monotonic()
         return host
 
     def _serve(self, halves: Halves, manifest: Manifest, head: bytes) -> None:

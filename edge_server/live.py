@@ -17,7 +17,7 @@ from rich.console import Console
 from common import halves as halves_module
 from common import report, weights
 from common.checkpoint import EVERY, Checkpoints, due
-from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, RunFolderError
+from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, RunFolderError, StoreError
 from common.meter import Meter
 from common.recipe import Recipe
 from common.report import Faults
@@ -179,27 +179,33 @@ class LiveRun:
         self.faults.steps_again += lost["steps"]
         self.training = training
         self.checkpoints.forget_after(step)
+        self.keep(anew=True)  # the same but for what the fault cost: a second one before the next must not forget it
 
-    def keep(self, decision: Decision | None = None) -> None:
-        """Write a checkpoint if one is due after `decision`, or without one; a full disk is told, and that is all."""
+    def keep(self, decision: Decision | None = None, anew: bool = False) -> None:
+        """Write a checkpoint if one is due after `decision`, or without one; a full disk is told, and that is all.
+
+        `anew`: in place of the one that there is.
+        """
         training = self.training
         assert training
         turn = decision is None or bool(decision.phase) or decision.then != pb.STEP
-        if due(training.step, self.every, turn=turn) and training.step not in self.checkpoints.written:
+        present = training.step in self.checkpoints.written and not anew
+        if present or not due(training.step, self.every, turn=turn):
+            return
+        kernel = self.kernel.read()
+        books = {
+            "meter": self.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(self.faults),
+            "owner": self.owner,
+        }  # fmt: skip
+        try:
             tensors, state = training.state()
-            kernel = self.kernel.read()
-            state |= {
-                "meter": self.meter.state(), "kernel": asdict(kernel) if kernel else None,
-                "faults": asdict(self.faults), "owner": self.owner,
-            }  # fmt: skip
-            try:
-                self.checkpoints.write(training.step, tensors, state)
-                training.forget_stores(min(self.checkpoints.written))
-            except RunFolderError as error:
-                self.console.print(
-                    f"[yellow]Warning[/yellow]: no checkpoint of step {training.step}: {error}; training goes on",
-                    highlight=False,
-                )
+            self.checkpoints.write(training.step, tensors, state | books)
+            training.forget_stores(min(self.checkpoints.written))
+        except (RunFolderError, StoreError) as error:
+            self.console.print(
+                f"[yellow]Warning[/yellow]: no checkpoint of step {training.step}: {error}; training goes on",
+                highlight=False,
+            )
 
     def rest(self) -> None:
         """The process ends: keep where the run stands, if a step doesn't hold it up."""

@@ -6,6 +6,7 @@ do may slow down others. test_limits.py runs it beside a well-behaved device.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -82,10 +83,8 @@ def unread(stub: split_pb2_grpc.SplitStub) -> None:
 
 def forever(act: Callable[[], None]) -> None:
     while True:
-        try:
+        with contextlib.suppress(grpc.RpcError, OSError):
             act()
-        except (grpc.RpcError, OSError):
-            pass
         time.sleep(0.01)
 
 
