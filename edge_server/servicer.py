@@ -58,22 +58,25 @@ class Servicer(split_pb2_grpc.SplitServicer):
         self._identity = self._guard.identity
         # The log is for a person, and on a disk: a flood of refusals must not become one of lines.
         self._lines, self._untold = Bucket(1.0, 30.0), 0
+        self._faults = Bucket(0.1, 10.0)
 
     def fail(self, context: grpc.ServicerContext, error: Exception) -> None:
         """End the RPC: an error of ours with its own sentence, a fault with a traceback for the operator alone."""
-        ours = isinstance(error, DepruneError)
-        if self._lines.spare(1.0):
-            untold, self._untold = self._untold, 0
-            more = f" (and {untold:,} more since the last of these lines)" if untold else ""
-            if ours:
-                self.host.console.print(f"[yellow]Refused[/yellow]{more}: {escape(str(error))}", highlight=False)
-            else:
-                self.host.console.print("".join(traceback.format_exception(error)), markup=False)
-        else:
-            self._untold += 1
         if isinstance(error, DepruneError):
+            self._tell(error)
             abort(context, error)
+        if self._faults.spare(1.0):
+            self.host.console.print("".join(traceback.format_exception(error)), markup=False)
         context.abort(grpc.StatusCode.INTERNAL, "the server met a fault of its own; its log has the details")
+
+    def _tell(self, error: DepruneError) -> None:
+        if not self._lines.spare(1.0):
+            self._untold += 1
+            return
+        untold, self._untold = self._untold, 0
+        more = f" (and {untold:,} more since the last of these lines)" if untold else ""
+        # A sentence may quote what came, which may be long.
+        self.host.console.print(f"[yellow]Refused[/yellow]{more}: {escape(str(error)[:500])}", highlight=False)
 
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
@@ -120,6 +123,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         for frame in frames:
             (meter.again if again else meter.frame)(DOWN, frame)
         with self.host.watch.over(context) as stream:
+            stream.session = session
             yield from stream.sending(frame for frame in frames)
 
     @_streaming

@@ -1,6 +1,6 @@
 """A device that does what no device should, as fast as it can, until it is killed: `python -m tests.hostile HOST:PORT`.
 
-It runs at the lowest priority, for what it computes itself is not the server's to bound: only what it makes the server
+It runs at a low priority, for what it computes itself is not the server's to bound: only what it makes the server
 do may slow down others. test_limits.py runs it beside a well-behaved device.
 """
 
@@ -85,11 +85,11 @@ def forever(act: Callable[[], None]) -> None:
     while True:
         with contextlib.suppress(grpc.RpcError, OSError):
             act()
-        time.sleep(0.01)
+        time.sleep(0.001)
 
 
 def main(address: str) -> None:
-    os.nice(19)
+    os.nice(10)
     for act in (opens, wrong_order, silent, unread):
         # A connection for each, so that none waits for another's place.
         stub = split_pb2_grpc.SplitStub(grpc.insecure_channel(address, options=channel.DEVICE_OPTIONS))

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import click
 import grpc
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from benchmarks import inprocess, pair
@@ -35,7 +38,7 @@ from common.wire import Place
 from device_client import remote_tail, use
 from device_client.data import load
 from device_client.remote_tail import RemoteTail
-from edge_server import incoming
+from edge_server import incoming, limit_options
 from edge_server.host import _GRACE_S, Host, Session
 from edge_server.limits import Limits
 from edge_server.store import Store
@@ -228,6 +231,47 @@ def test_bytes_a_second_are_held_up_and_never_dropped(monkeypatch: pytest.Monkey
     assert delays[0] == 0 and delays[len(delays) // 2] > 0, "a burst, then a debt"
     # The test takes seconds, in which some of it is paid.
     assert 0.8 * sent < 1000.0 * max(delays) + wire.FRAME_BYTES < 1.01 * sent
+
+
+def test_a_device_that_is_held_up_is_let_go_where_its_stream_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(incoming, "time", clock)
+    host: Any = SimpleNamespace(stopping=False)
+    incoming.hold_up(7.1, SimpleNamespace(is_active=lambda: True), host)
+    assert clock.now == pytest.approx(7.1)
+    incoming.hold_up(7.1, SimpleNamespace(is_active=lambda: clock.now < 9), host)
+    assert 9 <= clock.now < 9.5
+    host.stopping = True
+    incoming.hold_up(7.1, SimpleNamespace(is_active=lambda: True), host)
+    assert clock.now < 9.5
+
+
+def test_options_fill_in_the_limits() -> None:
+    made: list[Limits] = []
+
+    @click.command(cls=limit_options.Grouped)
+    @limit_options.limits
+    def serve(**limits: Any) -> None:
+        made.append(Limits(**limits))
+
+    run = CliRunner().invoke
+    assert run(serve, []).exit_code == 0 and made == [Limits()]
+    given = {
+        "--max-rate": 0.5, "--store-limit": 10, "--max-sessions": 5, "--max-sessions-each": 2, "--max-opens": 0.1,
+        "--max-queue": 3, "--max-elements": 7, "--max-recall": 8, "--idle-time": 9.5,
+    }  # fmt: skip
+    assert run(serve, [str(word) for pair_of in given.items() for word in pair_of]).exit_code == 0
+    expected = Limits(
+        rate=500_000, store=10_000_000, sessions=5, sessions_each=2, opens_a_second=0.1, queue=3, elements=7, recall=8,
+        idle_s=9.5,
+    )  # fmt: skip
+    assert made[-1] == expected
+    assert run(serve, ["--max-queue", "0"]).exit_code == 2
+    page = (Path(__file__).parent.parent / "docs" / "limits.md").read_text()
+    for option in serve.params:
+        assert f"`{option.opts[0]}`" in page, "every option is on the page"
 
 
 # Servers
