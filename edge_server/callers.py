@@ -1,4 +1,4 @@
-"""Each caller's share of the server: calls at once, opens and bytes a second. Knows nothing of gRPC.
+"""Each caller's share of the server: calls at once, calls and bytes a second. Knows nothing of gRPC.
 
 A caller is an identity, or the address of the device's end where identities are not asked for.
 """
@@ -22,13 +22,13 @@ _REMEMBERED = 256
 class Caller:
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self.calls = 0
-        self.opens = Bucket(limits.opens_a_second, limits.opens_at_once, clock)
+        self.often = Bucket(limits.calls_a_second, limits.calls_in_a_burst, clock)
         # A second's worth, and no less than one whole frame.
         self.bytes = Bucket(limits.rate, max(limits.rate, FRAME_BYTES), clock)
 
     @property
     def forgettable(self) -> bool:
-        return not self.calls and self.opens.full and self.bytes.full
+        return not self.calls and self.often.full and self.bytes.full
 
 
 class Callers:

@@ -54,7 +54,7 @@ def limits(function: Callable[..., None]) -> Callable[..., None]:
         _limit("--max-sessions", "sessions", _COUNT, "N", "Devices at once."),
         _limit("--max-sessions-each", "sessions_each", _COUNT, "N",
                "Sessions at once of one identity, or of one address where identities are not asked for."),
-        _limit("--max-opens", "opens_a_second", _AMOUNT, "N", "Handshakes a second of one identity; more wait."),
+        _limit("--max-calls", "calls_a_second", _AMOUNT, "N", "Calls a second of one identity; more wait."),
         _limit("--max-rate", "rate", _AMOUNT, "MB/S", "Bytes a second from one identity; more waits.", _MB),
         _limit("--max-queue", "queue", _COUNT, "N", "Devices that evaluate or predict at once; more try again later."),
         _limit("--max-elements", "elements", _COUNT, "N", "Elements of one tensor."),

@@ -80,8 +80,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
-        identity, caller = self._identity(context), self._guard.caller(context)
-        hold_up(self.host.callers[caller].opens.take(1), context, self.host)
+        identity = self._identity(context)
         if request.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the device speaks protocol version {request.protocol_version}, this server {wire.PROTOCOL_VERSION}; "
@@ -90,7 +89,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if wire.opened(request).purpose not in (pb.TRAIN, pb.USE):
             raise FrameError(f"Open has purpose {request.purpose}; TRAIN (1) or USE (2) was expected")
         host, trains = self.host, request.purpose == pb.TRAIN
-        session, step = host.open(trains, request.run_id, tuple(request.kept), identity, caller)
+        session, step = host.open(trains, request.run_id, tuple(request.kept), identity, self._guard.caller(context))
         session.seen(context.peer())
         back = trains and bool(request.run_id)
         reply = pb.OpenReply(
@@ -152,9 +151,10 @@ class Servicer(split_pb2_grpc.SplitServicer):
             if run:
                 stack.callback(run.part, context)
                 run.join(context)
-            elif not session.trains:
+            else:
                 stack.enter_context(self.host.evaluating())
-                stack.callback(self.host.leave, session)
+                if not session.trains:
+                    stack.callback(self.host.leave, session)
             stack.enter_context(session.streaming())
             stack.callback(receive.draft.drop)
             training = run.training if run else None
@@ -169,10 +169,12 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
 
 class Door(grpc.ServerInterceptor):
-    """Every call comes in here, those of health and reflection too: it takes a place of its caller's while it lasts."""
+    """Every call comes in here, those of health and reflection too: it takes a place of its caller's while it lasts,
+    and waits in it where the caller calls too often.
+    """
 
     def __init__(self, host: Host, guard: Guard) -> None:
-        self._callers, self._guard = host.callers, guard
+        self._host, self._guard = host, guard
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = continuation(details)
@@ -206,7 +208,8 @@ class Door(grpc.ServerInterceptor):
     def _place(self, context: grpc.ServicerContext) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._callers.call(self._guard.caller(context)))
+                caller = stack.enter_context(self._host.callers.call(self._guard.caller(context)))
             except BusyError as error:
                 abort(context, error)
+            hold_up(caller.often.take(1), context, self._host)
             yield

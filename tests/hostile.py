@@ -1,4 +1,4 @@
-"""A device that does what no device should, as fast as it can, until it is killed: `python -m tests.hostile HOST:PORT`.
+"""A device that does what no device should, as fast as it can, until it is ended: `python -m tests.hostile HOST:PORT`.
 
 It runs at a low priority, for what it computes itself is not the server's to bound: only what it makes the server
 do may slow down others. test_limits.py runs it beside a well-behaved device.
@@ -7,12 +7,15 @@ do may slow down others. test_limits.py runs it beside a well-behaved device.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
+import signal
 import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -81,8 +84,12 @@ def unread(stub: split_pb2_grpc.SplitStub) -> None:
     call.exception()
 
 
-def forever(act: Callable[[], None]) -> None:
+DONE: Counter[str] = Counter()
+
+
+def forever(name: str, act: Callable[[], None]) -> None:
     while True:
+        DONE[name] += 1
         with contextlib.suppress(grpc.RpcError, OSError):
             act()
         time.sleep(0.001)
@@ -93,9 +100,16 @@ def main(address: str) -> None:
     for act in (opens, wrong_order, silent, unread):
         # A connection for each, so that none waits for another's place.
         stub = split_pb2_grpc.SplitStub(grpc.insecure_channel(address, options=channel.DEVICE_OPTIONS))
-        threading.Thread(target=forever, args=(lambda act=act, stub=stub: act(stub),), daemon=True).start()
+        threading.Thread(target=forever, args=(act.__name__, functools.partial(act, stub)), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: tell())
     print("at work", flush=True)
-    forever(lambda: random_bytes(address))
+    forever("random_bytes", functools.partial(random_bytes, address))
+
+
+def tell() -> None:
+    """How often each was begun; the end."""
+    print(*(f"{name}={count}" for name, count in DONE.items()), flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":

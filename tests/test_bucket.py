@@ -60,11 +60,11 @@ def test_callers_that_do_nothing_are_forgotten() -> None:
     """A million addresses cost no memory; who has a call open, or is over a rate, is remembered."""
     clock = Clock()
     callers = Callers(Limits(), clock)
-    callers["greedy"].opens.take(1e6)
+    callers["greedy"].often.take(1e6)
     with callers.call("patient") as patient:
         for number in range(20 * _REMEMBERED):
             clock.now += 0.1
-            callers[f"address {number}"].opens.take(1)
+            callers[f"address {number}"].often.take(1)
             assert len(callers) <= _REMEMBERED + 2
         assert callers["patient"] is patient
-    assert callers["greedy"].opens.take(0) > 0
+    assert callers["greedy"].often.take(0) > 0

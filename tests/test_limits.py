@@ -259,12 +259,12 @@ def test_options_fill_in_the_limits() -> None:
     run = CliRunner().invoke
     assert run(serve, []).exit_code == 0 and made == [Limits()]
     given = {
-        "--max-rate": 0.5, "--store-limit": 10, "--max-sessions": 5, "--max-sessions-each": 2, "--max-opens": 0.1,
+        "--max-rate": 0.5, "--store-limit": 10, "--max-sessions": 5, "--max-sessions-each": 2, "--max-calls": 0.1,
         "--max-queue": 3, "--max-elements": 7, "--max-recall": 8, "--idle-time": 9.5,
     }  # fmt: skip
     assert run(serve, [str(word) for pair_of in given.items() for word in pair_of]).exit_code == 0
     expected = Limits(
-        rate=500_000, store=10_000_000, sessions=5, sessions_each=2, opens_a_second=0.1, queue=3, elements=7, recall=8,
+        rate=500_000, store=10_000_000, sessions=5, sessions_each=2, calls_a_second=0.1, queue=3, elements=7, recall=8,
         idle_s=9.5,
     )  # fmt: skip
     assert made[-1] == expected
@@ -302,7 +302,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One with a finished run and two places for evaluations."""
     log = tmp_path_factory.mktemp("serving") / "log"
-    arguments = ("--run", finished / "server", "--threads", 1, "--max-queue", 2, "--max-opens", 1e6)
+    arguments = ("--run", finished / "server", "--threads", 1, "--max-queue", 2, "--max-calls", 1e6)
     with pair.server(*arguments, "--max-sessions-each", 4, log=log) as (_, address):
         yield address
         assert "Traceback" not in log.read_text(), log.read_text()
@@ -526,14 +526,14 @@ def test_a_hostile_device_neither_slows_down_nor_grows_the_server(tmp_path: Path
             alone.append(stretch(25))
             hostile.send_signal(signal.SIGCONT)
         assert hostile.poll() is None and remote.faults.reconnects == 0
-        hostile.kill()
+        hostile.terminate()
+        done = dict(word.split("=") for word in hostile.stdout.read().decode().split())
         log = (tmp_path / "log").read_text()
         assert process.poll() is None and "Traceback" not in log, log
     ratio = statistics.median(together) / statistics.median(alone)
     sizes = sizes[2:]
-    print(f"step time beside a hostile device: {ratio:.2f} of alone; MB, threads: {sizes}")
+    print(f"step time beside a hostile device: {ratio:.2f} of alone; MB, threads: {sizes}; {done}")
     assert ratio < 1.5, (alone, together)
     assert sizes[-1][0] - sizes[0][0] < 8 << 20 and sizes[-1][1] <= Limits().calls + 40, sizes
-    for words in ("a stream starts with Begin", "session is not known", "trained by another device"):
-        assert words in log, "the hostile device has been at work"
+    assert len(done) == 5 and all(int(count) for count in done.values()), done
     assert len(log) < 100_000, "a flood of refusals is not one of lines"
