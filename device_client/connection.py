@@ -151,7 +151,7 @@ class Connection:
                     self._reopen(0)
                 return self._head_weights(again=trouble is not None)
             except CURABLE as error:
-                if self._channel is None:
+                if self._channel is None or self.opened.phase:  # a finished run is used: its user tries again
                     raise
                 trouble = trouble or Trouble(self.give_up_s)
                 unknown = isinstance(error, SessionError)
@@ -165,7 +165,10 @@ class Connection:
             frames = iter(self._stub.Head(request))
 
             def receive() -> pb.Frame:
-                return draft.frame(DOWN, next(frames))
+                frame = next(frames, None)
+                if frame is None:
+                    raise LinkError(f"the server at {self.server} ended the head's weights early")
+                return draft.frame(DOWN, frame)
 
             result = wire.unpack_bytes(receive(), receive, Place(pb.WEIGHTS, 0, 0), self.opened.head_size)
             draft.keep()
@@ -212,16 +215,16 @@ class Connection:
     def _join(self, step: int, again: bool) -> None:
         """Open a stream for the run, on this session or on a new one where the server knows it no more."""
         try:
-            self._start(step, again)
+            self._start(step)
         except SessionError:
             self._lose()
             if not self._reopen(step):
                 return
-            self._start(step, again=True)
+            self._start(step)
         self.offline = False
         self.faults.reconnects += again
 
-    def _start(self, step: int, again: bool) -> None:
+    def _start(self, step: int) -> None:
         """Begin and Ready."""
         assert self._begun
         samples, classes = self._begun

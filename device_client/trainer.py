@@ -123,6 +123,8 @@ class Trainer:
         """Train from the present step to the last."""
         ready = self.remote.begin(len(self.data.train), self.data.classes, self.step)
         if not self.phases:
+            self.opened = self.remote.opened  # a server that was restarted before this names the run anew
+            self.checkpoints.run_id = self.opened.run_id
             if ready.basis_wanted:
                 self._rotate()
             self._switch(phase_of(ready.phase))
