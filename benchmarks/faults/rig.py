@@ -113,7 +113,7 @@ class Rig:
         trust = ("--tls-ca", self.tls[0]) if self.tls else ()
         self.processes["device"] = pair.start(
             "device-client", "train", self.proxy.address, "--data", "digits", "--run", self.run_of("device"),
-            "--threads", 1, "--give-up-after", 120, *limit, *trust, log=self._log("device"),
+            "--threads", 1, "--wait", 120, "--give-up-after", 120, *limit, *trust, log=self._log("device"),
         )  # fmt: skip
 
     def tick(self) -> None:
