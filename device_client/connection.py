@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -51,7 +50,9 @@ class Opened:
 class Connection:
     """A session with one server, from `open` to `close`; `stub` is given where no network lies in between."""
 
-    def __init__(self, server: str, tls_ca: Path | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S) -> None:
+    def __init__(
+        self, server: str, access: channel.Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S
+    ) -> None:
         """`give_up_s`: how long to go on trying where the link breaks in training."""
         self.server, self.give_up_s = server, give_up_s
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
@@ -60,7 +61,7 @@ class Connection:
         self.say: Callable[[str], None] = lambda text: None
         self.kept: Callable[[], Sequence[int]] = lambda: ()
         self.offline = False  # waiting for a connection at this moment
-        self._tls_ca = tls_ca
+        self._access = access or channel.Access()
         self._channel: grpc.Channel | None = None
         self._stub: Any = stub
         if stub is None:
@@ -76,7 +77,7 @@ class Connection:
         """A connection of our own making: gRPC's way to get one back takes minutes where a link was gone for long."""
         if self._channel:
             self._channel.close()
-        self._channel = channel.connect(self.server, self._tls_ca)
+        self._channel = channel.connect(self.server, self._access)
         self._stub = split_pb2_grpc.SplitStub(self._channel)
 
     def take_up(self, kernel: Mapping[str, int] | None, faults: Mapping[str, int]) -> None:
@@ -142,8 +143,24 @@ class Connection:
 
     def head_weights(self) -> bytes:
         """safetensors bytes of the head, as the server hands them out."""
+        trouble: Trouble | None = None
+        unknown = False
+        while True:
+            try:
+                if unknown:
+                    self._reopen(0)
+                return self._head_weights(again=trouble is not None)
+            except CURABLE as error:
+                if self._channel is None:
+                    raise
+                trouble = trouble or Trouble(self.give_up_s)
+                unknown = isinstance(error, SessionError)
+                trouble.wait(error, self.say)
+                self._connect()
+
+    def _head_weights(self, again: bool) -> bytes:
         request, draft = pb.HeadRequest(session=self.opened.session), Draft(self.meter)
-        self.meter.control(UP, request)
+        self.meter.control(UP, request, again)
         try:
             frames = iter(self._stub.Head(request))
 

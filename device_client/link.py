@@ -14,6 +14,7 @@ import grpc
 
 from common import wire
 from common.errors import (
+    AuthError,
     BusyError,
     DepruneError,
     FrameError,
@@ -27,9 +28,10 @@ from common.meter import DOWN, Draft
 from common.progress import duration
 from common.rpc import split_pb2 as pb
 
-# What a new connection may cure: a lost link, a server that is being replaced or is still busy with the old stream, and
-# bytes that were damaged on the way, which may look like any wrong frame and even like another service.
-CURABLE = (LinkError, StoppedError, BusyError, SessionError, FrameError, VersionError)
+# What a new connection may cure: a lost link, a server that is being replaced or is still busy with the old stream,
+# certificates that are being exchanged, and bytes that were damaged on the way, which may look like any wrong frame and
+# even like another service.
+CURABLE = (LinkError, AuthError, StoppedError, BusyError, SessionError, FrameError, VersionError)
 # A server that answers and refuses the same step so often in a row means it.
 _REFUSALS = 6
 _FIRST_S, _MOST_S = 0.2, 15.0
@@ -85,7 +87,7 @@ class Trouble:
         """Sleep before the next attempt, longer each time; raises `error` where there is to be none."""
         self._attempts += 1
         # An answer, though not the one that was wanted; no answer at all is a matter of time alone.
-        self._refusals += not isinstance(error, LinkError | StoppedError | BusyError)
+        self._refusals += not isinstance(error, LinkError | AuthError | StoppedError | BusyError)
         spent = time.monotonic() - self._since
         if self._refusals >= _REFUSALS:
             raise error

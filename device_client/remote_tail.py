@@ -188,6 +188,7 @@ class RemoteTail(Connection):
         self._steadily(step, attempt)
         if self._train:
             self._train.close()
+            self._train.drain(_FAREWELL_S)  # so that the server sees us go by ourselves, not by a broken link
 
     def interrupt(self, step: int, phase: Phase, reason: str) -> None:
         """Tell the server that the run rests at `step`; the link may be gone already."""

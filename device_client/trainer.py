@@ -88,6 +88,7 @@ class Trainer:
     def _count_lost(self, lost: dict[str, int]) -> None:
         self.remote.faults.resumed += 1
         self.remote.faults.steps_again += lost["steps"]
+        self.keep(anew=True)  # with what the fault cost: a second one before the next checkpoint must not forget it
 
     def _inherit(self, init: RunFolder | None) -> None:
         wanted = self.opened.init_run_id
@@ -156,7 +157,7 @@ class Trainer:
         forward = clock()
         sent = activation.detach().numpy()
         support = None if phase.frozen else self.gate.support(sent, phase)
-        gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._newest())
+        gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._news())
         received = clock()
         # Here the server has applied the step; nothing of it was applied on this side until now.
         if gradient is not None:
@@ -164,9 +165,8 @@ class Trainer:
         seconds["head"] = forward - begun + clock() - received
         return self._after(result, seconds)
 
-    def _newest(self) -> int:
-        """This step, if a checkpoint was kept before it: the server is told once."""
-        return self.step if self.step in self.checkpoints.written else 0
+    def _news(self) -> int:
+        return self.checkpoints.news(self.step, self.opened.checkpoint_every)
 
     def _learn(self, activation: torch.Tensor, gradient: np.ndarray) -> None:
         """Backward through the head and one move of its weights."""
@@ -180,7 +180,7 @@ class Trainer:
     def _recall_step(self) -> dict[str, Any]:
         """One step that the server makes from what it has kept; the line for metrics.jsonl."""
         started = time.perf_counter()
-        result = self.remote.recall(self.step, self.phase, self._newest())
+        result = self.remote.recall(self.step, self.phase, self._news())
         return self._after(result, {"wait": time.perf_counter() - started})
 
     def _after(self, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
@@ -206,9 +206,9 @@ class Trainer:
             self.keep()
             self.remote.interrupt(self.step, self.phase, "its user stopped it")
 
-    def keep(self) -> None:
-        """Write a checkpoint; a full disk is told, and the run goes on."""
-        if self.step in self.checkpoints.written:
+    def keep(self, anew: bool = False) -> None:
+        """Write a checkpoint, `anew` also in place of one; a full disk is told, and the run goes on."""
+        if self.step in self.checkpoints.written and not anew:
             return
         try:
             self.checkpoints.write(self.step, *state_of(self))

@@ -12,7 +12,6 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-import grpc
 from rich.console import Console
 
 from common import halves as halves_module
@@ -35,7 +34,7 @@ from common.run import Manifest, RunFolder
 from common.tcp_info import Kernel, find_peer
 from common.wire import MAX_TENSOR_ELEMENTS
 from edge_server.initial import Initial, initial_weights
-from edge_server.live import LiveRun
+from edge_server.live import LiveRun, Stream
 
 MAX_SESSIONS = 64
 # A session that was opened and never begun, or left behind, makes room after this long.
@@ -57,6 +56,7 @@ class Session:
     run: LiveRun | None = None  # which it has begun or taken up
     streams: int = 0  # open at the moment
     head_sent: bool = False
+    joined: bool = False  # it has had a stream for the run
     touched: float = field(default_factory=time.monotonic)
 
     def seen(self, peer: str) -> None:
@@ -131,6 +131,7 @@ class Host:
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"
         host._serve(halves, manifest, published.read_bytes() if published.is_file() else b"")
+        host.finished_at = time.monotonic()
         return host
 
     def _serve(self, halves: Halves, manifest: Manifest, head: bytes) -> None:
@@ -223,7 +224,7 @@ class Host:
 
     # Training
 
-    def begin(self, session: Session, begin: pb.Begin, context: grpc.ServicerContext) -> bool:
+    def begin(self, session: Session, begin: pb.Begin, context: Stream) -> bool:
         """Let `context` be the one stream of the session's run, which is started where it was not; whether it was.
 
         FrameError where the device stands at a step from which the run cannot go on: nothing is disturbed by it.
@@ -242,6 +243,7 @@ class Host:
                     raise
                 run.meter, run.kernel = session.meter, session.kernel
                 session.run = run
+                session.joined = True
                 return True
             assert run.training
             run.training.answered_from(begin.step)
@@ -251,6 +253,8 @@ class Host:
                     f"{run.training.samples} of {len(run.training.classes)}: use the data it began with"
                 )
             run.take_over(context)
+            run.faults.reconnects += session.joined
+            session.joined = True
             return False
 
     def finish(self, head: bytes) -> None:

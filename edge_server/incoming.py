@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-import grpc
-
 from common import wire
 from common.errors import FrameError, StoppedError
 from common.meter import UP, Draft
@@ -22,7 +20,7 @@ class Incoming:
     They wait in `draft` until what they belong to is done, and the caller says so.
     """
 
-    def __init__(self, frames: Iterator[pb.Frame], host: Host, context: grpc.ServicerContext, identity: str) -> None:
+    def __init__(self, frames: Iterator[pb.Frame], host: Host, peer: str, identity: str) -> None:
         self._frames, self._host = frames, host
         self.wait_s = 0.0
         first = next(frames, None)
@@ -30,7 +28,7 @@ class Incoming:
             raise FrameError("a stream starts with Begin")
         self.first, self.begin = first, first.begin
         self.session: Session = host.session(self.begin.session, identity)
-        self.session.seen(context.peer())
+        self.session.seen(peer)
         self.draft = Draft(self.session.meter)
 
     def __call__(self) -> pb.Frame:

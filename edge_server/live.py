@@ -10,15 +10,14 @@ import secrets
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
-import grpc
 from rich.console import Console
 
 from common import halves as halves_module
 from common import report, weights
 from common.checkpoint import EVERY, Checkpoints, due
-from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, RunFolderError
+from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, RunFolderError, StoreError
 from common.meter import Meter
 from common.recipe import Recipe
 from common.report import Faults
@@ -33,6 +32,12 @@ from edge_server.session import Training
 STORE_LIMIT = 4 << 30
 # An older stream of the same run gets this long to end, which it does at once unless a step is being computed.
 _TAKE_OVER_S = 20.0
+
+
+class Stream(Protocol):
+    """A device's stream as far as it matters here: it can be ended."""
+
+    def cancel(self) -> object: ...
 
 
 class LiveRun:
@@ -52,7 +57,7 @@ class LiveRun:
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.checkpoints = Checkpoints(folder.checkpoints, self.run_id, recipe.digest())
         self._at = 0  # step of the newest checkpoint, where `saved`
-        self._streams: set[grpc.ServicerContext] = set()
+        self._streams: set[Stream] = set()
         self._changed = threading.Condition()
         if saved:
             found, warnings = self.checkpoints.sound()
@@ -93,16 +98,16 @@ class LiveRun:
 
     # Streams
 
-    def join(self, context: grpc.ServicerContext) -> None:
+    def join(self, context: Stream) -> None:
         with self._changed:
             self._streams.add(context)
 
-    def part(self, context: grpc.ServicerContext) -> None:
+    def part(self, context: Stream) -> None:
         with self._changed:
             self._streams.discard(context)
             self._changed.notify_all()
 
-    def take_over(self, context: grpc.ServicerContext | None = None) -> None:
+    def take_over(self, context: Stream | None = None) -> None:
         """End all streams of this run, so that `context` can be its only one; BusyError where they take too long."""
         with self._changed:
             for stream in self._streams:
@@ -175,27 +180,33 @@ class LiveRun:
         self.faults.steps_again += lost["steps"]
         self.training = training
         self.checkpoints.forget_after(step)
+        self.keep(anew=True)  # the same but for what the fault cost: a second one before the next must not forget it
 
-    def keep(self, decision: Decision | None = None) -> None:
-        """Write a checkpoint if one is due after `decision`, or without one; a full disk is told, and that is all."""
+    def keep(self, decision: Decision | None = None, anew: bool = False) -> None:
+        """Write a checkpoint if one is due after `decision`, or without one; a full disk is told, and that is all.
+
+        `anew`: in place of the one that there is.
+        """
         training = self.training
         assert training
         turn = decision is None or bool(decision.phase) or decision.then != pb.STEP
-        if due(training.step, self.every, turn=turn) and training.step not in self.checkpoints.written:
+        present = training.step in self.checkpoints.written and not anew
+        if present or not due(training.step, self.every, turn=turn):
+            return
+        kernel = self.kernel.read()
+        books = {
+            "meter": self.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(self.faults),
+            "owner": self.owner,
+        }  # fmt: skip
+        try:
             tensors, state = training.state()
-            kernel = self.kernel.read()
-            state |= {
-                "meter": self.meter.state(), "kernel": asdict(kernel) if kernel else None,
-                "faults": asdict(self.faults), "owner": self.owner,
-            }  # fmt: skip
-            try:
-                self.checkpoints.write(training.step, tensors, state)
-                training.forget_stores(min(self.checkpoints.written))
-            except RunFolderError as error:
-                self.console.print(
-                    f"[yellow]Warning[/yellow]: no checkpoint of step {training.step}: {error}; training goes on",
-                    highlight=False,
-                )
+            self.checkpoints.write(training.step, tensors, state | books)
+            training.forget_stores(min(self.checkpoints.written))
+        except (RunFolderError, StoreError) as error:
+            self.console.print(
+                f"[yellow]Warning[/yellow]: no checkpoint of step {training.step}: {error}; training goes on",
+                highlight=False,
+            )
 
     def rest(self) -> None:
         """The process ends: keep where the run stands, if a step doesn't hold it up."""

@@ -12,11 +12,14 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from rich.markup import escape
 
-from common.channel import SERVER_OPTIONS, is_loopback, parse_address, server_credentials
+from common import tokens
+from common.channel import SERVER_OPTIONS, ServerTls, is_loopback, parse_address, server_credentials
 from common.errors import DepruneError
 from common.rpc import split_pb2, split_pb2_grpc
 from edge_server.host import MAX_SESSIONS, Host
+from edge_server.identity import Guard
 from edge_server.servicer import Servicer
 
 # A device in the middle of a step gets this long to be told that the server stops.
@@ -29,30 +32,43 @@ _SERVICE = split_pb2.DESCRIPTOR.services_by_name["Split"].full_name
 class Server:
     """A host behind an address; `port` is known once it is started."""
 
-    def __init__(self, host: Host, address: str, tls: tuple[Path, Path] | None = None, insecure: bool = False) -> None:
+    def __init__(
+        self, host: Host, address: str, tls: ServerTls | None = None, insecure: bool = False,
+        token_file: Path | None = None,
+    ) -> None:  # fmt: skip
         name, _ = parse_address(address)
         if not (tls or insecure or is_loopback(name)):
             raise DepruneError(
                 f"{address} can be reached from outside and nothing would be encrypted: give --tls-cert and --tls-key, "
                 f"or --insecure where the network itself is trusted"
             )
-        _check_free(address)
         self.host = host
+        known = tokens.known(token_file, self._tell)
+        if known and not tls:
+            raise DepruneError(
+                f"tokens are only taken over TLS: give --tls-cert and --tls-key too, or leave out --token-file and "
+                f"{tokens.VARIABLE}"
+            )
+        _check_free(address)
+        guard = Guard(bool(tls and tls.client_ca), known)
         # A stream holds its thread as long as it lives: two for each session, and some for handshakes.
         pool = ThreadPoolExecutor(2 * MAX_SESSIONS + 8, thread_name_prefix="rpc")
         self._grpc = grpc.server(pool, options=SERVER_OPTIONS)
-        split_pb2_grpc.add_SplitServicer_to_server(Servicer(host), self._grpc)
+        split_pb2_grpc.add_SplitServicer_to_server(Servicer(host, guard), self._grpc)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         try:
             if tls:
-                self.port = self._grpc.add_secure_port(address, server_credentials(*tls))
+                self.port = self._grpc.add_secure_port(address, server_credentials(tls, self._tell))
             else:
                 self.port = self._grpc.add_insecure_port(address)
         except RuntimeError as error:
             raise DepruneError(f"cannot listen on {address}: is another program using that port?") from error
+
+    def _tell(self, sentence: str) -> None:
+        self.host.console.print(f"[yellow]Note[/yellow]: {escape(sentence)}.", highlight=False)
 
     def start(self) -> None:
         self._grpc.start()

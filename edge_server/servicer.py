@@ -20,6 +20,7 @@ from common.rpc import split_pb2_grpc
 from common.wire import Place
 from edge_server.evaluate_stream import evaluate
 from edge_server.host import Host
+from edge_server.identity import Guard
 from edge_server.incoming import Incoming
 from edge_server.train_stream import TrainStream
 
@@ -49,8 +50,9 @@ def _streaming(method: Callable[..., Iterator[pb.Frame]]) -> Callable[..., Itera
 
 
 class Servicer(split_pb2_grpc.SplitServicer):
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, guard: Guard | None = None) -> None:
         self.host = host
+        self._identity = (guard or Guard()).identity
 
     def fail(self, context: grpc.ServicerContext, error: Exception) -> None:
         """End the RPC: an error of ours with its own sentence, a fault with a traceback for the operator alone."""
@@ -62,6 +64,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
+        identity = self._identity(context)
         if request.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the device speaks protocol version {request.protocol_version}, this server {wire.PROTOCOL_VERSION}; "
@@ -70,7 +73,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if wire.opened(request).purpose not in (pb.TRAIN, pb.USE):
             raise FrameError(f"Open has purpose {request.purpose}; TRAIN (1) or USE (2) was expected")
         host, trains = self.host, request.purpose == pb.TRAIN
-        session, step = host.open(trains, request.run_id, tuple(request.kept), "")
+        session, step = host.open(trains, request.run_id, tuple(request.kept), identity)
         session.seen(context.peer())
         back = trains and bool(request.run_id)
         reply = pb.OpenReply(
@@ -95,7 +98,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_streaming
     def Head(self, request: pb.HeadRequest, context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        session = self.host.session(request.session, "")
+        session = self.host.session(request.session, self._identity(context))
         meter, again = session.meter, session.head_sent
         session.head_sent = True
         meter.control(UP, request, again)
@@ -106,7 +109,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_streaming
     def Train(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        receive = Incoming(frames, self.host, context, "")
+        receive = Incoming(frames, self.host, context.peer(), self._identity(context))
         session = receive.session
         begun = self.host.begin(session, receive.begin, context)
         assert session.run
@@ -120,7 +123,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_streaming
     def Evaluate(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        receive = Incoming(frames, self.host, context, "")
+        receive = Incoming(frames, self.host, context.peer(), self._identity(context))
         session, served = receive.session, self.host.served
         run = None if served else session.run
         if run is None and served is None:

@@ -64,8 +64,11 @@ class Store:
 
     def index(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the file, which is made safe on the disk first."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be made safe on the disk: {error.strerror}") from error
         labels = np.array(self._labels, np.int64).reshape(self.steps, self.shape[0])
         return {
             "places": torch.tensor(self._places, dtype=torch.int64).reshape(-1, 2),

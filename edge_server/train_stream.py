@@ -40,18 +40,19 @@ class TrainStream:
         run, receive, training, meter = self.run, self.receive, self.training, self.run.meter
         count = meter.frame if begun else meter.again
         count(UP, receive.first)
-        run.faults.reconnects += not begun
         answers = training.answered_from(receive.begin.step)
         wanted = training.recipe.principal and not training.rotated
         ready = pb.Ready(
             steps=training.coordinator.steps, basis_wanted=wanted, phase=phase_message(training.phase),
             answered=len(answers),
         )  # fmt: skip
-        run.console.print(
-            f"A device trains [bold]{escape(training.recipe.name)}[/bold]: {training.coordinator.steps:,} steps of "
-            f"{training.batch} pictures, {training.samples:,} pictures an epoch."
-            if begun else f"The device is connected again, at step {receive.begin.step:,}.", highlight=False,
-        )  # fmt: skip
+        what = f"The device is connected again, at step {receive.begin.step:,}."
+        if begun:
+            what = (
+                f"{escape(receive.session.identity) or 'A device'} trains [bold]{escape(training.recipe.name)}[/bold]: "
+                f"{training.coordinator.steps:,} steps of {training.batch} pictures, {training.samples:,} an epoch."
+            )
+        run.console.print(what, highlight=False)
         with Live(run.console, training.coordinator.steps, training.step) as live:
             yield count(DOWN, wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)))
             for answer in answers:
@@ -175,8 +176,7 @@ class TrainStream:
         done = pb.StepDone(loss=loss, correct=correct, then=decision.then)
         if decision.phase:
             done.next.CopyFrom(phase_message(decision.phase))
-        if step in self.run.checkpoints.written:
-            done.kept = step
+        done.kept = self.run.checkpoints.news(step, self.run.every)
         return wire.seal(Place(pb.CONTROL, step, phase.index).frame(done=done))
 
     def _log(self, phase: Phase, loss: float, correct: int, seconds: dict[str, float], live: Live) -> None:
