@@ -71,7 +71,11 @@ class Rig:
         self._told: dict[str, float] = {}
         self._progress = -1, time.monotonic()
         self._fruitless = 0
-        self._start_server()
+        try:
+            self._start_server()
+        except BaseException:  # Ctrl-C too: nothing may be left running
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
