@@ -118,7 +118,7 @@ class Connection:
             reply.head_size, reply.init_run_id, tuple(reply.classes), reply.step if reply.resumed else None,
             reply.finished, reply.checkpoint_every,
         )  # fmt: skip
-        self._joined = reply.resumed
+        self._joined = reply.resumed or reply.finished
         return self.opened
 
     def _handshake(self, request: pb.OpenRequest, again: bool) -> pb.OpenReply:
@@ -181,21 +181,30 @@ class Connection:
     # Training: the stream
 
     def begin(self, samples: int, classes: tuple[str, ...], step: int = 0) -> pb.Ready:
-        """Start the training stream at `step`: steps of the run, whether a basis is wanted, the phase."""
+        """Start the training stream at `step`: steps of the run, whether a basis is wanted, the phase.
+
+        A run that is finished has no such stream any more; what is left to do needs none.
+        """
         self._begun = samples, classes
+        if self.opened.finished:
+            return pb.Ready()
         return self._steadily(step, lambda: self._ready)
 
     def _steadily(self, step: int, attempt: Callable[[], T]) -> T:
         """What `attempt` comes to, over new connections until it succeeds; the device stands at `step`."""
         trouble: Trouble | None = None
+        unknown = False
         try:
             while True:
                 try:
-                    if self._train is None and not self.opened.finished:
+                    if self.opened.finished and unknown:
+                        self._reopen(step)
+                    elif self._train is None and not self.opened.finished:
                         self._join(step, again=trouble is not None)
                     return attempt()
                 except CURABLE as error:
                     self._lose()
+                    unknown = isinstance(error, SessionError)
                     if self._channel is None or self._begun is None:
                         raise
                     trouble = trouble or Trouble(self.give_up_s)
