@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,8 @@ def soak(found: dict[str, Any]) -> str:
     )
     return (
         f"**A soak of {found['minutes']:g} minutes**, `make soak`, {_where(found)}: "
-        f"{found['steps']:,} steps, the link broken {found['breaks']} times. Growth after the first five minutes ({grown}):\n\n"
+        f"{found['steps']:,} steps, the link broken {found['breaks']} times. "
+        f"Growth after the first five minutes ({grown}):\n\n"
         f"![memory, descriptors and threads over the soak](images/soak.png)"
     )
 
@@ -98,7 +98,8 @@ def main() -> None:
     text = PAGE.read_text()
     for name, content in parts.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        text = re.sub(f"{begin}.*?{end}", lambda _, b=begin, c=content, e=end: f"{b}\n{c}\n{e}", text, flags=re.S)
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
     PAGE.write_text(text)
 
 
