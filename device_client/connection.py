@@ -122,11 +122,12 @@ class Connection:
         return self.opened
 
     def _handshake(self, request: pb.OpenRequest, again: bool) -> pb.OpenReply:
-        self.meter.control(UP, wire.seal(request), again)
         try:
-            reply = self._stub.Open(request, timeout=channel.HANDSHAKE_S)
+            reply = self._stub.Open(wire.seal(request), timeout=channel.HANDSHAKE_S)
         except grpc.RpcError as error:
+            self.meter.control(UP, request, again=True)
             raise from_rpc(error, self.server) from error
+        self.meter.control(UP, request, again)
         if reply.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the server speaks protocol version {reply.protocol_version}, this device {wire.PROTOCOL_VERSION}; "
