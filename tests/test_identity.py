@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -179,6 +180,7 @@ def test_a_session_is_its_openers_alone(mutual: tuple[str, Path], ours: Path) ->
         error = told(lambda: stub.Open(request), address)
         assert isinstance(error, ForbiddenError) and "begun by another device" in str(error)
     pi.close()
+    time.sleep(0.3)  # the server notices that this device is gone
 
 
 def presented(address: str, folder: Path) -> bytes:
