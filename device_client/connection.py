@@ -119,15 +119,16 @@ class Connection:
             reply.head_size, reply.init_run_id, tuple(reply.classes), reply.step if reply.resumed else None,
             reply.finished, reply.checkpoint_every, reply.limits.max_tensor_elements,
         )  # fmt: skip
-        self._joined = reply.resumed
+        self._joined = reply.resumed or reply.finished
         return self.opened
 
     def _handshake(self, request: pb.OpenRequest, again: bool) -> pb.OpenReply:
-        self.meter.control(UP, wire.seal(request), again)
         try:
-            reply = self._stub.Open(request, timeout=channel.HANDSHAKE_S)
+            reply = self._stub.Open(wire.seal(request), timeout=channel.HANDSHAKE_S)
         except grpc.RpcError as error:
+            self.meter.control(UP, request, again=True)
             raise from_rpc(error, self.server) from error
+        self.meter.control(UP, request, again)
         if reply.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the server speaks protocol version {reply.protocol_version}, this device {wire.PROTOCOL_VERSION}; "
@@ -152,7 +153,7 @@ class Connection:
                     self._reopen(0)
                 return self._head_weights(again=trouble is not None)
             except CURABLE as error:
-                if self._channel is None:
+                if self._channel is None or self.opened.phase:  # a finished run is used: its user tries again
                     raise
                 trouble = trouble or Trouble(self.give_up_s)
                 unknown = isinstance(error, SessionError)
@@ -166,7 +167,10 @@ class Connection:
             frames = iter(self._stub.Head(request))
 
             def receive() -> pb.Frame:
-                return draft.frame(DOWN, next(frames))
+                frame = next(frames, None)
+                if frame is None:
+                    raise LinkError(f"the server at {self.server} ended the head's weights early")
+                return draft.frame(DOWN, frame)
 
             result = wire.unpack_bytes(receive(), receive, Place(pb.WEIGHTS, 0, 0), self.opened.head_size)
             draft.keep()
@@ -179,21 +183,30 @@ class Connection:
     # Training: the stream
 
     def begin(self, samples: int, classes: tuple[str, ...], step: int = 0) -> pb.Ready:
-        """Start the training stream at `step`: steps of the run, whether a basis is wanted, the phase."""
+        """Start the training stream at `step`: steps of the run, whether a basis is wanted, the phase.
+
+        A run that is finished has no such stream any more; what is left to do needs none.
+        """
         self._begun = samples, classes
+        if self.opened.finished:
+            return pb.Ready()
         return self._steadily(step, lambda: self._ready)
 
     def _steadily(self, step: int, attempt: Callable[[], T]) -> T:
         """What `attempt` comes to, over new connections until it succeeds; the device stands at `step`."""
         trouble: Trouble | None = None
+        unknown = False
         try:
             while True:
                 try:
-                    if self._train is None and not self.opened.finished:
+                    if self.opened.finished and unknown:
+                        self._reopen(step)
+                    elif self._train is None and not self.opened.finished:
                         self._join(step, again=trouble is not None)
                     return attempt()
                 except CURABLE as error:
                     self._lose()
+                    unknown = isinstance(error, SessionError)
                     if self._channel is None or self._begun is None:
                         raise
                     trouble = trouble or Trouble(self.give_up_s)
@@ -213,16 +226,16 @@ class Connection:
     def _join(self, step: int, again: bool) -> None:
         """Open a stream for the run, on this session or on a new one where the server knows it no more."""
         try:
-            self._start(step, again)
+            self._start(step)
         except SessionError:
             self._lose()
             if not self._reopen(step):
                 return
-            self._start(step, again=True)
+            self._start(step)
         self.offline = False
         self.faults.reconnects += again
 
-    def _start(self, step: int, again: bool) -> None:
+    def _start(self, step: int) -> None:
         """Begin and Ready."""
         assert self._begun
         samples, classes = self._begun

@@ -216,21 +216,21 @@ class RemoteTail(Connection):
 
         def attempt() -> pb.Verdict:
             draft = Draft(self.meter)
+            stream = self._begin_evaluation(count, subset, classes, phase, draft)
             try:
-                verdict = self._judge(batches(), count, subset, phase, classes, draft)
+                verdict = self._judge(stream, batches(), count, phase, draft)
                 draft.keep()
                 return verdict
             finally:
+                stream.close()  # or a thread would wait for more to send, for ever
                 draft.drop()
 
         return self._steadily(step, attempt) if self._begun else attempt()
 
     def _judge(
-        self, batches: Iterable[tuple[np.ndarray, np.ndarray]], count: int, subset: pb.Subset, phase: Phase,
-        classes: tuple[str, ...], draft: Draft,
-    ) -> pb.Verdict:  # fmt: skip
-        """One evaluation's stream, from Begin to Verdict."""
-        stream = self._begin_evaluation(count, subset, classes, phase, draft)
+        self, stream: Stream, batches: Iterable[tuple[np.ndarray, np.ndarray]], count: int, phase: Phase, draft: Draft
+    ) -> pb.Verdict:
+        """One evaluation, from its first batch to the verdict."""
         waiting: list[int] = []
         done = number = 0
 
@@ -276,6 +276,7 @@ class RemoteTail(Connection):
             shape = (len(sent), self.opened.recipe.model.classes)
             yield wire.unpack(receive(), receive, place, shape, "fp32")
         self._end_evaluation(stream, number + 1, phase, draft)
+        stream.close()
         draft.keep()
 
     def _begin_evaluation(
@@ -294,5 +295,4 @@ class RemoteTail(Connection):
         wire.check_place(frame, place)
         if not frame.HasField("verdict"):
             raise FrameError(f"a Verdict was expected, {frame.WhichOneof('body')} came")
-        stream.close()
         return frame.verdict

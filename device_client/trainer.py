@@ -123,6 +123,8 @@ class Trainer:
         """Train from the present step to the last."""
         ready = self.remote.begin(len(self.data.train), self.data.classes, self.step)
         if not self.phases:
+            self.opened = self.remote.opened  # a server that was restarted before this names the run anew
+            self.checkpoints.run_id = self.opened.run_id
             if ready.basis_wanted:
                 self._rotate()
             self._switch(phase_of(ready.phase))
@@ -138,8 +140,6 @@ class Trainer:
                     self._validate(live)
                     continue
                 line = self._recall_step() if self.phase.kind == RECALL else self._train_step()
-                if warning := self.folder.log(line):
-                    live.say(f"[yellow]Warning[/yellow]: {warning}")
                 total = self.remote.meter.total
                 live.step(
                     self.step, line["width"], line["loss"], line["accuracy"], total(UP).message, total(DOWN).message
@@ -195,6 +195,9 @@ class Trainer:
             "accuracy": result.correct / self.batch, "bytes": self.remote.meter.lap(),
             "seconds": {name: round(value, 6) for name, value in seconds.items()},
         }  # fmt: skip
+        # Logged before a checkpoint says that the step is done: a process that dies in between leaves no gap.
+        if warning := self.folder.log(line):
+            self.console.print(f"[yellow]Warning[/yellow]: {warning}", highlight=False)
         self.checkpoints.confirm(result.kept)
         if due(self.step, self.opened.checkpoint_every, turn=bool(result.next) or result.then != pb.STEP):
             self.keep()

@@ -308,6 +308,8 @@ class Host:
         FrameError where the device stands at a step from which the run cannot go on: nothing is disturbed by it.
         """
         run, samples, classes = self.run, begin.samples, tuple(begin.classes)
+        if session.run and self.served:
+            raise SessionError("the run of this session is finished; open another to hear of it")
         if not session.trains or run is None or self.served:
             raise FrameError("Begin of training came on a session that does not train")
         with self._beginning:

@@ -130,7 +130,10 @@ class LiveRun:
             raise FrameError(f"Begin says {samples} training pictures; at least 1 is needed")
         training = self._new(samples, classes)
         self.initial.fill(training.halves)
+        if self.training:  # begun by a device that made no step and is gone
+            self.training.close()
         self.folder.start(self.text)
+        self.checkpoints.clear()
         training.switch(training.phase)
         self.training, self.owner = training, identity
 

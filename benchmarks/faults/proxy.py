@@ -230,7 +230,8 @@ class Proxy:
         try:
             while data := await reader.read(_CHUNK):
                 chunk = Chunk(way, data, link.taps[way].feed(data), self.step)
-                self._count(chunk)
+                if not link.dark:
+                    self._count(chunk)
                 if way == UP and self._remember and len(link.sent) < _REMEMBERED:
                     link.sent += data
                 fault = None if link.dark else self._fault

@@ -71,7 +71,11 @@ class Rig:
         self._told: dict[str, float] = {}
         self._progress = -1, time.monotonic()
         self._fruitless = 0
-        self._start_server()
+        try:
+            self._start_server()
+        except BaseException:  # Ctrl-C too: nothing may be left running
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,7 +117,7 @@ class Rig:
         trust = ("--tls-ca", self.tls[0]) if self.tls else ()
         self.processes["device"] = pair.start(
             "device-client", "train", self.proxy.address, "--data", "digits", "--run", self.run_of("device"),
-            "--threads", 1, "--give-up-after", 120, *limit, *trust, log=self._log("device"),
+            "--threads", 1, "--wait", 120, "--give-up-after", 120, *limit, *trust, log=self._log("device"),
         )  # fmt: skip
 
     def tick(self) -> None:

@@ -126,6 +126,8 @@ def matrix_entry(folder: Path, reference: Path, blow: Blow, tls: tuple[Path, Pat
             entry.step = rig.step
             entry.seconds = round(time.monotonic() - started, 2)
         entry.replayed = rig.proxy.replayed
+    if tls and not entry.problems:  # what the proxy can't count there, the device has counted
+        entry.replayed = compare.summary(folder / "device")["faults"]["steps_again"]
     if not entry.problems:
         shutil.rmtree(folder)
     return entry
@@ -147,6 +149,7 @@ class Random:
     restarts: dict[str, int] = field(default_factory=dict)
     drains: list[float] = field(default_factory=list)
     weights_equal: bool = True
+    counted: list[dict[str, int]] = field(default_factory=list)  # by the devices themselves, run by run
 
     def __iter__(self) -> Iterator[Entry]:
         """Go through it, fault by fault."""
@@ -163,6 +166,7 @@ class Random:
                     rig.finish()
                     self.problems += compare.differences(reference, run)
                     self.weights_equal &= compare.weights_equal(reference, run)
+                    self.counted.append(compare.summary(run / "device")["faults"])
                 except RigError as error:
                     self.problems.append(str(error))
                     self.weights_equal = False
@@ -191,7 +195,7 @@ class Random:
             "count": len(self.entries), "seed": self.seed, "runs": self.runs, "by_kind": self.by(lambda e: e.kind),
             "by_point": self.by(lambda e: e.point), "steps_replayed": self.replayed, "restarts": self.restarts,
             "recovery_s": {"median": times[len(times) // 2], "longest": times[-1]} if times else None,
-            "longest_drain_s": round(max(self.drains), 2) if self.drains else None,
+            "counted_by_device": self.counted, "longest_drain_s": round(max(self.drains), 2) if self.drains else None,
             "weights_equal": self.weights_equal, "problems": self.problems,
         }  # fmt: skip
 
