@@ -16,7 +16,7 @@ class Limits:
     # A quarter of the places: three greedy callers leave room for others. A network of devices behind one address,
     # where identities are not asked for, still gets along with it.
     sessions_each: int = 16
-    # A run, an evaluation or a reconnect is two or three calls; those of thirty devices behind one address pass at once.
+    # A run, an evaluation or a reconnect is two or three calls; those of thirty devices at one address pass at once.
     calls_a_second: float = 20.0
     calls_in_a_burst: int = 100
     # 256 MB as float32: thirty times a batch of 128 at ResNet-20's first cut. Decoding takes a few times as much.
