@@ -251,11 +251,14 @@ def answering(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[
     split_pb2_grpc.add_SplitServicer_to_server(servicer, server)
     tls = certificate(tmp_path, "127.0.0.1") if getattr(request, "param", False) else None
     if tls:
-        port = server.add_secure_port("127.0.0.1:0", channel.server_credentials(*tls))
+        port = server.add_secure_port("127.0.0.1:0", channel.server_credentials(channel.ServerTls(*tls), print))
     else:
         port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    with Proxy(f"127.0.0.1:{port}") as middle, channel.connect(middle.address, tls[0] if tls else None) as link:
+    with (
+        Proxy(f"127.0.0.1:{port}") as middle,
+        channel.connect(middle.address, channel.Access(tls[0] if tls else None)) as link,
+    ):
         yield servicer, middle, split_pb2_grpc.SplitStub(link)
     server.stop(0)
 
