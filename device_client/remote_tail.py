@@ -216,7 +216,7 @@ class RemoteTail(Connection):
 
         def attempt() -> pb.Verdict:
             draft = Draft(self.meter)
-            stream = self._begin_evaluation(count, subset, classes, phase, draft)
+            stream = self._begin_evaluation(count, subset, classes, phase, draft, step)
             try:
                 verdict = self._judge(stream, batches(), count, phase, draft)
                 draft.keep()
@@ -280,10 +280,12 @@ class RemoteTail(Connection):
         draft.keep()
 
     def _begin_evaluation(
-        self, count: int, subset: pb.Subset, classes: tuple[str, ...], phase: Phase, draft: Draft
+        self, count: int, subset: pb.Subset, classes: tuple[str, ...], phase: Phase, draft: Draft, step: int = 0
     ) -> Stream:
         stream = Stream(self._stub.Evaluate, self.server)
-        begin = pb.Begin(session=self.opened.session, samples=count, classes=classes, subset=subset, width=phase.width)
+        begin = pb.Begin(
+            session=self.opened.session, samples=count, classes=classes, subset=subset, width=phase.width, step=step
+        )
         stream.send(draft.frame(UP, wire.seal(Place(pb.EVALUATION, 0, phase.index).frame(begin=begin))))
         return stream
 

@@ -101,6 +101,10 @@ class Coordinator:
         return {
             "upcoming": [asdict(phase) for phase in self._upcoming], "phases": [asdict(phase) for phase in self.phases],
             "plateau": asdict(self._plateau), "scores": self._scores.tolist(), "order": self._order, "sent": self._sent,
+            "validated": self._validated and [
+                self._validated[0], self._validated[1].then,
+                asdict(self._validated[1].phase) if self._validated[1].phase else None,
+            ],
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -111,3 +115,6 @@ class Coordinator:
         # float32 to JSON's float64 and back is exact.
         self._scores = torch.tensor(state["scores"])
         self._order, self._sent = tuple(state["order"]), state["sent"]
+        if state["validated"]:
+            step, then, phase = state["validated"]
+            self._validated = step, Decision(then, phase_from(phase) if phase else None)

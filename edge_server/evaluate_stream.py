@@ -25,6 +25,10 @@ def evaluate(host: Host, receive: Incoming, training: Training | None) -> Genera
     draft, begin = receive.draft, receive.begin
     draft.frame(UP, receive.first)
     if training:
+        if begin.step != training.step:  # a stream of long ago that is played once more must decide nothing
+            raise FrameError(
+                f"an evaluation at step {begin.step} was asked for; the run stands at step {training.step}"
+            )
         halves, phase = training.halves, training.phase_of_evaluation(receive.first.phase)
     else:
         assert host.served
@@ -63,6 +67,9 @@ def evaluate(host: Host, receive: Incoming, training: Training | None) -> Genera
         last = draft.frame(DOWN, wire.seal(Place(pb.EVALUATION, number, phase.index).frame(verdict=verdict)))
         if not again:
             draft.keep()  # one whose verdict was lost is in the books already
+            if training and host.run:
+                # The device may go on from here without judging again: a server that is lost now must know the outcome.
+                host.run.keep(anew=True)
         yield last
     finally:
         if training:

@@ -229,6 +229,8 @@ class Training:
             "classes": self.classes, "samples": self.samples, "rotated": self.rotated, "trained": self.trained,
             "stored": self.stored, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
             "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,
+            "evaluated": sorted(self.evaluated), "test": asdict(self.test) if self.test else None,
+            "validated": [self._validated[0], asdict(self._validated[1])],
         }  # fmt: skip
 
     def restore(self, kept: Checkpoint) -> None:
@@ -240,6 +242,10 @@ class Training:
         self.step, self.rotated = kept.step, state["rotated"]
         self.trained, self.stored = state["trained"], state["stored"]
         self.wall_s, self.busy_s = state["wall_s"], state["busy_s"]
+        self.evaluated = {(step, on_test) for step, on_test in state["evaluated"]}
+        self.test = Judgement(**state["test"]) if state["test"] else None
+        step, phase_then = state["validated"]
+        self._validated = step, phase_from(phase_then)
         self.halves.tail.resize(self.phase.width, self.phase.order)
         if state["store"]:
             phase = phase_from(state["store"])
