@@ -1,7 +1,7 @@
-"""A device that does what no device should, as fast as it can, until it is ended: `python -m tests.hostile HOST:PORT`.
+"""A device that does what no device should, as fast as it can, until it is ended: `python -m benchmarks.hostile ADDRESS`.
 
 It runs at a low priority, for what it computes itself is not the server's to bound: only what it makes the server
-do may slow down others. test_limits.py runs it beside a well-behaved device.
+do may slow down others. limits.py runs it beside a well-behaved device.
 """
 
 from __future__ import annotations
