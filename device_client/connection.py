@@ -16,6 +16,7 @@ from common import channel, recipe, wire
 from common.errors import FrameError, LinkError, MismatchError, RolledBackError, SessionError, VersionError, from_rpc
 from common.meter import DOWN, UP, Draft, Meter
 from common.phase_message import phase_of
+from common.pulse import STALLED_S
 from common.recipe import Recipe
 from common.report import Faults
 from common.rpc import split_pb2 as pb
@@ -52,10 +53,13 @@ class Connection:
     """A session with one server, from `open` to `close`; `stub` is given where no network lies in between."""
 
     def __init__(
-        self, server: str, access: channel.Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S
-    ) -> None:
-        """`give_up_s`: how long to go on trying where the link breaks in training."""
-        self.server, self.give_up_s = server, give_up_s
+        self, server: str, access: channel.Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S,
+        stalled_s: float = STALLED_S,
+    ) -> None:  # fmt: skip
+        """`give_up_s`: how long to go on trying where the link breaks in training. `stalled_s`: how long to wait for an
+        answer of a server that is there, while nothing moves on the link.
+        """
+        self.server, self.give_up_s, self._stalled_s = server, give_up_s, stalled_s
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.opened: Opened
         # Set by whoever shows progress, and by whoever keeps checkpoints.
@@ -239,7 +243,7 @@ class Connection:
         """Begin and Ready."""
         assert self._begun
         samples, classes = self._begun
-        stream, draft = Stream(self._stub.Train, self.server), Draft(self.meter)
+        stream, draft = self._open_stream(self._stub.Train), Draft(self.meter)
         self._train = stream
         begin = pb.Begin(session=self.opened.session, samples=samples, classes=classes, step=step)
         frame = wire.seal(Place(pb.CONTROL, 0, 0).frame(begin=begin))
@@ -255,6 +259,9 @@ class Connection:
             draft.drop()
         self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
         self._find_connection()
+
+    def _open_stream(self, call: Callable[..., Any]) -> Stream:
+        return Stream(call, self.server, self._stalled_s, watched=self._channel is not None)
 
     def _reopen(self, step: int) -> bool:
         """Handshake for a new session of the same run; whether it goes on. RolledBackError where from another step."""

@@ -282,7 +282,7 @@ class RemoteTail(Connection):
     def _begin_evaluation(
         self, count: int, subset: pb.Subset, classes: tuple[str, ...], phase: Phase, draft: Draft, step: int = 0
     ) -> Stream:
-        stream = Stream(self._stub.Evaluate, self.server)
+        stream = self._open_stream(self._stub.Evaluate)
         begin = pb.Begin(
             session=self.opened.session, samples=count, classes=classes, subset=subset, width=phase.width, step=step
         )

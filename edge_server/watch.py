@@ -1,4 +1,4 @@
-"""Finds streams that wait for a device which says and reads nothing, and ends them.
+"""Finds streams that wait for a device which says and reads nothing, or is behind a dead link, and ends them.
 
 Every stream of the servicer's is a Watched; the server's main loop calls `tend` a few times a second.
 """
@@ -12,8 +12,12 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 from common.progress import duration
+from common.pulse import Pulse
 from common.rpc import split_pb2 as pb
+from common.tcp_info import Connection, find_peer
 from edge_server.limits import Limits
+
+_LOOK_S = 1.0  # between two looks at a link
 
 
 class _Session(Protocol):
@@ -54,6 +58,8 @@ class Watch:
         self._limits, self._say = limits, say
         self._lock = threading.Lock()
         self._streams: set[Watched] = set()
+        self._links: dict[Watched, tuple[Connection, Pulse]] = {}  # of those that have begun; the main loop's alone
+        self._looked = 0.0
 
     @contextlib.contextmanager
     def over(self, context: Any) -> Iterator[Watched]:
@@ -85,3 +91,19 @@ class Watch:
                     f"is ended, and a run that it trains can be gone on with"
                 )
                 stream.context.cancel()
+        if now - self._looked >= _LOOK_S:
+            self._looked = now
+            self._feel(now, {stream for stream in streams if stream.session})
+
+    def _feel(self, now: float, streams: set[Watched]) -> None:
+        """End the streams of dead links."""
+        for stream in self._links.keys() - streams:
+            self._links.pop(stream)[0].close()
+        for stream in streams:
+            if stream in self._links:
+                connection, pulse = self._links[stream]
+                if wrong := pulse.look(now, connection.moved()):
+                    self._say(f"{wrong}; the stream of the device at {stream.context.peer()} is ended")
+                    stream.context.cancel()
+            elif found := find_peer(stream.context.peer()):
+                self._links[stream] = found, Pulse(now)
