@@ -1,4 +1,4 @@
-"""A device that does what no device should, as fast as it can, until it is ended: `python -m benchmarks.hostile ADDRESS`.
+"""A device that does what no device should, until it is ended: `python -m benchmarks.hostile HOST:PORT`.
 
 It runs at a low priority, for what it computes itself is not the server's to bound: only what it makes the server
 do may slow down others. limits.py runs it beside a well-behaved device.

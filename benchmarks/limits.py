@@ -52,7 +52,7 @@ gradient = "fp32"
 [schedule]
 phases = [[0, 1000]]
 """
-_PHASE = Phase(0, 0, 32, "fp32", "fp32", 0.05, 0, 1)
+PHASE = Phase(0, 0, 32, "fp32", "fp32", 0.05, 0, 1)
 _ROUNDS, _STEPS, _WARM = 40, 25, 20
 _AT_ONCE = 16  # opens on one connection
 
@@ -83,7 +83,7 @@ def beside(folder: Path, rounds: int = _ROUNDS, steps: int = _STEPS) -> dict[str
             times = []
             for _ in range(count):
                 started = time.perf_counter()
-                remote.learn(step, _PHASE, sent, labels, None)
+                remote.learn(step, PHASE, sent, labels, None)
                 times.append(time.perf_counter() - started)
                 step += 1
             return times
