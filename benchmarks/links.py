@@ -115,6 +115,7 @@ def slow(rate: str) -> dict[str, Any]:
     """Two steps over a link of `rate`."""
     with _apart() as (server, device, address):
         for end in (server, device):
+            end.cut_up()
             end.shape(rate, _QUEUE)
         with _elsewhere(device, address, "2") as process:
             assert process.stdout

@@ -36,6 +36,12 @@ class End:
         paths = [f"/sys/class/net/{self.interface}/statistics/{name}" for name in names]
         return dict(zip(names, map(int, _run(*self.prefix, "cat", *paths).split()), strict=True))
 
+    def cut_up(self) -> None:
+        """Let packets be no longer than on a wire, as a real card does: at a low `rate` the long ones of a
+        veth would take seconds each, and so would what confirms them.
+        """
+        _run(*self.prefix, "ip", "link", "set", "dev", self.interface, "gso_max_segs", "1", "gso_max_size", "1500")
+
     def shape(self, rate: str, limit: str = "200kb") -> None:
         """Let no more than `rate` (tc's units, "10mbit") out; `limit` is the queue before packets are dropped."""
         _run(*self.prefix, "tc", "qdisc", "replace", "dev", self.interface, "root", "tbf", "rate", rate, "burst",

@@ -24,7 +24,7 @@ class Limits:
     # No limit: only the operator knows the uplink. Bytes a second that are read from one caller.
     rate: float = math.inf
     # One frame of 1 MiB takes so long at 14 kbit/s, and a slow device needs a minute or two for a batch or to read its
-    # pictures. A dead link is found by keepalive in 30 s: this is for devices that live and say nothing.
+    # pictures. A dead link is found in 20 s (pulse.py): this is for devices that live and say nothing.
     idle_s: float = 600.0
     # A caller that has its stream has Begin ready: the deadline of the handshake.
     first_frame_s: float = 30.0
