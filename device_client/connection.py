@@ -168,19 +168,14 @@ class Connection:
         request, draft = pb.HeadRequest(session=self.opened.session), Draft(self.meter)
         self.meter.control(UP, request, again)
         try:
-            frames = iter(self._stub.Head(request))
+            stream = self._open_stream(lambda _: self._stub.Head(request))
 
             def receive() -> pb.Frame:
-                frame = next(frames, None)
-                if frame is None:
-                    raise LinkError(f"the server at {self.server} ended the head's weights early")
-                return draft.frame(DOWN, frame)
+                return stream.receive(draft)
 
             result = wire.unpack_bytes(receive(), receive, Place(pb.WEIGHTS, 0, 0), self.opened.head_size)
             draft.keep()
             return result
-        except grpc.RpcError as error:
-            raise from_rpc(error, self.server) from error
         finally:
             draft.drop()
 

@@ -41,7 +41,7 @@ _LOOK_S = 1.0
 
 
 class Stream:
-    """One bidirectional stream of frames; `wait_s` adds up the time spent waiting for the server."""
+    """One stream of frames, of both ways or down alone; `wait_s` adds up the time spent waiting for the server."""
 
     def __init__(
         self, call: Callable[[Iterator[pb.Frame]], Any], server: str, stalled_s: float = STALLED_S, watched: bool = True

@@ -176,6 +176,22 @@ def test_a_black_hole_in_an_evaluation(device: Any, monkeypatch: pytest.MonkeyPa
     assert len(said) == 1 and "the link is dead" in said[0]
 
 
+def test_a_black_hole_under_the_weights(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "Pulse", functools.partial(Pulse, silent_s=2.0))
+    remote, between, said = device
+    remote._lose()
+    said.clear()
+
+    def weights(chunk: proxy.Chunk) -> proxy.Span | None:
+        return next(
+            (proxy.Span(s.start, s.end) for s in chunk.messages if s.frame and s.frame.role == pb.WEIGHTS), None
+        )
+
+    fault = between.arm(Fault(proxy.HOLE, weights))
+    assert len(remote.head_weights()) == remote.opened.head_size
+    assert fault.fired.is_set() and len(said) == 1 and "the link is dead" in said[0]
+
+
 # By trial the bits of a header after which neither side sees an error: lengths that grow, other kinds of frame, flags
 # and streams.
 @pytest.mark.parametrize(("way", "bit"), [(UP, 8), (UP, 14), (UP, 20), (DOWN, 25), (DOWN, 48), (DOWN, 70)])
