@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.codecs.base import Tensor
+from common.codecs.dither import Numbers
 
 Symbols = NDArray[np.uint8]
 Steps = NDArray[np.int32]
@@ -22,6 +23,7 @@ SIGNED_ZERO = 127
 _UNSIGNED_REACH, _SIGNED_REACH = 253.9, 126.9
 _NO_OUTLIERS = np.empty(0, np.int32)
 _BLOCK = 1 << 16
+_UNIT = np.float32(2**-16)  # of the numbers that dither
 
 
 def step_of(tensor: Tensor, snr: float) -> np.float32:
@@ -61,8 +63,8 @@ def unsigned(tensor: Tensor, amax: float, step: np.float32) -> tuple[Symbols, St
     return symbols, steps[far].astype(np.int32)
 
 
-def signed(tensor: Tensor, amax: float, step: np.float32, noise: Tensor | None) -> tuple[Symbols, Steps]:
-    """Symbols, shaped like `tensor` [C, B, rest], rounded to nearest or by `noise` in [0, 1), and outliers."""
+def signed(tensor: Tensor, amax: float, step: np.float32, noise: Numbers | None) -> tuple[Symbols, Steps]:
+    """Symbols, shaped like `tensor` [C, B, rest], rounded to nearest or by `noise`, and outliers."""
     inverse = np.float32(1) / step
     # floor(x + 1/2) is nearest; floor(x + noise) goes up with the probability that makes the mean right.
     half = np.float32(0.5)
@@ -70,12 +72,12 @@ def signed(tensor: Tensor, amax: float, step: np.float32, noise: Tensor | None) 
         symbols = np.empty(tensor.shape, np.uint8)
         for block in _blocks(tensor.shape):
             steps = tensor[block] * inverse
-            steps += half if noise is None else noise[block]
+            steps += half if noise is None else noise[block] * _UNIT
             # Above zero, so that truncating is the floor.
             np.add(steps, np.float32(SIGNED_ZERO), out=symbols[block], casting="unsafe")
         return symbols, _NO_OUTLIERS
     steps = tensor * inverse
-    steps += half if noise is None else noise
+    steps += half if noise is None else noise * _UNIT
     np.floor(steps, out=steps)
     far = np.abs(steps) > 127
     symbols = np.where(far, np.float32(OUTLIER), steps + np.float32(SIGNED_ZERO)).astype(np.uint8)
@@ -92,19 +94,19 @@ def restore_unsigned(symbols: Symbols, outliers: Steps, step: np.float32, out: T
         out[symbols == OUTLIER] = (outliers - 0.5) * float(step)
 
 
-def restore_signed(symbols: Symbols, outliers: Steps, step: np.float32, noise: Tensor | None, out: Tensor) -> None:
+def restore_signed(symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None, out: Tensor) -> None:
     """The symbols' values, with the `noise` that was added taken off again, into `out` [C, B, rest]."""
     half = np.float32(0.5)
     for block in _blocks(out.shape):
         values = np.subtract(symbols[block], np.float32(SIGNED_ZERO))
         if noise is not None:
             values += half
-            values -= noise[block]
+            values -= noise[block] * _UNIT
         np.multiply(values, step, out=out[block])
     if len(outliers):
         far = symbols == OUTLIER
         steps = outliers.astype(np.float32)
         if noise is not None:
             steps += half
-            steps -= noise[far]
+            steps -= noise[far] * _UNIT
         out[far] = steps * step

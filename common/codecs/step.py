@@ -14,6 +14,7 @@ import numpy as np
 
 from common.codecs import context, dither, pack, quantise
 from common.codecs.base import NOTHING, Aside, Buffer, Support, Tensor, elements, grid, require_finite
+from common.codecs.dither import Numbers
 from common.codecs.quantise import Steps, Symbols
 from common.codecs.raw import Fp32
 from common.errors import CodecError
@@ -65,8 +66,9 @@ class Step:
         if tensor.size < _SMALL or not _LEAST < step < _MOST or amax > float(step) * _FURTHEST:
             return _raw(tensor)
         flags = self._flags(aside) | (_SIGNED if low < 0 else 0)
+        drawn = _drawn(flags, aside, values.size)
         if flags & _SIGNED:
-            symbols, outliers = quantise.signed(values, amax, step, _noise(flags, aside, values.shape))
+            symbols, outliers = quantise.signed(values, amax, step, _noise(drawn, values.shape))
         else:
             symbols, outliers = quantise.unsigned(values, amax, step)
         tail = outliers.astype("<i4").tobytes()
@@ -76,7 +78,8 @@ class Step:
             body = tail + context.encode(maps, _zero(flags), support)
         else:
             form = _PACKED
-            body = pack.encode(symbols.reshape(-1), _zero(flags), tail)
+            flat = symbols.reshape(-1)
+            body = pack.encode([flat] if drawn is None else dither.apart(flat, drawn, _zero(flags)), _zero(flags), tail)
         payload = _HEADER.pack(form | flags, step, len(outliers), _checksum(aside.support)) + body
         return payload if len(payload) < 4 * tensor.size else _raw(tensor)
 
@@ -106,7 +109,7 @@ class Step:
         wanted = count if chosen is None else len(chosen)
         if outlying > wanted or not _LEAST < step < _MOST:
             raise CodecError(f"a step of {size:g} with {outlying} outliers among {wanted} elements cannot be")
-        tail = 4 * outlying
+        tail, drawn = 4 * outlying, _drawn(flags, aside, wanted)
         if form & 3 == _CONTEXT:
             if len(body) < tail:
                 raise CodecError(f"{outlying} outliers were announced, more than came")
@@ -116,14 +119,15 @@ class Step:
             maps = context.decode(body[tail:], map_shape, _zero(flags), support).reshape(-1)
             symbols = maps if chosen is None else maps.take(chosen)
         else:
-            symbols, rest = pack.decode(body, wanted, _zero(flags), tail)
+            symbols, rest = pack.decode(body, wanted if drawn is None else len(drawn), _zero(flags), tail)
+            symbols = symbols if drawn is None else dither.together(symbols, drawn)[:wanted]
         outliers = np.frombuffer(rest, "<i4").astype(np.int32)
         _check_outliers(symbols, outliers, bool(flags & _SIGNED))
         out = (np.empty if chosen is None else np.zeros)(shape, np.float32)
         values = _sending_view(out) if chosen is None else np.empty((1, 1, wanted), np.float32)
         symbols = symbols.reshape(values.shape)
         if flags & _SIGNED:
-            quantise.restore_signed(symbols, outliers, step, _noise(flags, aside, values.shape), values)
+            quantise.restore_signed(symbols, outliers, step, _noise(drawn, values.shape), values)
         else:
             quantise.restore_unsigned(symbols, outliers, step, values)
         if chosen is not None:
@@ -142,10 +146,12 @@ def _checksum(support: Support | None) -> int:
     return 0 if support is None else zlib.crc32(np.packbits(support.reshape(-1)).data)
 
 
-def _noise(flags: int, aside: Aside, shape: tuple[int, ...]) -> Tensor | None:
-    if not flags & _DITHERED or aside.dither is None:
-        return None
-    return dither.uniform(aside.dither, elements(shape)).reshape(shape)
+def _drawn(flags: int, aside: Aside, count: int) -> Numbers | None:
+    return dither.numbers(aside.dither, count) if flags & _DITHERED and aside.dither is not None else None
+
+
+def _noise(drawn: Numbers | None, shape: tuple[int, ...]) -> Numbers | None:
+    return None if drawn is None else drawn[: elements(shape)].reshape(shape)
 
 
 def _sending_view(tensor: Tensor) -> Tensor:
