@@ -9,8 +9,10 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.codecs import context, dither, pack, quantise
 from common.codecs.base import NOTHING, Aside, Buffer, Support, Tensor, elements, grid, require_finite
@@ -74,8 +76,8 @@ class Step:
         tail = outliers.astype("<i4").tobytes()
         if self.coder == "context":
             form = _CONTEXT
-            maps, support = _as_maps(symbols, tensor.shape, aside.support, _zero(flags))
-            body = tail + context.encode(maps, _zero(flags), support)
+            maps = _as_maps(symbols, tensor.shape, aside.support, _zero(flags))
+            body = tail + context.encode(maps, _zero(flags), *_beside(tensor.shape, aside.support, drawn))
         else:
             form = _PACKED
             flat = symbols.reshape(-1)
@@ -114,10 +116,9 @@ class Step:
             if len(body) < tail:
                 raise CodecError(f"{outlying} outliers were announced, more than came")
             rest = bytes(body[:tail])
-            map_shape = _map_shape(shape, aside.support)
-            support = None if aside.support is None else aside.support.reshape(map_shape)
-            maps = context.decode(body[tail:], map_shape, _zero(flags), support).reshape(-1)
-            symbols = maps if chosen is None else maps.take(chosen)
+            beside = _beside(shape, aside.support, drawn)
+            maps = context.decode(body[tail:], _map_shape(shape), _zero(flags), *beside)
+            symbols = maps.reshape(-1) if chosen is None else _in_order_of_memory(maps, shape).take(chosen)
         else:
             symbols, rest = pack.decode(body, wanted if drawn is None else len(drawn), _zero(flags), tail)
             symbols = symbols if drawn is None else dither.together(symbols, drawn)[:wanted]
@@ -167,24 +168,42 @@ def _in_sending_order(tensor: Tensor, support: Support | None) -> Tensor:
     return tensor.reshape(-1).take(np.flatnonzero(support)).reshape(1, 1, -1)
 
 
-def _map_shape(shape: tuple[int, ...], support: Support | None) -> tuple[int, int, int]:
-    """The maps [N, H, W] in a tensor [B, C, H, W], [B, C, L] or [B, C], in sending order."""
+def _map_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """A tensor [B, C, H, W], [B, C, L] or [B, C] as maps [C, B, H, W]."""
     batch, channels, rest = grid(shape)
-    if len(shape) >= 3:
-        return (batch * channels, shape[2], shape[3]) if len(shape) == 4 else (batch * channels, 1, rest)
-    return (1, channels, batch) if support is None else (1, batch, channels)
+    return (channels, batch, shape[2], shape[3]) if len(shape) == 4 else (channels, batch, 1, rest)
 
 
-def _as_maps(
-    symbols: Symbols, shape: tuple[int, ...], support: Support | None, zero: int
-) -> tuple[Symbols, Support | None]:
-    """Symbols in sending order as maps [N, H, W], and the support of these."""
-    map_shape = _map_shape(shape, support)
+def _maps_of(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Values in the order of memory as maps."""
+    batch, channels, rest = grid(shape)
+    return np.ascontiguousarray(values.reshape(batch, channels, rest).transpose(1, 0, 2)).reshape(_map_shape(shape))
+
+
+def _in_order_of_memory(maps: Symbols, shape: tuple[int, ...]) -> Symbols:
+    batch, channels, rest = grid(shape)
+    return maps.reshape(channels, batch, rest).transpose(1, 0, 2).reshape(-1)
+
+
+def _as_maps(symbols: Symbols, shape: tuple[int, ...], support: Support | None, zero: int) -> Symbols:
+    """Symbols in sending order as maps."""
     if support is None:
-        return symbols.reshape(map_shape), None
-    maps = np.full(elements(shape), zero, np.uint8)
-    maps[np.flatnonzero(support)] = symbols.reshape(-1)
-    return maps.reshape(map_shape), support.reshape(map_shape)
+        return symbols.reshape(_map_shape(shape))
+    spread = np.full(elements(shape), zero, np.uint8)
+    spread[np.flatnonzero(support)] = symbols.reshape(-1)
+    return _maps_of(spread, shape)
+
+
+def _beside(
+    shape: tuple[int, ...], support: Support | None, drawn: Numbers | None
+) -> tuple[Support | None, Symbols | None]:
+    """As maps: the support, and the quarters in which the numbers drawn lie."""
+    mask = None if support is None else _maps_of(support, shape)
+    if drawn is None:
+        return mask, None
+    quarters = (drawn >> 14).astype(np.uint8)
+    count = elements(shape) if support is None else int(np.count_nonzero(support))
+    return mask, _as_maps(quarters[:count], shape, support, 0)
 
 
 def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:
