@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks import peers, tensors
 from common.codecs import Aside, codec, context, dither, frame, quantise
 from common.codecs.base import NOTHING
-from common.codecs.step import Step
+from common.codecs.step import Step, _as_maps, _beside
 from device_client.data import load
 
 RESULT = Path("benchmarks/results/codec.json")
@@ -58,25 +58,20 @@ def symbols_of(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[np.ndarray
     batch, channels = tensor.shape[:2]
     whole = tensor.reshape(batch, channels, -1).transpose(1, 0, 2)
     values = whole if aside.support is None else tensor[aside.support][None, None]
-    amax, step = float(np.abs(values).max()), quantise.step_of(np.ascontiguousarray(values), snr)
+    step = quantise.step_of(np.ascontiguousarray(values).reshape(-1), snr, not aside.dither)
+    amax = float(np.abs(values).max())
     if not aside.dither:
         return quantise.unsigned(values, amax, step)[0], 0
-    noise = dither.uniform(aside.dither, values.size).reshape(values.shape)
+    noise = dither.numbers(aside.dither, values.size)[: values.size].reshape(values.shape)
     return quantise.signed(values, amax, step, noise)[0], quantise.SIGNED_ZERO
 
 
 def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, float]:
-    """Bytes an element of the quantised symbols: each by itself, and given its four neighbours (no tables counted)."""
-    batch, channels, height, width = tensor.shape
+    """Bytes an element of the quantised symbols: each by itself, and in the contexts of `context` (no tables counted)."""
     symbols, zero = symbols_of(tensor, snr, aside)
-    support = None
-    if aside.support is None:
-        maps = symbols.reshape(channels, batch, height, width)
-    else:
-        maps = np.full(tensor.shape, zero, np.uint8)
-        maps[aside.support] = symbols.reshape(-1)
-        support = aside.support.reshape(-1, height, width)
-    bits = context.ideal_bits(maps.reshape(batch * channels, height, width), zero, support)
+    maps = _as_maps(symbols, tensor.shape, aside.support, zero)
+    drawn = dither.numbers(aside.dither, symbols.size) if aside.dither else None
+    bits = context.ideal_bits(maps, zero, *_beside(tensor.shape, aside.support, drawn))
     counts = np.bincount(symbols.reshape(-1))
     counts = counts[counts > 0]
     alone = -np.sum(counts * np.log2(counts / counts.sum()))
@@ -104,15 +99,18 @@ def zstd_alone(tensor: np.ndarray, snr: float, aside: Aside) -> dict[str, float]
     }  # fmt: skip
 
 
-def at_snr(tensor: np.ndarray, coder: str, wanted: float, aside: Aside) -> int:
-    """Bytes of our payload at the SNR that a peer has."""
+def at_snr(tensor: np.ndarray, wanted: float, aside: Aside) -> dict[str, float]:
+    """Bytes an element of our payloads at the SNR that a peer has."""
     low, high = 0.0, 60.0
     for _ in range(12):
         middle = (low + high) / 2
         fast = Step("step", middle)
         reached = snr_of(tensor, fast.decode(fast.encode(tensor, aside), tensor.shape, aside), aside.support)
         low, high = (middle, high) if reached < wanted else (low, middle)
-    return len(Step(coder, high).encode(tensor, aside))
+    return {
+        f"{coder}_at_this_snr": len(Step(coder, high).encode(tensor, aside)) / tensor.size
+        for coder in ("step", "context")
+    }  # fmt: skip
 
 
 def measure(name: str, tensor: np.ndarray, aside: Aside, levels: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -138,8 +136,7 @@ def measure(name: str, tensor: np.ndarray, aside: Aside, levels: tuple[int, ...]
             "decode_mb_s": None, "with_zstd": len(peers.with_zstd(send)(tensor)[0]) / tensor.size,
         }  # fmt: skip
         if peer in peers.EIGHT_BIT or peer.startswith("uint4"):
-            for coder in ("step", "context"):
-                row[f"{coder}_at_this_snr"] = at_snr(tensor, coder, row["snr_db"], aside) / tensor.size
+            row |= at_snr(tensor, row["snr_db"], aside)
         rows.append(row)
     return rows
 

@@ -52,7 +52,7 @@ def asides(name: str, tensor: np.ndarray) -> list[Aside]:
     return [NOTHING, Aside((1, 2, 3)), Aside(None, support), Aside((1, 2, 3), support)] if ":" in name else [NOTHING]
 
 
-def allowed_error(name: str, tensor: np.ndarray, support: np.ndarray | None) -> np.ndarray | float:
+def allowed_error(name: str, tensor: np.ndarray, aside: Aside) -> np.ndarray | float:
     """The most that an element may be off."""
     magnitude = np.abs(tensor)
     if name == "fp32":
@@ -63,10 +63,12 @@ def allowed_error(name: str, tensor: np.ndarray, support: np.ndarray | None) -> 
     if name == "int8":
         axes = tuple(axis for axis in range(tensor.ndim) if axis != 1 or tensor.ndim == 1)
         return np.broadcast_to(magnitude.max(axis=axes, keepdims=True, initial=0) / 127 * 0.5001 + 2e-35, tensor.shape)
-    sent = tensor if support is None else tensor[support]
-    power = float(np.mean(sent**2)) if sent.size else 0.0
-    step = np.sqrt(12 * power) * 10 ** (-codec(name).snr / 20)  # type: ignore[attr-defined]
-    return step / 2 * 1.001 + magnitude * 1e-6
+    sent = tensor if aside.support is None else tensor[aside.support]
+    unsigned = bool(np.all(tensor >= 0)) and (aside.dither is None or name.endswith("nearest"))
+    noisy = np.count_nonzero(sent) if unsigned else sent.size
+    step = np.sqrt(12 * float(np.sum(sent**2)) / max(1, noisy)) * 10 ** (-codec(name).snr / 20)  # type: ignore[attr-defined]
+    # Unsigned elements are decoded to where they lie in their step on average, so some are off by nearly all of it.
+    return step * (1.001 if unsigned else 0.501) + magnitude * 1e-6
 
 
 @names
@@ -82,7 +84,7 @@ def test_round_trip(name: str, tensor: np.ndarray) -> None:
         if aside.support is not None and not np.array_equal(back, tensor):  # raw forms hand on everything
             assert np.all(back[~aside.support] == 0)
             off = np.where(aside.support, off, 0)
-        assert np.all(off <= allowed_error(name, exact, aside.support))
+        assert np.all(off <= allowed_error(name, exact, aside))
         if aside.dither is None:
             assert np.all(back[tensor == 0] == 0)
 
@@ -130,7 +132,7 @@ def test_the_snr_asked_for_is_met(coder: str, wanted: int) -> None:
     name = f"{coder}:{wanted}"
     for tensor, aside in ((activation(), NOTHING), (gradient(), NOTHING), (gradient(), Aside((0, 0, 3)))):
         reached = snr(tensor, codec(name).decode(codec(name).encode(tensor, aside), tensor.shape, aside))
-        assert wanted - 0.3 < reached < wanted + (6 if aside is NOTHING else 0.3)
+        assert wanted - 0.3 < reached < wanted + (4 if aside is NOTHING else 0.3)
 
 
 @pytest.mark.parametrize("name", ["step:3", "step:15", "context:3"])

@@ -22,7 +22,7 @@ from common.errors import CodecError
 
 Array = NDArray[Any]
 
-_HEADER = struct.Struct("<BBI")  # levels of doubt, of predictions in each; bytes of the frame with all but the symbols
+_HEADER = struct.Struct("<BBBI")  # levels of doubt, of predictions in each; parents of a channel; bytes of the frame with all but the symbols
 _DOUBTS = 1 << 12  # more than any doubt
 _LEVELS, _GROUPS = 6, 12
 # Magnitudes of signed symbols are predicted in eighths.
@@ -53,12 +53,15 @@ def _magnitudes(symbols: Symbols, zero: int) -> Symbols:
     return np.minimum(steps * np.int16(_FINER), 255).astype(np.uint8)
 
 
-def _borders(values: Array, number: int) -> Array:
-    """Borders (uint16) between `number` groups of about as many values each."""
-    if not len(values):
-        return np.zeros(number - 1, np.uint16)
-    places = np.arange(1, number) * len(values) // number
-    return np.partition(values, places)[places] if number > 1 else values[:0]
+def _borders(histogram: Array, number: int) -> Array:
+    """Borders (uint16) between `number` groups of about as many values each, of which `histogram` counts them."""
+    before = np.cumsum(histogram)
+    return np.searchsorted(before, np.arange(1, number) * int(before[-1]) // number, "right").astype(np.uint16)
+
+
+def _starts(between: Array) -> Array:
+    """For each doubt where its level starts in a table of (level, prediction)."""
+    return np.searchsorted(between, np.arange(_DOUBTS), "right").astype(np.int32) * (MOST + 1)
 
 
 class _Contexts:
@@ -67,7 +70,7 @@ class _Contexts:
     def __init__(self, between: Array, within: Array) -> None:
         levels, groups = within.shape[0], within.shape[1] + 1
         self.number = 2 * levels * groups
-        self._starts = np.searchsorted(between, np.arange(_DOUBTS), "right").astype(np.int32) * (MOST + 1)
+        self._starts = _starts(between)
         rows = [np.searchsorted(borders, np.arange(MOST + 1), "right") for borders in within]
         self._tables = np.concatenate([2 * (groups * level + row) for level, row in enumerate(rows)]).astype(np.uint8)
 
@@ -95,13 +98,13 @@ def _places(step: Pass, plane: Array | None, channel: int) -> Array | None:
 
 def _model(
     maps: Symbols, zero: int, support: Support | None, quarters: Array | None
-) -> tuple[list[tuple[Array, Array]], int, tuple[int, int], tuple[Array, ...]]:
-    """(symbols, contexts) of each pass in order; how many contexts; levels and groups; what is sent to make them."""
+) -> tuple[list[tuple[Array, Array]], int, tuple[int, int, int], tuple[Array, ...]]:
+    """(symbols, contexts) of each pass in order; how many contexts; levels, groups, parents; what is sent of these."""
     shape, signed = _planes(maps.shape), bool(zero)
     maps = maps.reshape(shape)
     support, quarters = (None if part is None else part.reshape(shape) for part in (support, quarters))
     magnitudes = _magnitudes(maps, zero)
-    parents = predict.likest(magnitudes)
+    parents = predict.likest(magnitudes, PARENTS)
     predictor = Predictor(shape, parents)
     weights: list[Array] = []
     found: list[tuple[Symbols, Array, Array, Array | None]] = []
@@ -115,14 +118,15 @@ def _model(
         found.append(tuple(_taken(part, chosen) for part in parts))
     levels, groups = _most(maps.size, signed)
     all_values, all_doubts = (np.concatenate([parts[at] for parts in found]) for at in (1, 2))
-    between = _borders(all_doubts, levels)
-    level = np.searchsorted(between, all_doubts, "right")
-    within = np.stack([_borders(all_values[level == at], groups) for at in range(levels)])
+    between = _borders(np.bincount(all_doubts, minlength=_DOUBTS), levels)
+    starts = _starts(between)
+    histograms = np.bincount(starts.take(all_doubts) + all_values, minlength=levels * (MOST + 1))
+    within = np.stack([_borders(row, groups) for row in histograms.reshape(levels, MOST + 1)])
     contexts = _Contexts(between, within)
     batches = [
         (_turned(symbols, drawn), contexts.of(values, doubts, drawn)) for symbols, values, doubts, drawn in found
     ]
-    return batches, contexts.number, (levels, groups), (parents, between, within, np.concatenate(weights))
+    return batches, contexts.number, (levels, groups, parents.shape[1]), (parents, between, within, np.concatenate(weights))
 
 
 def _counts(batches: list[tuple[Array, Array]], tables: int) -> Array:
@@ -173,14 +177,14 @@ def decode(
     view = memoryview(data)
     if len(view) < _HEADER.size:
         raise CodecError("the tables' header is cut short")
-    levels, groups, size = _HEADER.unpack_from(view)
+    levels, groups, ancestors, size = _HEADER.unpack_from(view)
     wanted = shape[0] * shape[1] * shape[2] * shape[3] if support is None else int(np.count_nonzero(support))
     most = _most(shape[0] * shape[1] * shape[2] * shape[3], bool(zero))
-    if not (1 <= levels <= most[0] and 1 <= groups <= most[1]):
+    if not (1 <= levels <= most[0] and 1 <= groups <= most[1] and ancestors <= PARENTS):
         raise CodecError(f"{levels} levels of {groups} contexts came for {wanted} symbols")
     planes = _planes(shape)
     packed = view[_HEADER.size : _HEADER.size + size]
-    parents, contexts, weights, frequencies = _tables(packed, planes, levels, groups)
+    parents, contexts, weights, frequencies = _tables(packed, planes, levels, groups, ancestors)
     decoder = rans.Decoder(view[_HEADER.size + size :], wanted, rans.Tables(frequencies))
     maps = np.full(planes, zero, np.uint8)
     support, quarters = (None if part is None else part.reshape(planes) for part in (support, quarters))
@@ -200,15 +204,15 @@ def decode(
 
 
 def _tables(
-    packed: memoryview, planes: Shape, levels: int, groups: int
+    packed: memoryview, planes: Shape, levels: int, groups: int, ancestors: int
 ) -> tuple[Array, _Contexts, list[Array], Array]:
     """Parents, contexts, the weights of each pass and frequencies [contexts, 256] that `encode` made."""
-    between, within, lengths = levels - 1, levels * (groups - 1), predict.weights_of(planes)
+    between, within, lengths = levels - 1, levels * (groups - 1), predict.weights_of(planes, ancestors)
     number = 2 * levels * groups
-    sizes = (PARENTS * planes[0], 2 * (between + within), sum(lengths), 256 * number, 256 * number)
+    sizes = (ancestors * planes[0], 2 * (between + within), sum(lengths), 256 * number, 256 * number)
     body = np.frombuffer(frame.decompress(packed, sum(sizes)), np.uint8)
     lineage, borders, weights, low, high = np.split(body, np.cumsum(sizes)[:-1])
-    parents, border = lineage.reshape(-1, PARENTS), borders.view("<u2").astype(np.uint16)
+    parents, border = lineage.reshape(planes[0], ancestors), borders.view("<u2").astype(np.uint16)
     frequencies: Array = (low.astype(np.uint32) | high.astype(np.uint32) << 8).reshape(number, 256)
     late = np.maximum(np.arange(len(parents)), 1)[:, None]
     if np.any(parents >= late) or np.any(frequencies.sum(axis=1) != rans.TOTAL):

@@ -33,7 +33,7 @@ _BY_ROW = tuple((row, column) for row in (-1, 1) for column in (-2, 2)) + tuple(
     (row, column) for row in (-2, 2) for column in (-1, 1)
 )
 # Elements of a channel's pass that are predicted at once, and samples that weights are fitted to.
-_SLAB, _SAMPLES = 1 << 13, 4096
+_SLAB, _SAMPLES = 1 << 14, 4096
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,22 @@ def passes(shape: Shape) -> Iterator[tuple[int, Pass]]:
     return ((channel, step) for channel in range(shape[0]) for step in present)
 
 
-def weights_of(shape: Shape) -> list[int]:
+def weights_of(shape: Shape, parents: int) -> list[int]:
     """How many weights each pass has, in coding order."""
-    return [step.inputs(min(channel, PARENTS)) for channel, step in passes(shape)]
+    return [step.inputs(min(channel, parents)) for channel, step in passes(shape)]
 
 
-def likest(magnitudes: Array) -> Array:
-    """For each channel of magnitudes [C, ...] the channels before it that are most like it [C, PARENTS], best first."""
+def likest(magnitudes: Array, number: int) -> Array:
+    """For each channel of magnitudes [C, ...] the channels before it that are most like it [C, number], best first."""
     channels = len(magnitudes)
     flat = magnitudes.reshape(channels, -1)
     some = flat[:, :: max(1, flat.shape[1] // (2 * _SAMPLES)) | 1].astype(np.float64)
     some -= some.mean(axis=1, keepdims=True)
     some /= np.maximum(np.sqrt(np.square(some).sum(axis=1, keepdims=True)), 1e-9)
     alike = np.abs(some @ some.T)
-    parents = np.zeros((channels, PARENTS), np.uint8)
+    parents = np.zeros((channels, number), np.uint8)
     for channel in range(1, channels):
-        best = np.argsort(-alike[channel, :channel], kind="stable")[:PARENTS]
+        best = np.argsort(-alike[channel, :channel], kind="stable")[:number]
         parents[channel, : len(best)] = best
     return parents
 
@@ -111,13 +111,13 @@ class Predictor:
 
     def __init__(self, shape: Shape, parents: Array) -> None:
         channels, pictures, height, width = shape
-        self._parents = parents
+        self._parents = [row[:channel] for channel, row in enumerate(parents)]
         self._values = np.zeros(shape, np.uint8)
         self._errors = np.zeros(shape, np.uint8)
         padded = (pictures, height + 2 * _PAD, width + 2 * _PAD)
         # The current channel's, and its parents' values, with pads around that mirror them.
         self._own, self._own_errors = np.zeros(padded, np.uint8), np.zeros(padded, np.uint8)
-        self._others = np.zeros((min(PARENTS, channels - 1), *padded), np.uint8)
+        self._others = np.zeros((len(self._parents[-1]), *padded), np.uint8)
         self._lines = [
             (np.r_[:_PAD, size + _PAD : size + 2 * _PAD], _mirrored(size, _PAD)) for size in (height, width)
         ]
@@ -135,7 +135,7 @@ class Predictor:
         self._channel = channel
         self._own[...] = 0
         self._own_errors[...] = 0
-        for other, parent in zip(self._others, self._parents[channel, : min(channel, PARENTS)], strict=False):
+        for other, parent in zip(self._others, self._parents[channel], strict=False):
             self._inner(other)[...] = self._values[parent]
             self._mirror(other)
 
@@ -150,7 +150,7 @@ class Predictor:
         """What the weights are for [inputs, places], as float32 that are integers."""
         if channel != self._channel:
             self._begin(channel)
-        own, others = self._own[pictures], self._others[: min(channel, PARENTS), pictures]
+        own, others = self._own[pictures], self._others[: len(self._parents[channel]), pictures]
         parts = [self._moved(own, step, *offset) for offset in step.near + step.far]
         for other in others:
             parts += [self._moved(other, step, *offset) for offset in ((0, 0), *(_STRAIGHT if step.fine else ()))]
@@ -185,7 +185,7 @@ class Predictor:
         return values, self._doubt(channel, step, values)
 
     def _doubt(self, channel: int, step: Pass, values: Array) -> Array:
-        parents = self._parents[channel, : min(channel, PARENTS)]
+        parents = self._parents[channel]
         near, across = np.zeros((2, *self._moved(self._own, step).shape), np.uint16)
         for offset in step.near:
             near += self._moved(self._own_errors, step, *offset)

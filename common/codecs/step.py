@@ -25,7 +25,7 @@ from common.errors import CodecError
 _SMALL = 256
 # Steps outside are not safe to divide by, or to multiply with, in float32: such a tensor goes as it is.
 _LEAST, _MOST, _FURTHEST = 1e-36, 1e28, 2.0**30
-_HEADER = struct.Struct("<BfII")  # form and flags, step, outliers, checksum of the support
+_HEADER = struct.Struct("<BfBII")  # form and flags, step, level of unsigned elements in it, outliers, checksum of the support
 _RAW, _ZEROS, _PACKED, _CONTEXT = range(4)
 _SIGNED, _DITHERED, _SUPPORTED = 4, 8, 16
 _UNCODED = Fp32()
@@ -63,11 +63,13 @@ class Step:
         amax = max(-low, high)
         values = _in_sending_order(tensor, aside.support)
         if not values.size or not amax:
-            return _HEADER.pack(_ZEROS, 0, 0, 0)
-        step = quantise.step_of(values, self.snr)
+            return _HEADER.pack(_ZEROS, 0, 0, 0, 0)
+        flags = self._flags(aside) | (_SIGNED if low < 0 else 0)
+        flat = values.reshape(-1) if aside.support is not None else tensor.reshape(-1)
+        step = quantise.step_of(flat, self.snr, not flags & _SIGNED)
         if tensor.size < _SMALL or not _LEAST < step < _MOST or amax > float(step) * _FURTHEST:
             return _raw(tensor)
-        flags = self._flags(aside) | (_SIGNED if low < 0 else 0)
+        level = 0 if flags & _SIGNED else quantise.level_of(flat, step)
         drawn = _drawn(flags, aside, values.size)
         if flags & _SIGNED:
             symbols, outliers = quantise.signed(values, amax, step, _noise(drawn, values.shape))
@@ -82,7 +84,7 @@ class Step:
             form = _PACKED
             flat = symbols.reshape(-1)
             body = pack.encode([flat] if drawn is None else dither.apart(flat, drawn, _zero(flags)), _zero(flags), tail)
-        payload = _HEADER.pack(form | flags, step, len(outliers), _checksum(aside.support)) + body
+        payload = _HEADER.pack(form | flags, step, level, len(outliers), _checksum(aside.support)) + body
         return payload if len(payload) < 4 * tensor.size else _raw(tensor)
 
     def decode(self, payload: Buffer, shape: tuple[int, ...], aside: Aside = NOTHING) -> Tensor:
@@ -95,15 +97,15 @@ class Step:
         count = elements(shape)
         if len(payload) < _HEADER.size:
             raise CodecError(f"{len(payload)} bytes are too few for a header")
-        form, size, outlying, checksum = _HEADER.unpack_from(payload)
+        form, size, level, outlying, checksum = _HEADER.unpack_from(payload)
         body, flags, step = payload[_HEADER.size :], form & ~3, np.float32(size)
         if form in (_RAW, _ZEROS):
-            if size or outlying or checksum or len(body) != (4 * count if form == _RAW else 0):
+            if size or level or outlying or checksum or len(body) != (4 * count if form == _RAW else 0):
                 raise CodecError(f"{len(body)} bytes came for {count} elements that are not coded")
             return _UNCODED.decode(body, shape) if form == _RAW else np.zeros(shape, np.float32)
         if form & 3 not in (_PACKED, _CONTEXT) or flags & ~_SIGNED != self._flags(aside) & ~_SIGNED or flags >= 32:
             raise CodecError(f"form {form} is not what was agreed on: the two sides differ in dither or support")
-        if flags & _DITHERED and not flags & _SIGNED:
+        if flags & (_DITHERED | _SIGNED) == _DITHERED or bool(flags & _SIGNED) == bool(level):
             raise CodecError(f"form {form} does not exist")
         if checksum != _checksum(aside.support):
             raise CodecError("the two sides differ in which elements are zero")
@@ -130,7 +132,7 @@ class Step:
         if flags & _SIGNED:
             quantise.restore_signed(symbols, outliers, step, _noise(drawn, values.shape), values)
         else:
-            quantise.restore_unsigned(symbols, outliers, step, values)
+            quantise.restore_unsigned(symbols, outliers, step, level, values)
         if chosen is not None:
             out.reshape(-1)[chosen] = values.reshape(-1)
         return out
@@ -214,4 +216,4 @@ def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    return _HEADER.pack(_RAW, 0, 0, 0) + bytes(_UNCODED.encode(tensor))
+    return _HEADER.pack(_RAW, 0, 0, 0, 0) + bytes(_UNCODED.encode(tensor))
