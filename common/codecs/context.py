@@ -16,27 +16,33 @@ from numpy.typing import NDArray
 
 from common.codecs import frame, predict, rans
 from common.codecs.base import Buffer, Support
-from common.codecs.predict import MOST, PARENTS, Pass, Predictor, Shape
+from common.codecs.predict import MOST, PARENTS, Predictor, Shape
 from common.codecs.quantise import OUTLIER, Symbols
 from common.errors import CodecError
 
 Array = NDArray[Any]
 
-_HEADER = struct.Struct("<BBBI")  # levels of doubt, of predictions in each; parents of a channel; bytes of the frame with all but the symbols
+_HEADER = struct.Struct(
+    "<BBBI"
+)  # levels of doubt, of predictions in each; parents of a channel; bytes of the frame with all but the symbols
 _DOUBTS = 1 << 12  # more than any doubt
 _LEVELS, _GROUPS = 6, 12
 # Magnitudes of signed symbols are predicted in eighths.
 _FINER = 8
-_CHANNELS, _SMALLEST = 64, 16
+_CHANNELS, _SMALLEST = 128, 16
+# Elements of a channel that pay for weights of its own: of activations, and of gradients, which are less alike.
+_WORTHWHILE = {False: 1 << 12, True: 1 << 14}
 
 
-def _planes(shape: Shape) -> Shape:
-    """Maps [C, B, H, W] as they are predicted: tiny ones side by side, and no more channels than take bounded time."""
+def _planes(shape: Shape, signed: bool) -> Shape:
+    """Maps [C, B, H, W] as they are predicted: tiny ones side by side, and channels one from the other where there are
+    not too many for bounded time and each is large enough to pay for weights of its own; else all as one."""
     channels, pictures, height, width = shape
     if height * width < _SMALLEST:
         return 1, 1, channels, pictures * height * width
-    together = next(size for size in range(1, channels + 1) if channels % size == 0 and channels // size <= _CHANNELS)
-    return channels // together, pictures * together, height, width
+    if channels <= _CHANNELS and pictures * height * width >= _WORTHWHILE[signed]:
+        return shape
+    return 1, channels * pictures, height, width
 
 
 def _most(count: int, signed: bool) -> tuple[int, int]:
@@ -92,15 +98,12 @@ def _taken(part: Array | None, chosen: Array | None) -> Any:
     return None if part is None else part.reshape(-1) if chosen is None else part.reshape(-1).take(chosen)
 
 
-def _places(step: Pass, plane: Array | None, channel: int) -> Array | None:
-    return None if plane is None else step.places(plane[channel])
-
-
 def _model(
     maps: Symbols, zero: int, support: Support | None, quarters: Array | None
 ) -> tuple[list[tuple[Array, Array]], int, tuple[int, int, int], tuple[Array, ...]]:
     """(symbols, contexts) of each pass in order; how many contexts; levels, groups, parents; what is sent of these."""
-    shape, signed = _planes(maps.shape), bool(zero)
+    signed = bool(zero)
+    shape = _planes(maps.shape, signed)
     maps = maps.reshape(shape)
     support, quarters = (None if part is None else part.reshape(shape) for part in (support, quarters))
     magnitudes = _magnitudes(maps, zero)
@@ -109,7 +112,8 @@ def _model(
     weights: list[Array] = []
     found: list[tuple[Symbols, Array, Array, Array | None]] = []
     for channel, step in predict.passes(shape):
-        truth, mask, drawn = (_places(step, plane, channel) for plane in (magnitudes, support, quarters))
+        truth = step.places(magnitudes[channel])
+        mask, drawn = (None if plane is None else step.places(plane[channel]) for plane in (support, quarters))
         weights.append(predictor.fit(channel, step, truth, mask))
         values, doubts = predictor.predict(channel, step, weights[-1])
         chosen = None if mask is None else np.flatnonzero(mask)
@@ -126,7 +130,12 @@ def _model(
     batches = [
         (_turned(symbols, drawn), contexts.of(values, doubts, drawn)) for symbols, values, doubts, drawn in found
     ]
-    return batches, contexts.number, (levels, groups, parents.shape[1]), (parents, between, within, np.concatenate(weights))
+    return (
+        batches,
+        contexts.number,
+        (levels, groups, parents.shape[1]),
+        (parents, between, within, np.concatenate(weights)),
+    )
 
 
 def _counts(batches: list[tuple[Array, Array]], tables: int) -> Array:
@@ -181,8 +190,8 @@ def decode(
     wanted = shape[0] * shape[1] * shape[2] * shape[3] if support is None else int(np.count_nonzero(support))
     most = _most(shape[0] * shape[1] * shape[2] * shape[3], bool(zero))
     if not (1 <= levels <= most[0] and 1 <= groups <= most[1] and ancestors <= PARENTS):
-        raise CodecError(f"{levels} levels of {groups} contexts came for {wanted} symbols")
-    planes = _planes(shape)
+        raise CodecError(f"{levels} levels of {groups} contexts with {ancestors} parents came for {wanted} symbols")
+    planes = _planes(shape, bool(zero))
     packed = view[_HEADER.size : _HEADER.size + size]
     parents, contexts, weights, frequencies = _tables(packed, planes, levels, groups, ancestors)
     decoder = rans.Decoder(view[_HEADER.size + size :], wanted, rans.Tables(frequencies))
@@ -191,7 +200,8 @@ def decode(
     predictor = Predictor(planes, parents)
     for (channel, step), factors in zip(predict.passes(planes), weights, strict=True):
         values, doubts = predictor.predict(channel, step, factors)
-        places, mask, drawn = (_places(step, plane, channel) for plane in (maps, support, quarters))
+        places = step.places(maps[channel])
+        mask, drawn = (None if plane is None else step.places(plane[channel]) for plane in (support, quarters))
         chosen = None if mask is None else np.flatnonzero(mask)
         drawn = _taken(drawn, chosen)
         coded = decoder.batch(contexts.of(_taken(values, chosen), _taken(doubts, chosen), drawn))

@@ -48,9 +48,9 @@ def _places(drawn: Numbers, quarter: int) -> tuple[NDArray[np.int64], slice, NDA
 
 def apart(symbols: NDArray[np.uint8], drawn: Numbers, zero: int) -> list[NDArray[np.uint8]]:
     """The flat `symbols`, filled up with `zero` to whole rows, quarter by quarter."""
-    rows = np.full(len(drawn), zero, np.uint8)
-    rows[: len(symbols)] = symbols
-    rows = rows.reshape(-1, _ROW // QUARTERS, QUARTERS)
+    filled = np.full(len(drawn), zero, np.uint8)
+    filled[: len(symbols)] = symbols
+    rows = filled.reshape(-1, _ROW // QUARTERS, QUARTERS)
     return [rows[_places(drawn, quarter)].reshape(-1) for quarter in range(QUARTERS)]
 
 

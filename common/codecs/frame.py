@@ -19,7 +19,8 @@ _WINDOW = 2**27
 
 def compress(*parts: Buffer | NDArray[Any]) -> bytes:
     """One frame of all parts, each with blocks, and so Huffman codes, of its own."""
-    compressor, views = zstandard.ZstdCompressor(compression_params=_PARAMETERS), [memoryview(part) for part in parts]
+    compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+    views = [memoryview(part) for part in parts]  # type: ignore[arg-type]
     if len(views) == 1:
         return compressor.compress(views[0])
     stream = compressor.compressobj(size=sum(view.nbytes for view in views))

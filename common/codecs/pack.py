@@ -18,6 +18,7 @@ from common.errors import CodecError
 
 # Digits a byte, and the word that so many symbols fill; the highest digit is the escape. One a byte is the symbol.
 _WORDS = {1: "u1", 2: "<u2", 4: "<u4"}
+_TOGETHER = {2: 1 << 8 | 1 << 4, 4: 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6}
 _SAMPLE, _PIECES = 1 << 15, 8
 # More digits a byte must earn what they cost in time.
 _WORTHWHILE = 0.98
@@ -47,14 +48,12 @@ def _split(symbols: Symbols, digits: int, zero: int) -> tuple[Symbols, Symbols]:
         padded = np.zeros(-(-len(part) // digits) * digits, np.uint8)
         body = padded[: len(part)]
         # Symbols below the lowest wrap round to large ones, and become escapes like those above.
-        np.subtract(part, lowest, out=body)
-        np.minimum(body, escape, out=body)
+        np.minimum(np.subtract(part, lowest, out=body) if lowest else part, escape, out=body)
         escapes.append(part.take(np.flatnonzero(body == escape)))
-        # The digits stand a byte apart in a word; shifting draws them together in its lowest byte.
+        # The digits stand a byte apart in a word; multiplying draws them together in its highest byte.
         words = padded.view(_WORDS[digits])
-        words |= words >> (8 - 8 // digits)
-        if digits == 4:
-            words |= words >> 12
+        words *= words.dtype.type(_TOGETHER[digits])
+        words >>= words.dtype.type(8 * digits - 8)
         packed[at // digits : at // digits + len(words)] = words
     return packed, np.concatenate(escapes)
 

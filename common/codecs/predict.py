@@ -118,9 +118,7 @@ class Predictor:
         # The current channel's, and its parents' values, with pads around that mirror them.
         self._own, self._own_errors = np.zeros(padded, np.uint8), np.zeros(padded, np.uint8)
         self._others = np.zeros((len(self._parents[-1]), *padded), np.uint8)
-        self._lines = [
-            (np.r_[:_PAD, size + _PAD : size + 2 * _PAD], _mirrored(size, _PAD)) for size in (height, width)
-        ]
+        self._lines = [(np.r_[:_PAD, size + _PAD : size + 2 * _PAD], _mirrored(size, _PAD)) for size in (height, width)]
         self._channel = -1
 
     def _mirror(self, padded: Array) -> None:
@@ -143,7 +141,9 @@ class Predictor:
         """What lies (row, column) from each place of a pass."""
         height, width = padded.shape[-2] - _PAD, padded.shape[-1] - _PAD
         return padded[
-            ..., _PAD + step.row + row : height + row : step.every, _PAD + step.column + column : width + column : step.every
+            ...,
+            _PAD + step.row + row : height + row : step.every,
+            _PAD + step.column + column : width + column : step.every,
         ]
 
     def inputs(self, channel: int, step: Pass, pictures: slice) -> Array:
@@ -199,7 +199,9 @@ class Predictor:
             near = across
         return (near * np.uint16(2) + across).reshape(-1) + (values >> np.uint16(4))
 
-    def learn(self, channel: int, step: Pass, magnitudes: Array, values: Array, doubt: Array, chosen: Array | None) -> None:
+    def learn(
+        self, channel: int, step: Pass, magnitudes: Array, values: Array, doubt: Array, chosen: Array | None
+    ) -> None:
         """Take in a pass's magnitudes [places]; of those not `chosen`, which nobody sends, the prediction is kept."""
         expected = (values + np.uint16(UNIT // 2)) // np.uint16(UNIT)
         known, errors = expected.astype(np.uint8), np.minimum(doubt >> 4, 255).astype(np.uint8)

@@ -25,7 +25,9 @@ from common.errors import CodecError
 _SMALL = 256
 # Steps outside are not safe to divide by, or to multiply with, in float32: such a tensor goes as it is.
 _LEAST, _MOST, _FURTHEST = 1e-36, 1e28, 2.0**30
-_HEADER = struct.Struct("<BfBII")  # form and flags, step, level of unsigned elements in it, outliers, checksum of the support
+_HEADER = struct.Struct(
+    "<BfBII"
+)  # form and flags, step, level of unsigned elements in it, outliers, checksum of the support
 _RAW, _ZEROS, _PACKED, _CONTEXT = range(4)
 _SIGNED, _DITHERED, _SUPPORTED = 4, 8, 16
 _UNCODED = Fp32()
@@ -78,12 +80,12 @@ class Step:
         tail = outliers.astype("<i4").tobytes()
         if self.coder == "context":
             form = _CONTEXT
-            maps = _as_maps(symbols, tensor.shape, aside.support, _zero(flags))
-            body = tail + context.encode(maps, _zero(flags), *_beside(tensor.shape, aside.support, drawn))
+            maps = as_maps(symbols, tensor.shape, aside.support, _zero(flags))
+            body = tail + context.encode(maps, _zero(flags), *beside(tensor.shape, aside.support, drawn))
         else:
             form = _PACKED
-            flat = symbols.reshape(-1)
-            body = pack.encode([flat] if drawn is None else dither.apart(flat, drawn, _zero(flags)), _zero(flags), tail)
+            row = symbols.reshape(-1)
+            body = pack.encode([row] if drawn is None else dither.apart(row, drawn, _zero(flags)), _zero(flags), tail)
         payload = _HEADER.pack(form | flags, step, level, len(outliers), _checksum(aside.support)) + body
         return payload if len(payload) < 4 * tensor.size else _raw(tensor)
 
@@ -118,8 +120,8 @@ class Step:
             if len(body) < tail:
                 raise CodecError(f"{outlying} outliers were announced, more than came")
             rest = bytes(body[:tail])
-            beside = _beside(shape, aside.support, drawn)
-            maps = context.decode(body[tail:], _map_shape(shape), _zero(flags), *beside)
+            known = beside(shape, aside.support, drawn)
+            maps = context.decode(body[tail:], map_shape(shape), _zero(flags), *known)
             symbols = maps.reshape(-1) if chosen is None else _in_order_of_memory(maps, shape).take(chosen)
         else:
             symbols, rest = pack.decode(body, wanted if drawn is None else len(drawn), _zero(flags), tail)
@@ -170,7 +172,7 @@ def _in_sending_order(tensor: Tensor, support: Support | None) -> Tensor:
     return tensor.reshape(-1).take(np.flatnonzero(support)).reshape(1, 1, -1)
 
 
-def _map_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+def map_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """A tensor [B, C, H, W], [B, C, L] or [B, C] as maps [C, B, H, W]."""
     batch, channels, rest = grid(shape)
     return (channels, batch, shape[2], shape[3]) if len(shape) == 4 else (channels, batch, 1, rest)
@@ -179,7 +181,7 @@ def _map_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 def _maps_of(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """Values in the order of memory as maps."""
     batch, channels, rest = grid(shape)
-    return np.ascontiguousarray(values.reshape(batch, channels, rest).transpose(1, 0, 2)).reshape(_map_shape(shape))
+    return np.ascontiguousarray(values.reshape(batch, channels, rest).transpose(1, 0, 2)).reshape(map_shape(shape))
 
 
 def _in_order_of_memory(maps: Symbols, shape: tuple[int, ...]) -> Symbols:
@@ -187,16 +189,16 @@ def _in_order_of_memory(maps: Symbols, shape: tuple[int, ...]) -> Symbols:
     return maps.reshape(channels, batch, rest).transpose(1, 0, 2).reshape(-1)
 
 
-def _as_maps(symbols: Symbols, shape: tuple[int, ...], support: Support | None, zero: int) -> Symbols:
+def as_maps(symbols: Symbols, shape: tuple[int, ...], support: Support | None, zero: int) -> Symbols:
     """Symbols in sending order as maps."""
     if support is None:
-        return symbols.reshape(_map_shape(shape))
+        return symbols.reshape(map_shape(shape))
     spread = np.full(elements(shape), zero, np.uint8)
     spread[np.flatnonzero(support)] = symbols.reshape(-1)
     return _maps_of(spread, shape)
 
 
-def _beside(
+def beside(
     shape: tuple[int, ...], support: Support | None, drawn: Numbers | None
 ) -> tuple[Support | None, Symbols | None]:
     """As maps: the support, and the quarters in which the numbers drawn lie."""
@@ -205,7 +207,7 @@ def _beside(
         return mask, None
     quarters = (drawn >> 14).astype(np.uint8)
     count = elements(shape) if support is None else int(np.count_nonzero(support))
-    return mask, _as_maps(quarters[:count], shape, support, 0)
+    return mask, as_maps(quarters[:count], shape, support, 0)
 
 
 def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:
