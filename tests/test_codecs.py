@@ -148,7 +148,8 @@ def test_the_snr_asked_for_is_met(coder: str, wanted: int) -> None:
     name = f"{coder}:{wanted}"
     for tensor, aside in ((activation(), NOTHING), (gradient(), NOTHING), (gradient(), Aside((0, 0, 3)))):
         reached = snr(tensor, codec(name).decode(codec(name).encode(tensor, aside), tensor.shape, aside))
-        assert wanted - 0.3 < reached < wanted + (4 if aside is NOTHING else 0.3)
+        # Without dither, steps as coarse as the elements leave less noise than the step^2/12 that is reckoned with.
+        assert wanted - 0.3 < reached < wanted + (5 if aside is NOTHING else 0.3)
 
 
 @pytest.mark.parametrize("name", ["step:3", "step:15", "context:3"])
