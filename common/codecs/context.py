@@ -123,9 +123,11 @@ def _model(
         parts = (step.places(maps[channel]), values, doubts, drawn)
         found.append(tuple(_taken(part, chosen) for part in parts))
     most = _most(maps.size, signed)
-    everything = [np.concatenate([parts[at] for parts in found]) for at in (0, 1, 2)]
-    sizes = most if len(everything[0]) >= _PLENTY else min(_fewer(*most), key=lambda sizes: _cost(*everything, sizes))
-    between, within = _grouped(*everything[1:], sizes)
+    sent, all_values, all_doubts = (np.concatenate([parts[at] for parts in found]) for at in (0, 1, 2))
+    sizes = most
+    if len(sent) < _PLENTY:
+        sizes = min(_fewer(*most), key=lambda sizes: _cost(sent, all_values, all_doubts, sizes))
+    between, within = _grouped(all_values, all_doubts, sizes)
     contexts = _Contexts(between, within)
     batches = [
         (_turned(symbols, drawn), contexts.of(values, doubts, drawn)) for symbols, values, doubts, drawn in found
