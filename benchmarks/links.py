@@ -114,8 +114,8 @@ def flips() -> dict[str, list[int]]:
 def slow(rate: str) -> dict[str, Any]:
     """Two steps over a link of `rate`."""
     with _apart() as (server, device, address):
-        for end in (server, device):
-            end.cut_up()
+        for end, other in ((server, device), (device, server)):
+            end.far_from(other)
             end.shape(rate, _QUEUE)
         with _elsewhere(device, address, "2") as process:
             assert process.stdout
@@ -133,10 +133,12 @@ def lost() -> float:
         assert process.stdout
         for _ in range(20):
             process.stdout.readline()
-        for end in (server, device):
+        for end, other in ((server, device), (device, server)):
+            end.far_from(other)
             end.shape("8bit", "1")
         started = time.monotonic()
-        process.wait(120)
+        said = [line for line in process.stdout if "reconnecting" in line]
+        assert "the link is dead" in said[0], said
         return round(time.monotonic() - started, 1)
 
 
