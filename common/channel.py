@@ -28,7 +28,7 @@ _PING_EVERY_MS = 10_000
 # minute unless set; `keepalive_timeout` is the kernel's patience with what isn't confirmed (TCP_USER_TIMEOUT).
 _PATIENCE_MS = 120_000 if sys.platform.startswith("linux") else 10_000
 # Deadline of the unary handshake; streams have keepalive instead, for on a slow link a step may take minutes.
-HANDSHAKE_S = 30.0
+HANDSHAKE_S = 25.0
 
 _SHARED: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
