@@ -16,7 +16,7 @@ from common import models
 from common import recipe as recipes
 from common.channel import ServerTls
 from common.checkpoint import EVERY
-from common.errors import DepruneError, ModelError
+from common.errors import ModelError
 from common.partition import describe_cuts
 from common.progress import size
 from common.run import RunFolder
@@ -125,13 +125,22 @@ def serve(
         doing = f"waiting for its device to go on with {parsed.name} at step {host.run.step:,}"
     console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.", highlight=False)
     caught = run(server, once)
-    if caught and not host.served:
-        assert host.run
-        raise DepruneError(
-            f"stopped by {caught} at step {host.run.step:,}; the run is not finished and goes on from there when it is "
-            f"started again with the same recipe and --run"
-        )
-    console.print(f"Stopped{f' by {caught}' if caught else ''}; the run in {run_path} is complete.", highlight=False)
+    console.print(f"Stopped{f' by {caught}' if caught else ''}{_left(host)}", highlight=False, markup=False)
+
+
+def _left(host: Host) -> str:
+    """What a server that was stopped leaves behind, to go after "Stopped"."""
+    if host.served:
+        return f"; the run in {host.folder.path} is complete."
+    assert host.run
+    if not host.run.checkpoints.written:
+        return f" at step {host.run.step:,}; nothing was kept." if host.run.training else (
+            "; no device had begun, and nothing was kept."
+        )  # fmt: skip
+    return (
+        f" at step {host.run.step:,}; the run is not finished and goes on from there when it is started again with the "
+        f"same recipe and --run."
+    )
 
 
 @cli.command()

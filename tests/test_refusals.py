@@ -282,7 +282,8 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
         server_process.terminate()
         server_process.wait(timeout=30)
     log = (tmp_path / "log").read_text()
-    assert device.returncode != 0 and server_process.returncode != 0
+    assert device.returncode != 0 and server_process.returncode == 0
+    assert "Error" not in log and "Refused: the server was stopped" not in log
     assert "Traceback" not in out + err + log, out + err + log
     steps = {path.name for side in ("device", "server") for path in (tmp_path / side / "checkpoints").glob("step-*")}
     assert steps
@@ -292,7 +293,17 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
         words = " ".join((out + err).split())
         # A step that outlasts the server's grace, on a crowded machine, is cut off instead of told.
         assert "reconnecting, attempt 1 (" in words and "gave up after" in words
-        assert f"stopped by {number.name} at step" in log
+        assert f"Stopped by {number.name} at step" in log and "goes on from there" in log
+
+
+def test_a_server_that_is_stopped_before_a_device_came(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_text())
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "run", "--threads", 1)
+    with pair.server(*arguments, log=tmp_path / "log") as (process, _):
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+    assert "Stopped by SIGTERM; no device had begun, and nothing was kept." in (tmp_path / "log").read_text()
+    assert not (tmp_path / "run").exists()
 
 
 def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: Path) -> None:
