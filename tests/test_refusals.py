@@ -205,6 +205,15 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
             "codec.activation is 'jpeg': there is no codec 'jpeg'; there are fp32, fp16, int8",
         ),
         ({"schedule": "phases = [[0, 1, 2]]"}, "schedule.phases[0] has 3 items; give [width, epochs]"),
+        (
+            {
+                "top": 'name = "x"\nmethod = "deprune"',
+                "bottleneck": 'kind = "linear"',
+                "schedule": "phases = [[16, 1], [8, 1]]",
+            },
+            'the schedule has [16, 8]: put the widths in rising order (0 is all), or take method "prune"',
+        ),
+        ({"top": 'name = "x"\nmethod = "deprune"'}, 'bottleneck.kind is "none": choose channels or linear'),
         ({"schedule": "phases = [[4, 1]]"}, 'bottleneck.kind "none" sends all channels'),
         ({"schedule": 'kind = "plateau"\nwidths = [0]'}, "needs data.validation above 0"),
         ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
@@ -289,6 +298,11 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
     assert steps
     if side == "device":
         assert "Stopping after this step" in out and "The device left at step" in log
+        # A server without the recipe has nothing to do with the run, and says what to give it.
+        line = pair.command("edge-server", "serve", "--run", tmp_path / "server")
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=pair.environment())
+        assert done.returncode == 1 and "holds an unfinished run, at step " in done.stderr
+        assert f"{tmp_path / 'server' / 'recipe.toml'} is a copy" in " ".join(done.stderr.split())
     else:
         words = " ".join((out + err).split())
         # A step that outlasts the server's grace, on a crowded machine, is cut off instead of told.
