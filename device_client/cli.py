@@ -164,6 +164,7 @@ def train(
     """
     check_source(source)
     folder = RunFolder(run_path)
+    click.get_current_context().with_resource(folder.claimed())
     saved = None if overwrite else folder.unfinished()
     kept: list[int] = []
     if saved:
@@ -176,6 +177,8 @@ def train(
     try:
         opened = remote.open(trains=True, run_id=saved["run_id"] if saved else "", kept=kept, wait_s=wait)
         going = f", going on at step {opened.step:,}" if opened.step else ""
+        if opened.step == 0:
+            going = ", beginning again: no later checkpoint had been taken"
         console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {server}{going}.", highlight=False)
         loaded = _load(remote, source, skip_unreadable, ("train", "validation", "test"), limit)
         console.print(

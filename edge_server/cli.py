@@ -109,6 +109,7 @@ def serve(
         parsed, text = recipes.load(recipe)
     # The same command goes on serving a run that it has finished: a service may be restarted at any time.
     if recipe and (overwrite or not folder.holds_finished(parsed.digest())):
+        click.get_current_context().with_resource(folder.claimed())
         host = Host.to_train(parsed, text, folder, console, allowed, overwrite, Limits(**limits))
         assert host.run
         host.run.every = checkpoint_every

@@ -213,7 +213,8 @@ class Host:
             self.run.check_free(session.identity)
             return 0
         self.run.check_owner(session.identity)
-        step = self.run.resume(run_id, kept)
+        with self._beginning:  # no stream begins while the run is put back: it would go on from what is given up
+            step = self.run.resume(run_id, kept)
         session.take_up(self.run)
         self.console.print(f"The device of run {run_id} is back; it goes on at step {step}.", highlight=False)
         return step

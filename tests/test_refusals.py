@@ -171,6 +171,9 @@ def test_classes_that_do_not_match(server: str, tmp_path: Path) -> None:
     source = f"npz:{tmp_path / 'three.npz'}"
     done = pair.device("train", server, "--data", source, "--run", tmp_path / "run", capture_output=True)
     assert done.returncode == 1 and "3 classes, the recipe test-plain has 10" in done.stderr.replace("\n", " ")
+    # The command put right may use the same folder.
+    again = pair.device("train", server, "--data", source, "--run", tmp_path / "run", capture_output=True)
+    assert "3 classes" in again.stderr
 
 
 def test_no_server_and_no_traceback(tmp_path: Path) -> None:
