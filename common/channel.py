@@ -94,6 +94,17 @@ class Access:
         if self.tls_cert and not self.tls_ca:
             raise AuthError("--tls-cert needs --tls-ca as well: the authority that the server's certificate is from")
 
+    @property
+    def doubt(self) -> str:
+        """What may be amiss with it where a server closes the connection at once, which TLS itself doesn't tell."""
+        if not self.tls_ca:
+            return "if it speaks TLS, pass --tls-ca"
+        if not self.tls_cert:
+            return "it may want a certificate: pass --tls-cert and --tls-key"
+        return (
+            f"it may not accept {self.tls_cert}: is that a device certificate of the authority that the server trusts?"
+        )
+
     def credentials(self) -> grpc.ChannelCredentials | None:
         """Of a connection that is made now; None: in the clear."""
         token = tokens.own(self.token_file)

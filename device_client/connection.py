@@ -140,7 +140,7 @@ class Connection:
             reply = self._stub.Open(wire.seal(request), timeout=channel.HANDSHAKE_S)
         except grpc.RpcError as error:
             self.meter.control(UP, request, again=True)
-            raise from_rpc(error, self.server) from error
+            raise from_rpc(error, self.server, self._access.doubt) from error
         if reply.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the server speaks protocol version {reply.protocol_version}, this device {wire.PROTOCOL_VERSION}; "

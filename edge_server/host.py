@@ -148,6 +148,11 @@ class Host:
         cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits | None = None
     ) -> Host:
         """A host that serves the finished run in `folder`."""
+        if saved := folder.unfinished():
+            raise RunFolderError(
+                f"{folder.path} holds an unfinished run, at step {saved['step']:,}: to go on with it, give its recipe "
+                f"too, of which {folder.path / 'recipe.toml'} is a copy"
+            )
         recipe, text, manifest = folder.read()
         host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed)
@@ -155,7 +160,6 @@ class Host:
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"
         host._serve(halves, manifest, published.read_bytes() if published.is_file() else b"")
-        host.finished_at = time.monotonic()
         return host
 
     def _serve(self, halves: Halves, manifest: Manifest, head: bytes) -> None:
