@@ -186,4 +186,10 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _network(name: str, seed: int, model: str, quick: bool) -> Path:
+    """Where the run folders of a job are."""
     return NETWORKS / ("quick" if quick else "full") / model / f"{name.replace(' ', '-')}-{seed}"
+
+
+def is_kept(job: Job) -> bool:
+    """Whether the network that this job trained is on the disk, for others to start from."""
+    return (_network(*job) / "device" / "head.safetensors").is_file()
