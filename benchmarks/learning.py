@@ -83,7 +83,9 @@ def waves(
     Rows outlive the networks they trained (runs/ is nobody's to keep): one that is started from and gone is trained
     again.
     """
-    todo = [(case.name, seed, model, quick) for case in chosen for seed in seeds if (case.name, seed, model) not in done]
+    todo = [
+        (case.name, seed, model, quick) for case in chosen for seed in seeds if (case.name, seed, model) not in done
+    ]
     starts = {case.name: case.start for case in chosen}
     needed = dict.fromkeys((starts[job[0]], *job[1:]) for job in todo if starts[job[0]])
     first = [job for job in needed if job in todo or not is_kept(job)]

@@ -114,7 +114,13 @@ def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]
         head.bottleneck.resize(phase.width)
         total, name = Judgement(), codec(phase.activation_codec)
         for sent, labels in sent_batches(head, data.test, training.recipe):
-            total += judge(training.halves, name.decode(name.encode(sent), sent.shape), labels, phase.width, "bf16")
+            total += judge(
+                training.halves,
+                name.decode(name.encode(sent), sent.shape),
+                labels,
+                phase.width,
+                training.recipe.precision,
+            )
         head.train(not phase.frozen)
         training.halves.tail.train()
         training.halves.tail.resize(training.phase.width, training.phase.order)
