@@ -42,7 +42,7 @@ restart = {restart}
 """
 
 
-def _precision() -> str:
+def precision() -> str:
     """bf16 where the processor multiplies it; where it must imitate it, fp32 is twice as fast."""
     able = torch.cpu.get_capabilities()
     return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
@@ -77,7 +77,7 @@ class Case:
         return RECIPE.format(
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
             init=f"run:{init}" if init else "", kind=self.kind, up=self.up, down=self.down, phases=self.phases,
-            lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(), precision=_precision(),
+            lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(), precision=precision(),
         )  # fmt: skip
 
 
@@ -97,10 +97,14 @@ def _five(name: str, method: str, phase: str, kind: str = "none", **more: Any) -
 
 
 def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
-    """From the trained network, its head frozen: each picture crosses once, 12 epochs. Width 0: without compression."""
-    phase = f"{{ width = {width}, epochs = 12, views = 1, flip = true, shift = {1 if later else 2} }}"
+    """From the trained network, its head frozen: each picture crosses once. Width 0: without compression.
+
+    What was kept is flipped when it is recalled and not shifted: a place of an 8x8 map is four pixels.
+    """
+    more = "epochs = 8, views = 1, flip = true" if later else "epochs = 12, views = 1, flip = true, shift = 2"
     method, kind = ("prune", "linear") if width else ("fine-tuned", "none")
-    return Case(name, method, phase, kind, up, start=KNOWN, lr=0.05, warmup=0, later=later)
+    phase, lr = f"{{ width = {width}, {more} }}", 0.02 if later else 0.05
+    return Case(name, method, phase, kind, up, start=KNOWN, lr=lr, warmup=0, later=later)
 
 
 KNOWN, KNOWN_FIVE = "plain on other pictures", "plain on five other classes"
@@ -121,7 +125,7 @@ CASES = [
         start=KNOWN, lr=0.05, warmup=0, quick=True,
     ),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
-    _stored("prune to 32 of 64, later cut", 32, "context:8", later=True),
+    _stored("prune to 32 of 64, later cut", 32, "context:8.3", later=True),
     _linear("fixed width 1", 1, quick=True),
     Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "context:10", "context:5", warmup=50, quick=True),
     Case(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import inprocess, whole
-from benchmarks.learning_cases import ALL, CASES, EPOCHS, LAST_FIVE, OTHERS, Case
+from benchmarks.learning_cases import ALL, CASES, EPOCHS, LAST_FIVE, OTHERS, Case, precision
 from common import optim, recipe
 from common.codecs import codec
 from common.halves import Head
@@ -179,16 +179,30 @@ def _whole(case: Case, text: str, data: Dataset) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(job: Job) -> dict[str, Any]:
+def _case(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def recipe_of(job: Job) -> str:
     name, seed, model, quick = job
-    case = next(case for case in CASES if case.name == name)
-    init = str(_network(case.start, seed, model, quick)) if case.start else ""
-    text = case.recipe(model, seed, init)
+    start = _case(name).start
+    return _case(name).recipe(model, seed, str(_network(start, seed, model, quick)) if start else "")
+
+
+def run(job: Job) -> dict[str, Any]:
+    name, seed, model, _ = job
+    case, text = _case(name), recipe_of(job)
     data = _pictures.part(case.part)
     whole = case.method in ("federated", "jpeg")
-    found = _whole(case, text, data) if whole else _split(case, text, data, _network(name, seed, model, quick))
+    found = _whole(case, text, data) if whole else _split(case, text, data, _network(*job))
     head = {"name": name, "method": case.method, "model": model, "seed": seed, "pictures": len(data.train)}
-    return {**head, **found, "recipe": text, "machine": f"{platform.machine()}, one thread", "date": str(date.today())}
+    return {
+        **head,
+        **found,
+        "recipe": text,
+        "machine": f"{platform.machine()}, one thread, {precision()}",
+        "date": str(date.today()),
+    }
 
 
 def _network(name: str, seed: int, model: str, quick: bool) -> Path:

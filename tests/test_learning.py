@@ -104,3 +104,15 @@ def test_a_network_that_others_start_from_is_trained_again_when_it_is_gone(monke
     kept[0] = False
     assert learning.waves(chosen, [0], "tiny", False, done) == ([network], [prune])
     assert learning.waves(chosen, [0], "tiny", False, done | {prune[:3]}) == ([], [])
+
+
+def test_a_row_is_trained_again_when_its_case_has_changed_and_not_when_the_machine_has() -> None:
+    job = ("prune to 8, head frozen", 0, "tiny", False)
+    text = learning.recipe_of(job)
+    other = text.replace('precision = "fp32"', 'precision = "bf16"')
+    other = text.replace('precision = "bf16"', 'precision = "fp32"') if other == text else other
+    row = dict(zip(("name", "seed", "model"), job, strict=False))
+    assert learning.is_current({**row, "recipe": text}, quick=False)
+    assert other != text and learning.is_current({**row, "recipe": other}, quick=False)
+    assert not learning.is_current({**row, "recipe": text.replace("lr = 0.05", "lr = 0.02")}, quick=False)
+    assert not learning.is_current({**row, "name": "a case that was dropped", "recipe": text}, quick=False)
