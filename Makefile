@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 # Pictures for the benchmarks that want real ones: an image folder with train/CLASS and test/CLASS.
 SOURCE ?= folder:cifar
 RUNS ?= 1000000
+COUNT ?= 200
+MINUTES ?= 60
 
-.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters fuzz clean
+.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters bench-checkpoint fuzz faults soak clean
 
 setup: $(VENV)/.ready
 
@@ -39,12 +41,22 @@ bench-codec: setup
 bench-learning: setup
 	$(BIN)/python -m benchmarks.learning $(SOURCE) $(ARGS)
 
+bench-checkpoint: setup
+	$(BIN)/python -m benchmarks.checkpoint
+
 bench-effect: setup
 	$(BIN)/python -m benchmarks.effect $(SOURCE)
 
 # Needs root: it makes network namespaces.
 bench-counters: setup
 	$(BIN)/python -m benchmarks.counters
+
+# The matrix, and COUNT faults in one run; ARGS=--matrix or --random takes one of the two, --seed repeats the latter.
+faults: setup
+	$(BIN)/python -m benchmarks.faults --count $(COUNT) $(ARGS)
+
+soak: setup
+	$(BIN)/python -m benchmarks.soak $(MINUTES) $(ARGS)
 
 fuzz: setup
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'

@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks import peers, tensors
 from common.codecs import Aside, codec, context, dither, frame, quantise
 from common.codecs.base import NOTHING
-from common.codecs.step import Step
+from common.codecs.step import Step, as_maps, beside
 from device_client.data import load
 
 RESULT = Path("benchmarks/results/codec.json")
@@ -43,13 +43,13 @@ def snr_of(tensor: np.ndarray, back: np.ndarray, support: np.ndarray | None) -> 
     return float(10 * np.log10(np.sum(tensor.astype(np.float64) ** 2) / noise)) if noise else float("inf")
 
 
-def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
-    """The fastest of some runs, and what the function gave."""
+def seconds(function: Callable[[], Any], rounds: int = _ROUNDS) -> tuple[float, Any]:
+    """The fastest of some runs in seconds of this process (one thread), and what the function gave."""
     times = []
-    for _ in range(_ROUNDS):
-        started = time.perf_counter()
+    for _ in range(rounds):
+        started = time.process_time()
         result = function()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return min(times), result
 
 
@@ -58,25 +58,20 @@ def symbols_of(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[np.ndarray
     batch, channels = tensor.shape[:2]
     whole = tensor.reshape(batch, channels, -1).transpose(1, 0, 2)
     values = whole if aside.support is None else tensor[aside.support][None, None]
-    amax, step = float(np.abs(values).max()), quantise.step_of(np.ascontiguousarray(values), snr)
+    step = quantise.step_of(np.ascontiguousarray(values).reshape(-1), snr, not aside.dither)
+    amax = float(np.abs(values).max())
     if not aside.dither:
         return quantise.unsigned(values, amax, step)[0], 0
-    noise = dither.uniform(aside.dither, values.size).reshape(values.shape)
+    noise = dither.numbers(aside.dither, values.size)[: values.size].reshape(values.shape)
     return quantise.signed(values, amax, step, noise)[0], quantise.SIGNED_ZERO
 
 
 def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, float]:
-    """Bytes an element of the quantised symbols: each by itself, and given its four neighbours (no tables counted)."""
-    batch, channels, height, width = tensor.shape
+    """Bytes an element of the quantised symbols: each by itself, and in the contexts of `context` without tables."""
     symbols, zero = symbols_of(tensor, snr, aside)
-    support = None
-    if aside.support is None:
-        maps = symbols.reshape(channels, batch, height, width)
-    else:
-        maps = np.full(tensor.shape, zero, np.uint8)
-        maps[aside.support] = symbols.reshape(-1)
-        support = aside.support.reshape(-1, height, width)
-    bits = context.ideal_bits(maps.reshape(batch * channels, height, width), zero, support)
+    maps = as_maps(symbols, tensor.shape, aside.support, zero)
+    drawn = dither.numbers(aside.dither, symbols.size) if aside.dither else None
+    bits = context.ideal_bits(maps, zero, *beside(tensor.shape, aside.support, drawn))
     counts = np.bincount(symbols.reshape(-1))
     counts = counts[counts > 0]
     alone = -np.sum(counts * np.log2(counts / counts.sum()))
@@ -84,8 +79,9 @@ def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, floa
 
 
 def ours(tensor: np.ndarray, chosen: Step, aside: Aside) -> dict[str, Any]:
-    encode, payload = seconds(lambda: chosen.encode(tensor, aside))
-    decode, back = seconds(lambda: chosen.decode(payload, tensor.shape, aside))
+    rounds = _ROUNDS if getattr(chosen, "coder", "") != "context" else 1
+    encode, payload = seconds(lambda: chosen.encode(tensor, aside), rounds)
+    decode, back = seconds(lambda: chosen.decode(payload, tensor.shape, aside), rounds)
     return {
         "snr_db": snr_of(tensor, back, aside.support), "bytes_per_element": len(payload) / tensor.size,
         "encode_mb_s": tensor.nbytes / encode / 1e6, "decode_mb_s": tensor.nbytes / decode / 1e6,
@@ -104,15 +100,18 @@ def zstd_alone(tensor: np.ndarray, snr: float, aside: Aside) -> dict[str, float]
     }  # fmt: skip
 
 
-def at_snr(tensor: np.ndarray, coder: str, wanted: float, aside: Aside) -> int:
-    """Bytes of our payload at the SNR that a peer has."""
-    low, high = 0.0, 60.0
-    for _ in range(12):
+def at_snr(tensor: np.ndarray, wanted: float, aside: Aside) -> dict[str, float]:
+    """Bytes an element of our payloads at the SNR that a peer has."""
+    low, high = wanted - 6, wanted + 2
+    for _ in range(9):
         middle = (low + high) / 2
         fast = Step("step", middle)
         reached = snr_of(tensor, fast.decode(fast.encode(tensor, aside), tensor.shape, aside), aside.support)
         low, high = (middle, high) if reached < wanted else (low, middle)
-    return len(Step(coder, high).encode(tensor, aside))
+    return {
+        f"{coder}_at_this_snr": len(Step(coder, high).encode(tensor, aside)) / tensor.size
+        for coder in ("step", "context")
+    }  # fmt: skip
 
 
 def measure(name: str, tensor: np.ndarray, aside: Aside, levels: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -131,15 +130,14 @@ def measure(name: str, tensor: np.ndarray, aside: Aside, levels: tuple[int, ...]
             rows.append(row | {"snr_db": rows[2 * levels.index(snr)]["snr_db"]})
     rows.append({"tensor": name, "codec": "int8"} | ours(tensor, codec("int8"), NOTHING))  # type: ignore[arg-type]
     for peer, send in peers.PEERS.items():
-        encode, (data, back) = seconds(lambda send=send: send(tensor))
+        encode, (data, back) = seconds(lambda send=send: send(tensor), 1)
         row = {
             "tensor": name, "codec": peer, "snr_db": snr_of(tensor, back, aside.support),
             "bytes_per_element": len(data) / tensor.size, "encode_mb_s": tensor.nbytes / encode / 1e6,
             "decode_mb_s": None, "with_zstd": len(peers.with_zstd(send)(tensor)[0]) / tensor.size,
         }  # fmt: skip
         if peer in peers.EIGHT_BIT or peer.startswith("uint4"):
-            for coder in ("step", "context"):
-                row[f"{coder}_at_this_snr"] = at_snr(tensor, coder, row["snr_db"], aside) / tensor.size
+            row |= at_snr(tensor, row["snr_db"], aside)
         rows.append(row)
     return rows
 

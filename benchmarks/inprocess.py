@@ -59,6 +59,22 @@ class _Context:
         raise _Failed(code, details, self.metadata)
 
 
+class _Call:
+    """The little of a stream's call that the device uses: its frames, and word of its end."""
+
+    def __init__(self, frames: Iterator[Any]) -> None:
+        self._frames = frames
+
+    def __next__(self) -> Any:
+        return next(self._frames)
+
+    def add_callback(self, _callback: Callable[[], None]) -> bool:
+        """Asked for when the device has said its last: the servicer reads that, and has ended by then."""
+        for _ in self._frames:
+            pass
+        return False
+
+
 class Stub:
     """A stub whose calls run in the caller's thread: a stream's generator advances when its next frame is asked for."""
 
@@ -71,11 +87,11 @@ class Stub:
     def Head(self, request: Any) -> Iterator[Any]:
         return self._servicer.Head(request, _Context())
 
-    def Train(self, frames: Iterator[Any]) -> Iterator[Any]:
-        return self._servicer.Train(frames, _Context())
+    def Train(self, frames: Iterator[Any]) -> _Call:
+        return _Call(self._servicer.Train(frames, _Context()))
 
-    def Evaluate(self, frames: Iterator[Any]) -> Iterator[Any]:
-        return self._servicer.Evaluate(frames, _Context())
+    def Evaluate(self, frames: Iterator[Any]) -> _Call:
+        return _Call(self._servicer.Evaluate(frames, _Context()))
 
 
 # Called after each step with its number, its phase, the device's loop and what the server holds for it.
@@ -104,21 +120,18 @@ def train(
         trainer = Trainer(tail, data, run, quiet)
         trainer.prepare((), None)
         if watch:
-            _observe(tail, watch, trainer, host)
+            _observe(watch, trainer, host)
         run.start(text)
-        trainer.fit()
-        return trainer.finish(publish=False)
+        return trainer.run(publish=False)
 
 
-def _observe(tail: RemoteTail, watch: Watch, trainer: Trainer, host: Host) -> None:
+def _observe(watch: Watch, trainer: Trainer, host: Host) -> None:
     """Have `watch` called where the device takes in the result of a step: both halves have applied it by then."""
-    result = tail.result
+    after = trainer._after
 
-    def watched(step: int, phase: Phase) -> StepResult:
-        answer = result(step, phase)
-        training = host.session(tail.opened.session).training
-        assert training
-        watch(step, phase, trainer, training)
-        return answer
+    def watched(result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
+        assert host.run and host.run.training
+        watch(trainer.step, trainer.phase, trainer, host.run.training)
+        return after(result, seconds)
 
-    tail.result = watched  # type: ignore[method-assign]
+    trainer._after = watched  # type: ignore[method-assign]

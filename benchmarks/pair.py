@@ -25,26 +25,32 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "100"}
 
 
+def start(name: str, *arguments: object, log: Path, prefix: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    """`edge-server ARGUMENTS` or `device-client ARGUMENTS` in the background, its output in `log`.
+
+    `prefix` stands before the command line, to run it elsewhere (`ip netns exec NAME`).
+    """
+    with log.open("wb") as output:
+        line = [*prefix, *command(name, *arguments)]
+        return subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
+
+
 @contextlib.contextmanager
 def server(
     *arguments: object, log: Path, timeout: float = 60, listen: str = "127.0.0.1:0", prefix: tuple[str, ...] = ()
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`edge-server serve ARGUMENTS` on a free port: the process and HOST:PORT; killed at the end.
-
-    `prefix` stands before the command line, to run it elsewhere (`ip netns exec NAME`).
-    """
-    line = [*prefix, *command("edge-server", "serve", *arguments, "--listen", listen)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
+    """`edge-server serve ARGUMENTS` on a free port: the process and HOST:PORT; killed at the end."""
+    process = start("edge-server", "serve", *arguments, "--listen", listen, log=log, prefix=prefix)
     try:
-        yield process, _address(process, log, timeout)
+        yield process, address_of(process, log, timeout)
     finally:
         if process.poll() is None:
             process.kill()
         process.wait()
 
 
-def _address(process: subprocess.Popen[bytes], log: Path, timeout: float) -> str:
+def address_of(process: subprocess.Popen[bytes], log: Path, timeout: float = 60) -> str:
+    """HOST:PORT of a server that was just started; raises where it ends instead."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         found = _LISTENS.search(log.read_text())

@@ -39,7 +39,7 @@ def sizes(rows: list[dict[str, Any]]) -> str:
                     _number(fast["decode_mb_s"], 0), _number(slow["encode_mb_s"], 0), _number(slow["decode_mb_s"], 0),
                     _number(fast["encode_mb_s"] / fast["zstd_alone_mb_s"], 2),
                 ])  # fmt: skip
-    head = ["tensor", "SNR asked", "SNR", "`step`", "no mask", "`context`", "H0", "H given 4", "`step` enc", "dec",
+    head = ["tensor", "SNR asked", "SNR", "`step`", "no mask", "`context`", "H0", "H in context", "`step` enc", "dec",
             "`context` enc", "dec", "enc / zstd alone"]  # fmt: skip
     return table(head, result)
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import inprocess
-from common.codecs.base import Support
 from common.schedule import Phase
 from device_client.data import Dataset, Part
 from device_client.remote_tail import RemoteTail
@@ -68,16 +67,11 @@ class _Recorder(RemoteTail):
         super().__init__(*arguments, **options)
         self._kept = kept
 
-    def send(self, step: int, phase: Phase, sent: np.ndarray, labels: np.ndarray) -> None:
+    def learn(self, step: int, phase: Phase, sent: np.ndarray, *rest: Any) -> Any:
+        answer = super().learn(step, phase, sent, *rest)
         if step in (EARLY, LATE):
-            self._kept[step] = {"activation": sent.copy()}
-        super().send(step, phase, sent, labels)
-
-    def gradient(self, step: int, phase: Phase, shape: tuple[int, ...], support: Support | None) -> np.ndarray:
-        gradient = super().gradient(step, phase, shape, support)
-        if step in (EARLY, LATE):
-            self._kept[step]["gradient"] = gradient.copy()
-        return gradient
+            self._kept[step] = {"activation": sent.copy(), "gradient": answer[0].copy()}
+        return answer
 
 
 def record(data: Dataset, cut: str, batch: int) -> list[Sample]:

@@ -1,13 +1,21 @@
-"""gRPC options with the reason beside each, and credentials. Both sides take theirs from here, so they fit."""
+"""gRPC options with the reason beside each, and TLS. Both sides take theirs from here, so they fit."""
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
 
-from common.errors import DepruneError
+from common import tokens
+from common.errors import AuthError, DepruneError
+from common.reloaded import Reloaded
 from common.wire import FRAME_BYTES
 
 # A frame's data, and room for the rest of its message; anything larger is refused before it is read.
@@ -60,20 +68,111 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def connect(address: str, tls_ca: Path | None = None) -> grpc.Channel:
-    """A channel to HOST:PORT; with `tls_ca`, TLS and only servers whose certificate that authority signed."""
+@dataclass(frozen=True)
+class Access:
+    """How a device reaches its server. Files, and not what is in them: they are read anew at each connection."""
+
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise AuthError("--tls-cert and --tls-key go together")
+        if self.tls_cert and not self.tls_ca:
+            raise AuthError("--tls-cert needs --tls-ca as well: the authority that the server's certificate is from")
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """Of a connection that is made now; None: in the clear."""
+        token = tokens.own(self.token_file)
+        if not self.tls_ca:
+            if token:
+                raise AuthError(
+                    f"a token is only sent over TLS: give --tls-ca, or leave out --token-file and {tokens.VARIABLE}"
+                )
+            return None
+        key, certificate = _pair(self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else (None, None)
+        tls = grpc.ssl_channel_credentials(_authority(self.tls_ca), key, certificate)
+        if not token:
+            return tls
+        # gRPC sends it as `authorization: Bearer`, once the server has proved who it is.
+        return grpc.composite_channel_credentials(tls, grpc.access_token_call_credentials(token))
+
+
+def connect(address: str, access: Access) -> grpc.Channel:
+    """A channel to HOST:PORT; with TLS only to servers whose certificate the device's authority signed."""
     parse_address(address)
-    if tls_ca is None:
+    credentials = access.credentials()
+    if credentials is None:
         return grpc.insecure_channel(address, options=DEVICE_OPTIONS)
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(_read(tls_ca)), options=DEVICE_OPTIONS)
+    return grpc.secure_channel(address, credentials, options=DEVICE_OPTIONS)
 
 
-def server_credentials(certificate: Path, key: Path) -> grpc.ServerCredentials:
-    return grpc.ssl_server_credentials([(_read(key), _read(certificate))])
+@dataclass(frozen=True)
+class ServerTls:
+    """A server's certificate and key, and the authority of its devices' certificates where they must have one."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+def server_credentials(tls: ServerTls, tell: Callable[[str], None]) -> grpc.ServerCredentials:
+    """Credentials that follow their files: a new connection gets what lies there now, if it can be used."""
+
+    def load() -> grpc.ServerCertificateConfiguration:
+        pair = _pair(tls.cert, tls.key)
+        return grpc.ssl_server_certificate_configuration([pair], _authority(tls.client_ca) if tls.client_ca else None)
+
+    paths = [tls.cert, tls.key, *([tls.client_ca] if tls.client_ca else [])]
+    newest = Reloaded(paths, load, tell)
+    given = first = newest()
+
+    def changed() -> grpc.ServerCertificateConfiguration | None:
+        """Called by gRPC for every connection; None: as before."""
+        nonlocal given
+        before, given = given, newest()
+        return None if given is before else given
+
+    return grpc.dynamic_ssl_server_credentials(first, changed, tls.client_ca is not None)  # type: ignore[arg-type]
+
+
+def _pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
+    """Key and certificate (PEM) as gRPC wants them; AuthError where they are damaged, run out or not of one pair.
+
+    gRPC itself would only print lines of its own and refuse every connection.
+    """
+    chain, secret = _read(certificate), _read(key)
+    first = _certificates(chain, certificate)[0]
+    try:
+        public = serialization.load_pem_private_key(secret, None).public_key()
+    except TypeError as error:
+        raise AuthError(f"the key {key} is encrypted; it must be without a passphrase") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise AuthError(f"{key} holds no private key (PEM)") from error
+    if public != first.public_key():
+        raise AuthError(f"{key} is not the key of {certificate}")
+    if first.not_valid_after_utc < datetime.now(UTC):
+        raise AuthError(f"{certificate} ran out on {first.not_valid_after_utc:%Y-%m-%d}; renew it")
+    return secret, chain
+
+
+def _authority(path: Path) -> bytes:
+    data = _read(path)
+    _certificates(data, path)
+    return data
+
+
+def _certificates(data: bytes, path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(data)
+    except ValueError as error:
+        raise AuthError(f"{path} holds no certificate (PEM)") from error
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DepruneError(f"{path} cannot be read: {error.strerror}") from error
+        raise AuthError(f"{path} cannot be read: {error.strerror}") from error

@@ -15,11 +15,15 @@ that the device raises the same error the server met.
     │   └── TooLargeError  a tensor or message over the negotiated limit
     ├── VersionError       the two sides speak different versions of the protocol
     ├── MismatchError      halves, recipes or classes that do not belong together
+    ├── AuthError          a token or certificate that is missing, wrong or cannot be used
+    ├── ForbiddenError     a run that belongs to another identity
     ├── BusyError          the server has no room for this session
+    ├── SessionError       the server does not know this session (any more)
     ├── StoreError         the server has no room for what it would keep
     ├── DivergedError      the loss or a tensor is no longer finite
     ├── StoppedError       one side was stopped by its user
-    └── LinkError          no server answers, or the link broke
+    ├── LinkError          no server answers, or the link broke
+    └── RolledBackError    the server went on from an earlier step; the device must follow
 """
 
 from __future__ import annotations
@@ -71,7 +75,19 @@ class MismatchError(DepruneError):
     pass
 
 
+class AuthError(DepruneError):
+    pass
+
+
+class ForbiddenError(DepruneError):
+    pass
+
+
 class BusyError(DepruneError):
+    pass
+
+
+class SessionError(DepruneError):
     pass
 
 
@@ -91,6 +107,12 @@ class LinkError(DepruneError):
     pass
 
 
+class RolledBackError(DepruneError):
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 _STATUS: dict[type[DepruneError], grpc.StatusCode] = {
     RecipeError: grpc.StatusCode.FAILED_PRECONDITION,
     ModelError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -102,7 +124,10 @@ _STATUS: dict[type[DepruneError], grpc.StatusCode] = {
     TooLargeError: grpc.StatusCode.OUT_OF_RANGE,
     VersionError: grpc.StatusCode.FAILED_PRECONDITION,
     MismatchError: grpc.StatusCode.FAILED_PRECONDITION,
+    AuthError: grpc.StatusCode.UNAUTHENTICATED,
+    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
     BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    SessionError: grpc.StatusCode.NOT_FOUND,
     StoreError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DivergedError: grpc.StatusCode.ABORTED,
     StoppedError: grpc.StatusCode.UNAVAILABLE,
@@ -120,11 +145,29 @@ def abort(context: grpc.ServicerContext, error: DepruneError) -> None:
 
 def _reason(details: str) -> str:
     """The part of gRPC's account of a failure that means something to a person."""
-    for words in ("Connection refused", "Connection reset", "DNS resolution failed", "CERTIFICATE_VERIFY_FAILED",
-                  "Network is unreachable", "No route to host", "Timeout", "Ssl handshake failed"):  # fmt: skip
+    for words in ("Connection refused", "Connection reset", "DNS resolution failed", "Network is unreachable",
+                  "No route to host", "Timeout", "Tls handshake failed"):  # fmt: skip
         if words.lower() in details.lower():
-            return words.replace("CERTIFICATE_VERIFY_FAILED", "its certificate is not trusted")
+            return words
     return details
+
+
+def _handshake(details: str, server: str) -> DepruneError | None:
+    """What it means where a connection ended in its first moments; TLS says little to the other side by design."""
+    if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
+        return AuthError(
+            f"what answers at {server} is not trusted: its certificate must be of the authority in --tls-ca, for this "
+            f"host name and not run out"
+        )
+    if "WRONG_VERSION_NUMBER" in details:
+        return LinkError(f"the server at {server} does not use TLS; start it with --tls-cert, or leave out --tls-ca")
+    # Words of a connection that was never made: where one breaks later, gRPC does not say so.
+    if "failed to connect" in details and "Socket closed" in details:
+        return LinkError(
+            f"the server at {server} closed the connection before anything was said: it may be stopping, or it wants "
+            f"TLS (--tls-ca), or a certificate (--tls-cert) of an authority that it trusts"
+        )
+    return None
 
 
 def from_rpc(error: grpc.RpcError, server: str) -> DepruneError:
@@ -133,6 +176,8 @@ def from_rpc(error: grpc.RpcError, server: str) -> DepruneError:
     metadata: dict[str, str] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
     if metadata.get(_METADATA_KEY) in _BY_NAME:
         return _BY_NAME[metadata[_METADATA_KEY]](details)
+    if code == grpc.StatusCode.UNAVAILABLE and (handshake := _handshake(details, server)):
+        return handshake
     if code == grpc.StatusCode.UNAVAILABLE:
         return LinkError(
             f"no server answers at {server} ({_reason(details)}); check the address and that edge-server runs there"

@@ -7,6 +7,10 @@
 
 Beside them stands raw: the bytes of the same tensor as fp32 before the codec, so payload / raw is the codec's
 share. Both sides count the same messages with the same function, so their books must agree to the byte.
+
+The books hold what the run needed: each step and each evaluation once, as in a run without faults. What faults cost
+beside that (frames of a broken stream, answers sent once more, steps made once more, handshakes of a reconnect)
+stands apart, as `again`; there the two sides need not agree, for what is lost is seen by its sender alone.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ class Meter:
         self._lock = threading.Lock()
         self._lap = {UP: 0, DOWN: 0}
         self._books = {way: {role: Count() for role in ROLES} for way in (UP, DOWN)}
+        self._again = {UP: 0, DOWN: 0}
 
     def frame(self, way: str, frame: pb.Frame) -> pb.Frame:
         """Count `frame` going `way` ("up" from the device, "down" to it) and hand it on."""
@@ -62,10 +67,28 @@ class Meter:
             self._books[way][role].add(count)
         return frame
 
-    def control(self, way: str, message: Any) -> None:
-        """Count a message of the handshake."""
+    def control(self, way: str, message: Any, again: bool = False) -> None:
+        """Count a message of the handshake; `again` where a fault made it necessary."""
         with self._lock:
-            self._books[way]["control"].message += message.ByteSize()
+            if again:
+                self._again[way] += message.ByteSize()
+            else:
+                self._books[way]["control"].message += message.ByteSize()
+
+    def again(self, way: str, frame: pb.Frame) -> pb.Frame:
+        """Count `frame` as sent because of a fault, and hand it on."""
+        with self._lock:
+            self._again[way] += frame.ByteSize()
+        return frame
+
+    def settle(self, counts: list[tuple[str, str, Count]], done: bool) -> None:
+        """Count what a Draft holds, as (way, role, count)."""
+        with self._lock:
+            for way, role, count in counts:
+                if done:
+                    self._books[way][role].add(count)
+                else:
+                    self._again[way] += count.message
 
     def total(self, way: str) -> Count:
         with self._lock:
@@ -81,8 +104,34 @@ class Meter:
             total = self.total(way)
             with self._lock:
                 by_role = {role: asdict(count) for role, count in self._books[way].items() if count.message}
-            result[way] = {"payload": total.payload, "message": total.message, "kernel": kernel, "by_role": by_role}
+            result[way] = {
+                "payload": total.payload, "message": total.message, "kernel": kernel, "again": self._again[way],
+                "by_role": by_role,
+            }  # fmt: skip
         return result
+
+    def state(self) -> dict[str, Any]:
+        """The books as JSON, for a checkpoint."""
+        with self._lock:
+            books = {way: {role: asdict(count) for role, count in book.items()} for way, book in self._books.items()}
+            return {"books": books, "again": dict(self._again)}
+
+    def restore(self, state: dict[str, Any], lost: dict[str, int] | None = None) -> None:
+        """Go back to the books of a checkpoint: what was counted since then is sent again.
+
+        `lost`, in a new process: bytes by way that the one before had counted after the checkpoint.
+        """
+        with self._lock:
+            before = {way: sum(count.message for count in book.values()) for way, book in self._books.items()}
+            self._books = {
+                way: {role: Count(**state["books"][way].get(role, {})) for role in ROLES} for way in (UP, DOWN)
+            }
+            for way, book in self._books.items():
+                if lost is None:
+                    self._again[way] += before[way] - sum(count.message for count in book.values())
+                else:
+                    self._again[way] += before[way] + state["again"][way] + lost[way]
+        self.lap()
 
     def lap(self) -> dict[str, int]:
         """Message bytes up and down since the last lap, evaluations left out: called at the end of each step."""
@@ -93,3 +142,23 @@ class Meter:
             }
             before, self._lap = self._lap, now
         return {way: now[way] - before[way] for way in now}
+
+
+class Draft:
+    """Frames that wait until what they belong to is done, and count in the books (`keep`), or is given up (`drop`)."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._frames: list[tuple[str, str, Count]] = []
+
+    def frame(self, way: str, frame: pb.Frame) -> pb.Frame:
+        self._frames.append((way, *count_of(frame)))
+        return frame
+
+    def keep(self) -> None:
+        self._meter.settle(self._frames, done=True)
+        self._frames = []
+
+    def drop(self) -> None:
+        self._meter.settle(self._frames, done=False)
+        self._frames = []

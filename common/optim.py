@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from common.errors import ModelError
 from common.recipe import OptimiserRecipe
 from common.schedule import Phase
 
@@ -44,6 +46,28 @@ def learning_rate(recipe: OptimiserRecipe, step: int, phase: Phase) -> float:
 def set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
     for group in optimiser.param_groups:
         group["lr"] = value
+
+
+def tensors_of(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What the optimiser remembers of each parameter, by "number.name", for a checkpoint."""
+    return {
+        f"{index}.{name}": value
+        for index, slots in optimiser.state_dict()["state"].items()
+        for name, value in slots.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def restore(optimiser: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Give a new optimiser back what `tensors_of` told; ModelError where it is of other parameters."""
+    shapes = [value.shape for group in optimiser.param_groups for value in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        if not number.isdigit() or int(number) >= len(shapes) or value.shape not in (shapes[int(number)], ()):
+            raise ModelError(f"the optimiser's state in {source} is of another model: {key} has no place in it")
+        state.setdefault(int(number), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
 def arithmetic(precision: str) -> contextlib.AbstractContextManager[object]:

@@ -30,9 +30,11 @@ def duration(seconds: float) -> str:
 class Live:
     """Shows steps done, width, loss, accuracy, bytes and the time left, until `close`."""
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, done: int = 0) -> None:
+        """`done` of the `steps` were made before, by another process perhaps."""
         self._console = console
         self._steps = steps
+        self._first = done
         self._started = time.monotonic()
         self._shown = 0.0
         self._width = 0
@@ -60,10 +62,10 @@ class Live:
         """`done` steps are done; the last had this width, loss and share of right answers; bytes are of the run."""
         # A running mean over about 20 steps: single batches jump.
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-        self._accuracy = accuracy if done <= 1 else 0.95 * self._accuracy + 0.05 * accuracy
+        self._accuracy = accuracy if done <= self._first + 1 else 0.95 * self._accuracy + 0.05 * accuracy
         now = time.monotonic()
         elapsed = now - self._started
-        left = elapsed / done * (self._steps - done)
+        left = elapsed / max(1, done - self._first) * (self._steps - done)
         text = (
             f"step {done}/{self._steps}  width {width}  loss {self._loss:.3f}  acc {self._accuracy:.1%}  "
             f"up {size(up)}  down {size(down)}  {duration(left)} left"
@@ -74,6 +76,12 @@ class Live:
         if now - self._shown >= _EVERY_S or width != self._width:
             self._console.print(text, highlight=False)
             self._shown, self._width = now, width
+
+    def waiting(self, text: str) -> None:
+        """What is done in place of steps, for a moment or long: the bar shows it, and output to a file gets a line."""
+        self._bar.update(self._task, description=text)
+        if not self._console.is_terminal:
+            self._console.print(text, highlight=False)
 
     def say(self, text: str) -> None:
         """A line of its own that stays."""

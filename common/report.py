@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +20,15 @@ _TRAINING = {"up": ("activation", "label"), "down": ("gradient",)}
 _ORDER = ("activation", "gradient", "label", "evaluation", "weights", "control")
 
 
+@dataclass
+class Faults:
+    """What went wrong and was made good, as this side saw it."""
+
+    reconnects: int = 0  # new connections of the same two processes
+    resumed: int = 0  # times that the run went on from a checkpoint
+    steps_again: int = 0  # steps made once more since then
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a finished run came to."""
@@ -33,6 +42,7 @@ class Outcome:
     wall_s: float
     busy_s: float  # of it spent computing on this side
     phases: tuple[Phase, ...]
+    faults: Faults = field(default_factory=Faults)
 
 
 def plain_bytes(recipe: Recipe, cut: tuple[int, ...], samples: int) -> dict[str, int]:
@@ -68,6 +78,7 @@ def summarise(
         "busy_s": round(outcome.busy_s, 3),
         "bytes": bytes_,
         "retransmitted": kernel["retransmitted"] if kernel else None,
+        "faults": asdict(outcome.faults),
         "plain_bytes": plain,
         "times_fewer": {way: round(_fewer(bytes_, plain, (way,)), 3) for way in ("up", "down")}
         | {"total": round(_fewer(bytes_, plain, ("up", "down")), 3)},
@@ -104,6 +115,11 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         f"in {duration(summary['wall_s'])}; method {summary['method']}, width {widths}.",
         highlight=False,
     )
+    if any((faults := summary["faults"]).values()):
+        console.print(
+            f"On the way: {faults['reconnects']} reconnects, {faults['resumed']} times resumed from a checkpoint, "
+            f"{faults['steps_again']} steps made again; the result is that of a run without them.", highlight=False,
+        )  # fmt: skip
     table = Table(title="Bytes on the link", title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("")
     for name in ("up", "down", "both"):
@@ -118,6 +134,8 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         if any(counts):
             row(role, *counts)
     row("all messages", bytes_["up"]["message"], bytes_["down"]["message"], style="bold")
+    if bytes_["up"]["again"] or bytes_["down"]["again"]:
+        row("sent again after faults", bytes_["up"]["again"], bytes_["down"]["again"])
     kernel = (bytes_["up"]["kernel"], bytes_["down"]["kernel"])
     row("in the kernel (TCP)", *kernel, end_section=not summary["retransmitted"])
     if again := summary["retransmitted"]:

@@ -1,7 +1,7 @@
-"""The run folder of one side: recipe.toml, run.json, metrics.jsonl, summary.json and the half's weights.
+"""The run folder of one side: recipe.toml, run.json, metrics.jsonl, summary.json, the half's weights, checkpoints/.
 
 Everything but metrics.jsonl is written whole or not at all; a folder with another run in it is never touched
-unless its user says so.
+unless its user says so. An unfinished run goes on from its checkpoints.
 """
 
 from __future__ import annotations
@@ -11,58 +11,34 @@ import errno
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from common import checkpoint, weights
 from common import recipe as recipes
-from common import weights
 from common.errors import RunFolderError
+from common.files import write_atomically
 from common.recipe import Recipe
-from common.schedule import Phase
+from common.schedule import Phase, phase_from
 
 _OURS = ("recipe.toml", "run.json", "metrics.jsonl", "summary.json", "head.safetensors", "tail.safetensors")
 # Room for weights twice over (the temporary copy) is asked for, and this for metrics and summary.
 _SPARE_BYTES = 8 << 20
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary file, fsync, rename, fsync of the folder."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise RunFolderError(
-            f"{path} cannot be written: {error.strerror}; what was there before is unchanged"
-        ) from error
-
-
 class MetricsLog:
     """metrics.jsonl, a line a step. A line that doesn't fit on the disk is taken back whole and the run goes on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resume: bool = False) -> None:
+        """Begin the file anew, or go on with it; `rewind` then says where."""
         self.dropped = 0
         self._path = path
         try:
-            self._file = path.open("wb", buffering=0)
+            self._file = path.open("r+b" if resume and path.exists() else "w+b", buffering=0)
         except OSError as error:
             raise RunFolderError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -81,6 +57,26 @@ class MetricsLog:
             self._file.seek(position)
         self.dropped += 1
         return f"{self._path} cannot be written ({reason}); training goes on without it" if self.dropped == 1 else None
+
+    def rewind(self, step: int) -> dict[str, int]:
+        """Drop the lines of `step` and later, which are made again: how many "steps", and their bytes "up", "down"."""
+        lost, end = {"up": 0, "down": 0, "steps": 0}, 0
+        with self._path.open("rb") as lines:
+            for line in lines:
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # half a line: the process died over it
+                    break
+                if entry["step"] < step:
+                    end += len(line)
+                    continue
+                lost["steps"] += 1
+                for way in ("up", "down"):
+                    lost[way] += entry["bytes"][way]
+        with contextlib.suppress(OSError):  # a device file has no length
+            self._file.truncate(end)
+        self._file.seek(end)
+        return lost
 
     def close(self) -> None:
         self._file.close()
@@ -122,17 +118,51 @@ class RunFolder:
                 f"this run needs {(needed_bytes + _SPARE_BYTES) / 1e6:.0f}"
             )
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def unfinished(self) -> Mapping[str, Any] | None:
+        """Head of the newest sound checkpoint of a run that was not finished; None where there is nothing to go on."""
+        return None if (self.path / "summary.json").is_file() else checkpoint.newest(self.checkpoints)
+
+    def holds_finished(self, digest: str) -> bool:
+        """Whether a finished run of the recipe with this digest lies here."""
+        return (self.path / "summary.json").is_file() and self.read()[2].digest == digest
+
     def start(self, recipe_text: str) -> None:
         """Make the folder, clear what an earlier run left there and open the metrics."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"run folder {self.path} cannot be made: {error.strerror}") from error
+        checkpoint.clear(self.checkpoints)
         for name in _OURS:
             if name != "metrics.jsonl":  # opened anew below; it may be a link that its user made
                 (self.path / name).unlink(missing_ok=True)
         write_atomically(self.path / "recipe.toml", recipe_text.encode())
-        self.metrics = MetricsLog(self.path / "metrics.jsonl")
+        self._log()
+
+    def resume(self, step: int) -> dict[str, int]:
+        """Go on with the run that lies here from `step`; what is lost by that, as MetricsLog.rewind says."""
+        for name in ("head.safetensors", "tail.safetensors", "run.json"):
+            (self.path / name).unlink(missing_ok=True)  # of an end that is made once more
+        if self.metrics is None:
+            self._log(resume=True)
+        assert self.metrics
+        return self.metrics.rewind(step)
+
+    def _log(self, resume: bool = False) -> None:
+        self.metrics = MetricsLog(self.path / "metrics.jsonl", resume)
+
+    def log(self, line: dict[str, Any]) -> str | None:
+        """A line of metrics.jsonl; the warning to show, once, where it could not be written."""
+        return self.metrics.append(line) if self.metrics else None
+
+    def close(self) -> None:
+        if self.metrics:
+            self.metrics.close()
+            self.metrics = None
 
     def write_half(self, name: str, half: nn.Module, manifest: Manifest) -> None:
         """Save `head` or `tail` with its manifest."""
@@ -149,8 +179,7 @@ class RunFolder:
         recipe, text = recipes.load(self.path / "recipe.toml")
         try:
             table = json.loads((self.path / "run.json").read_text())
-            lists = {name: tuple(table["phase"].get(name, ())) for name in ("order", "nested")}
-            phase = Phase(**{**table["phase"], **lists})
+            phase = phase_from(table["phase"])
             manifest = Manifest(table["run_id"], table["digest"], tuple(table["classes"]), phase, table["finished"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{self.path}/run.json is damaged: {error!r}") from error

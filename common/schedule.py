@@ -5,8 +5,10 @@ Called by the server's coordinator alone; the device is told.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 from common.draw import NESTED, generator
 from common.recipe import PhaseRecipe, Recipe, ScheduleRecipe
@@ -47,6 +49,11 @@ class Phase:
     def width_at(self, seed: int, step: int) -> int:
         """The width of one step: a function of seed and step."""
         return self.widths[generator(seed, NESTED, step).integers(len(self.widths))] if self.nested else self.width
+
+
+def phase_from(table: Mapping[str, Any]) -> Phase:
+    """The phase that asdict() made `table` of, its lists read from JSON; TypeError where it is none."""
+    return Phase(**{**table, "order": tuple(table.get("order", ())), "nested": tuple(table.get("nested", ()))})
 
 
 def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int) -> list[Phase]:

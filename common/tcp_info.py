@@ -90,6 +90,12 @@ class Kernel:
         self._known = False
         self._connections: list[Connection] = []
 
+    def carry(self, past: KernelBytes | None) -> None:
+        """Count what an earlier process of the same run had, if it could."""
+        if past:
+            self._past += past
+            self._known = True
+
     def add(self, connection: Connection | None) -> None:
         """Count `connection` too, unless it is counted already; those that have ended are settled and let go."""
         if connection is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -64,6 +65,32 @@ def pack_bytes(place: Place, data: bytes) -> Iterator[pb.Frame]:
 
 def label_type(classes: int) -> np.dtype:
     return np.dtype(np.uint8 if classes <= 256 else np.uint16)
+
+
+Sealed = TypeVar("Sealed", pb.Frame, pb.OpenRequest, pb.OpenReply)
+
+
+def seal(message: Sealed) -> Sealed:
+    """Put the checksum of everything else into a message; a Part has one of its own."""
+    if not (isinstance(message, pb.Frame) and message.HasField("part")):
+        message.check = 0
+        message.check = _check(message)
+    return message
+
+
+def opened(message: Sealed) -> Sealed:
+    """The message, if its checksum is right; else CodecError."""
+    if not (isinstance(message, pb.Frame) and message.HasField("part")):
+        came, message.check = message.check, 0
+        right = came == _check(message)
+        message.check = came
+        if not right:
+            raise CodecError("a message's checksum is wrong: it was damaged on the way")
+    return message
+
+
+def _check(message: pb.Frame | pb.OpenRequest | pb.OpenReply) -> int:
+    return zlib.crc32(message.SerializeToString(deterministic=True))
 
 
 def _frames(place: Place, payload: Buffer, shape: tuple[int, ...], dtype: str, name: str) -> Iterator[pb.Frame]:

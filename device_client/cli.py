@@ -13,13 +13,16 @@ from rich.table import Table
 
 from common import cli as common_cli
 from common import report
-from common.channel import is_loopback, parse_address
+from common.channel import Access, is_loopback, parse_address
+from common.checkpoint import Checkpoints
 from common.errors import RunFolderError
 from common.meter import DOWN, UP
 from common.progress import size
 from common.run import RunFolder
+from common.tokens import exposed
 from device_client import data as data_module
 from device_client import use
+from device_client.connection import GIVE_UP_S
 from device_client.remote_tail import RemoteTail
 from device_client.sources import check_source
 from device_client.trainer import train as train_run
@@ -39,6 +42,11 @@ _SHARED = [
     click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores."),
     click.option("--tls-ca", type=click.Path(exists=True, dir_okay=False, path_type=Path),
                  help="Encrypt, and trust servers whose certificate this authority (PEM) signed."),
+    click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                 help="This device's own certificate (PEM), where the server wants one."),
+    click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its key (PEM)."),
+    click.option("--token-file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                 help="File with the token, where the server wants one; default: that of DEPRUNE_TOKEN."),
 ]  # fmt: skip
 _DATA = [
     click.option("--data", "source", required=True, metavar="SOURCE", help="digits, folder:PATH or npz:PATH."),
@@ -62,7 +70,10 @@ def cli() -> None:
     """The device's side of split learning: owns the pictures, runs the head of the network."""
 
 
-def _connect(server: str, tls_ca: Path | None, threads: int | None) -> RemoteTail:
+def _connect(
+    server: str, threads: int | None, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None,
+    token_file: Path | None, give_up_s: float = GIVE_UP_S,
+) -> RemoteTail:  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
     host, _ = parse_address(server)
@@ -70,7 +81,9 @@ def _connect(server: str, tls_ca: Path | None, threads: int | None) -> RemoteTai
         console.print(
             "[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link."
         )
-    return RemoteTail(server, tls_ca)
+    for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
+        console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
+    return RemoteTail(server, Access(tls_ca, tls_cert, tls_key, token_file), give_up_s=give_up_s)
 
 
 def _finished(run_path: Path | None) -> RunFolder | None:
@@ -113,20 +126,39 @@ def _load(
     metavar="SECONDS",
     help="Keep trying so long while the server is not up yet.",
 )
+@click.option(
+    "--give-up-after",
+    default=GIVE_UP_S,
+    show_default=True,
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="Keep trying so long to get a lost server back; the run can go on later all the same.",
+)
 @click.option("--publish-head", is_flag=True, help="Give the trained head to the server at the end.")
 def train(
-    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None, source: str,
-    skip_unreadable: bool, limit: int | None, overwrite: bool, head_path: Path | None, wait: float,
-    publish_head: bool,
+    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
+    tls_cert: Path | None, tls_key: Path | None, token_file: Path | None, source: str, skip_unreadable: bool,
+    limit: int | None, overwrite: bool, head_path: Path | None, wait: float, give_up_after: float, publish_head: bool,
 ) -> None:  # fmt: skip
-    """Train the server's recipe on this device's pictures."""
+    """Train the server's recipe on this device's pictures.
+
+    A run in --run that was not finished goes on where its newest checkpoint was taken.
+    """
     check_source(source)
     folder = RunFolder(run_path)
-    folder.prepare(overwrite)
-    remote = _connect(server, tls_ca, threads)
+    saved = None if overwrite else folder.unfinished()
+    kept: list[int] = []
+    if saved:
+        kept, warnings = Checkpoints(folder.checkpoints, saved["run_id"], saved["digest"]).sound()
+        for warning in warnings:
+            console.print(f"[yellow]Warning[/yellow]: {warning}")
+    else:
+        folder.prepare(overwrite)
+    remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file, give_up_after)
     try:
-        opened = remote.open(trains=True, wait_s=wait)
-        console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {server}.", highlight=False)
+        opened = remote.open(trains=True, run_id=saved["run_id"] if saved else "", kept=kept, wait_s=wait)
+        going = f", going on at step {opened.step:,}" if opened.step else ""
+        console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {server}{going}.", highlight=False)
         loaded = _load(remote, source, skip_unreadable, limit, ("train", "validation", "test"))
         console.print(
             f"{len(loaded.train):,} training and {len(loaded.test):,} test pictures in {len(loaded.classes)} classes.",
@@ -144,11 +176,12 @@ def train(
 @_with(_SHARED + _ANY_RUN + _WIDTH + _DATA)
 def evaluate(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
+    tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
     width: int | None, source: str, skip_unreadable: bool, limit: int | None,
 ) -> None:  # fmt: skip
     """Judge the trained halves on the test part of SOURCE."""
     check_source(source)
-    remote = _connect(server, tls_ca, threads)
+    remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file)
     try:
         head = use.open_finished(remote, _finished(run_path), allowed, width)
         loaded = _load(remote, source, skip_unreadable, limit, ("test",))
@@ -168,10 +201,11 @@ def evaluate(
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 def predict(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
+    tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
     width: int | None, pictures: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Name the class of each PICTURE, with its probability."""
-    remote = _connect(server, tls_ca, threads)
+    remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file)
     try:
         head = use.open_finished(remote, _finished(run_path), allowed, width)
         answers = list(use.predict(remote, head, pictures))

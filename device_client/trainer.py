@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,12 @@ from rich.console import Console
 
 from common import halves, optim, report, weights
 from common.bottleneck import LinearEncoder, principal_components
-from common.errors import DataError, LinkError, MismatchError
+from common.checkpoint import Checkpoints, due
+from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
 from common.halves import Head
 from common.inherit import adopt
 from common.meter import DOWN, UP
+from common.phase_message import phase_of
 from common.progress import Live
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
@@ -23,14 +26,12 @@ from common.run import Manifest, RunFolder
 from common.schedule import RECALL, Phase
 from device_client import batches
 from device_client.data import Dataset, Part
-from device_client.remote_tail import RemoteTail, StepResult, phase_of
-
-# Steps of a recall asked for at once: few enough that Ctrl-C is soon heard.
-_RECALLED = 64
+from device_client.remote_tail import RemoteTail, StepResult
+from device_client.state import fingerprint, restore, state_of
 
 
 class Trainer:
-    """One run on the device: `prepare` the head, `fit`, `finish`."""
+    """One run on the device: `prepare` the head, `run` from the first step, or from a checkpoint, to the end."""
 
     def __init__(self, remote: RemoteTail, data: Dataset, folder: RunFolder, console: Console) -> None:
         self.remote, self.data, self.folder, self.console = remote, data, folder, console
@@ -40,25 +41,54 @@ class Trainer:
         self.batch = min(self.recipe.data.batch, len(data.train))
         if not self.batch:
             raise DataError("the training part is empty; give more pictures or a smaller data.validation")
+        self.data_id = fingerprint(data.train)  # a run goes on with the pictures it began with
         self.started = time.monotonic()
-        self.step = 0
+        self.wall_s = 0.0  # taken by the run before this process
+        self.step, self.then = 0, pb.STEP
         self.busy_s = 0.0  # spent computing in training steps
-        self.asked = 0  # steps of a recall whose answers have not come yet
+        self.stopping = False  # set by whoever wants the run to rest after the present step
+        self.resting = False  # it does: between two steps, so that a checkpoint can be kept
+        self.checkpoints = Checkpoints(folder.checkpoints, self.opened.run_id, self.recipe.digest())
+        remote.kept = lambda: sorted(self.checkpoints.written)
 
     @property
     def phase(self) -> Phase:
         return self.phases[-1]
 
     def prepare(self, allowed: tuple[str, ...], init: RunFolder | None) -> None:
-        """Build the head and fill it with the server's first weights, or with those that `init` holds."""
+        """Build the head and fill it: from where the run was left, or with its first weights."""
         built = halves.build(self.recipe, allowed)
         self.head, self.cut, self.gate = built.head, built.cut, built.gate
         self.start_width = built.channels
-        if self.opened.head_size:
+        self.optimiser = optim.build(self.recipe.optimiser, self.head.layers, self.head.bottleneck)
+        if self.opened.step is not None or self.opened.finished:
+            self._take_up()
+        elif self.opened.head_size:
             weights.fill(self.head, weights.from_bytes(self.remote.head_weights(), "the server"), "the server")
         else:
             self._inherit(init)
-        self.optimiser = optim.build(self.recipe.optimiser, self.head.layers, self.head.bottleneck)
+
+    def _take_up(self) -> None:
+        """Go on in this process with the run that lies in the folder."""
+        self.checkpoints.sound()
+        step = self.opened.step if self.opened.step is not None else max(self.checkpoints.written)
+        kept = restore(self, step)
+        if self.opened.finished and self.then != pb.FINISH:
+            raise MismatchError(
+                f"run {self.opened.run_id} is finished on the server, but this device's newest checkpoint is of step "
+                f"{step}: the trained head is only to be had if it was published"
+            )
+        earlier = kept.state
+        self.wall_s = earlier["wall_s"]
+        self.remote.take_up(earlier["kernel"], earlier["faults"])
+        lost = self.folder.resume(step)
+        self.remote.meter.restore(earlier["meter"], lost)
+        self._count_lost(lost)
+
+    def _count_lost(self, lost: dict[str, int]) -> None:
+        self.remote.faults.resumed += 1
+        self.remote.faults.steps_again += lost["steps"]
+        self.keep(anew=True)  # with what the fault cost: a second one before the next checkpoint must not forget it
 
     def _inherit(self, init: RunFolder | None) -> None:
         wanted = self.opened.init_run_id
@@ -75,29 +105,49 @@ class Trainer:
         trained = weights.read(init.path / "head.safetensors")
         adopt(self.head, trained, self.recipe, source, manifest)
 
+    def run(self, publish: bool) -> dict[str, Any]:
+        """All that is left of the run; the summary."""
+        while True:
+            try:
+                self.fit()
+                return self.finish(publish)
+            except RolledBackError as error:
+                self.console.print(f"Back to step {error.step} from step {self.step}: {error}.", highlight=False)
+                kept = restore(self, error.step)
+                lost = self.folder.resume(error.step)
+                self.remote.meter.restore(kept.state["meter"])
+                self.checkpoints.forget_after(error.step)
+                self._count_lost(lost)
+
     def fit(self) -> None:
-        """Train from the first step to the last."""
-        self.steps, basis_wanted, first = self.remote.begin(len(self.data.train), self.data.classes)
-        if basis_wanted:
-            self._rotate()
-        self._switch(first)
-        self.remote.meter.lap()
-        with Live(self.console, self.steps) as live:
-            while True:
+        """Train from the present step to the last."""
+        ready = self.remote.begin(len(self.data.train), self.data.classes, self.step)
+        if not self.phases:
+            self.opened = self.remote.opened  # a server that was restarted before this names the run anew
+            self.checkpoints.run_id = self.opened.run_id
+            if ready.basis_wanted:
+                self._rotate()
+            self._switch(phase_of(ready.phase))
+            self.keep()
+            self.remote.meter.lap()
+        with Live(self.console, ready.steps, self.step) as live:
+            self.remote.say = live.waiting
+            while self.then != pb.FINISH:
+                if self.stopping:
+                    self.resting = True
+                    raise KeyboardInterrupt
+                if self.then == pb.VALIDATE:
+                    self._validate(live)
+                    continue
                 line = self._recall_step() if self.phase.kind == RECALL else self._train_step()
-                warning = self.folder.metrics.append(line) if self.folder.metrics else None
-                if warning:
-                    live.say(f"[yellow]Warning[/yellow]: {warning}")
                 total = self.remote.meter.total
                 live.step(
                     self.step, line["width"], line["loss"], line["accuracy"], total(UP).message, total(DOWN).message
                 )
-                if self.then == pb.FINISH or (self.then == pb.VALIDATE and self._validate(live)):
-                    return
 
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""
-        clock, remote, step, phase = time.perf_counter, self.remote, self.step, self.phase
+        clock, step, phase = time.perf_counter, self.step, self.phase
         inputs, labels = self._batch(step)
         self.head.bottleneck.resize(phase.width_at(self.recipe.seed, step))
         halves.reseed(self.recipe.seed, step, "head")
@@ -106,20 +156,17 @@ class Trainer:
             activation = self.head(inputs)
         forward = clock()
         sent = activation.detach().numpy()
-        remote.send(step, phase, sent, labels)
-        waited, encoded = remote.wait_s, clock()
-        decoded = backward = encoded
-        if not phase.frozen:
-            gradient = remote.gradient(step, phase, sent.shape, self.gate.support(sent, phase))
-            decoded = clock()
+        support = None if phase.frozen else self.gate.support(sent, phase)
+        gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._news())
+        received = clock()
+        # Here the server has applied the step; nothing of it was applied on this side until now.
+        if gradient is not None:
             self._learn(activation, gradient)
-            backward = clock()
-        between = remote.wait_s - waited
-        result = remote.result(step, phase)
-        return self._after(result, {
-            "head": forward - begun + backward - decoded, "encode": encoded - forward,
-            "wait": between + clock() - backward, "decode": decoded - encoded - between,
-        })  # fmt: skip
+        seconds["head"] = forward - begun + clock() - received
+        return self._after(result, seconds)
+
+    def _news(self) -> int:
+        return self.checkpoints.news(self.step, self.opened.checkpoint_every)
 
     def _learn(self, activation: torch.Tensor, gradient: np.ndarray) -> None:
         """Backward through the head and one move of its weights."""
@@ -131,15 +178,9 @@ class Trainer:
         self.optimiser.step()
 
     def _recall_step(self) -> dict[str, Any]:
-        """One step that the server makes from what it has kept; asked for many at a time, so no step waits a trip."""
+        """One step that the server makes from what it has kept; the line for metrics.jsonl."""
         started = time.perf_counter()
-        if not self.asked:
-            self.asked = _RECALLED
-            self.remote.recall(self.step, self.phase, self.asked)
-        self.asked -= 1
-        result = self.remote.result(self.step, self.phase)
-        if result.next or result.then != pb.STEP:
-            self.asked = 0
+        result = self.remote.recall(self.step, self.phase, self._news())
         return self._after(result, {"wait": time.perf_counter() - started})
 
     def _after(self, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
@@ -149,11 +190,36 @@ class Trainer:
         self.step, self.then = step + 1, result.then
         if result.next:
             self._switch(result.next)
-        return {
+        line = {
             "step": step, "phase": phase.index, "width": phase.width_at(self.recipe.seed, step), "loss": result.loss,
             "accuracy": result.correct / self.batch, "bytes": self.remote.meter.lap(),
             "seconds": {name: round(value, 6) for name, value in seconds.items()},
         }  # fmt: skip
+        # Logged before a checkpoint says that the step is done: a process that dies in between leaves no gap.
+        if warning := self.folder.log(line):
+            self.console.print(f"[yellow]Warning[/yellow]: {warning}", highlight=False)
+        self.checkpoints.confirm(result.kept)
+        if due(self.step, self.opened.checkpoint_every, turn=bool(result.next) or result.then != pb.STEP):
+            self.keep()
+        return line
+
+    def rest(self) -> None:
+        """The user stops the run between two steps: both sides keep where it stands."""
+        if self.resting:
+            self.keep()
+            self.remote.interrupt(self.step, self.phase, "its user stopped it")
+
+    def keep(self, anew: bool = False) -> None:
+        """Write a checkpoint, `anew` also in place of one; a full disk is told, and the run goes on."""
+        if self.step in self.checkpoints.written and not anew:
+            return
+        try:
+            self.checkpoints.write(self.step, *state_of(self))
+        except RunFolderError as error:
+            self.console.print(
+                f"[yellow]Warning[/yellow]: no checkpoint of step {self.step}: {error}; training goes on",
+                highlight=False,
+            )
 
     def _batch(self, step: int) -> tuple[torch.Tensor, np.ndarray]:
         """Pictures [B, *input] and labels [B] of a step: a function of (seed, step)."""
@@ -186,18 +252,19 @@ class Trainer:
         self.head.eval()
         self.head.bottleneck.resize(self.phase.width)
         verdict = self.remote.evaluate(
-            sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes
-        )
+            lambda: sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes,
+            self.step,
+        )  # fmt: skip
         self.head.train(not self.phase.frozen)
         return verdict
 
-    def _validate(self, live: Live) -> bool:
-        """Judge the validation part; whether the schedule ends here."""
+    def _validate(self, live: Live) -> None:
+        """Judge the validation part, and take in what that decides."""
         verdict = self._judge(self.data.validation, pb.VALIDATION)
         live.say(f"step {self.step}: validation loss {verdict.loss:.4f}, accuracy {verdict.accuracy:.2%}")
         if verdict.HasField("next"):
             self._switch(phase_of(verdict.next))
-        return verdict.finished
+        self.then = pb.FINISH if verdict.finished else pb.STEP
 
     def finish(self, publish: bool) -> dict[str, Any]:
         """Judge the test part, say goodbye, keep the head; the summary."""
@@ -209,13 +276,19 @@ class Trainer:
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
         outcome = report.Outcome(
             self.opened.run_id, verdict.accuracy, verdict.loss, self.step, samples,
-            round(self.step / (len(self.data.train) // self.batch), 4), time.monotonic() - self.started, self.busy_s,
-            tuple(self.phases),
+            round(self.step / (len(self.data.train) // self.batch), 4), self.elapsed_s, self.busy_s,
+            tuple(self.phases), self.remote.faults,
         )  # fmt: skip
         kernel = report.kernel_of(device=self.remote.kernel.read())
         summary = report.summarise(self.recipe, self.cut, outcome, self.remote.meter, kernel, "device")
         self.folder.write_summary(summary)
+        self.folder.close()
+        self.checkpoints.clear()  # what the run could go on from is not needed any more
         return summary
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.wall_s + time.monotonic() - self.started
 
 
 def sent_batches(head: Head, part: Part, recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -232,16 +305,33 @@ def train(
     remote: RemoteTail, data: Dataset, folder: RunFolder, console: Console, allowed: tuple[str, ...],
     init: RunFolder | None, publish: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """A whole run over an opened session; the summary. An interruption by the user is told to the server."""
+    """A whole run over an opened session, or what is left of one; the summary.
+
+    The first Ctrl-C (or SIGTERM) lets the present step end, keeps a checkpoint and tells the server; a second one, or
+    one while there is no connection, ends at once, and the run goes on from its newest checkpoint.
+    """
     trainer = Trainer(remote, data, folder, console)
     trainer.prepare(allowed, init)
-    folder.start(remote.opened.text)
+    if not trainer.phases:
+        folder.start(remote.opened.text)
+
+    def on_signal(_number: int, _frame: object) -> None:
+        if trainer.stopping or remote.offline:
+            raise KeyboardInterrupt
+        trainer.stopping = True
+        console.print("Stopping after this step; press Ctrl-C again to stop at once.")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    again = "start it again with the same --run to go on"
     try:
-        trainer.fit()
-        return trainer.finish(publish)
+        return trainer.run(publish)
     except KeyboardInterrupt:
-        remote.interrupt("its user pressed Ctrl-C")
-        console.print(f"Stopped at step {trainer.step}; the server has been told, and the run is not finished.")
+        trainer.rest()
+        console.print(f"Stopped at step {trainer.step}; the run is not finished: {again}.", highlight=False)
         raise
     except LinkError as error:
-        raise LinkError(f"{error}; the run stopped at step {trainer.step} and is not finished") from error
+        raise LinkError(f"{error}; the run stopped at step {trainer.step} and is not finished: {again}") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        folder.close()

@@ -65,8 +65,10 @@ def _phase(remote: RemoteTail, width: int | None) -> Phase:
 def evaluate(remote: RemoteTail, head: Head, data: Dataset) -> pb.Verdict:
     """Judge the test part."""
     opened = remote.opened
-    sent = sent_batches(head, data.test, opened.recipe)
-    return remote.evaluate(sent, len(data.test), pb.TEST, _phase(remote, head.bottleneck.width), data.classes)
+    phase = _phase(remote, head.bottleneck.width)
+    return remote.evaluate(
+        lambda: sent_batches(head, data.test, opened.recipe), len(data.test), pb.TEST, phase, data.classes
+    )
 
 
 def predict(remote: RemoteTail, head: Head, paths: Sequence[Path]) -> Iterator[tuple[Path, str, float]]:

@@ -7,15 +7,20 @@ from pathlib import Path
 import click
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from common import cli as common_cli
 from common import models
 from common import recipe as recipes
+from common.channel import ServerTls
+from common.checkpoint import EVERY
 from common.errors import DepruneError, ModelError
 from common.partition import describe_cuts
 from common.progress import size
 from common.run import RunFolder
+from common.tokens import exposed
+from edge_server import certs as certificates
 from edge_server.host import Host
 from edge_server.server import Server, run
 
@@ -57,6 +62,16 @@ def cli() -> None:
 @click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificate (PEM).")
 @click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its key (PEM).")
 @click.option(
+    "--tls-client-ca",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Let in only devices whose certificate this authority (PEM) signed.",
+)
+@click.option(
+    "--token-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Let in only devices with a token from this file, a line `NAME TOKEN` for each; default: of DEPRUNE_TOKEN.",
+)
+@click.option(
     "--store-limit",
     default=4096,
     show_default=True,
@@ -64,37 +79,101 @@ def cli() -> None:
     metavar="MB",
     help="Disk that a run may take for what its device sends with the head frozen.",
 )
+@click.option(
+    "--checkpoint-every",
+    default=EVERY,
+    show_default=True,
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Steps between two checkpoints, on both sides; more are kept where a phase or a validation begins.",
+)
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS.")
 def serve(
     recipe: Path | None, listen: str, run_path: Path, overwrite: bool, once: bool, allowed: tuple[str, ...],
-    threads: int | None, tls_cert: Path | None, tls_key: Path | None, store_limit: int, insecure: bool,
+    threads: int | None, tls_cert: Path | None, tls_key: Path | None, tls_client_ca: Path | None,
+    token_file: Path | None, store_limit: int, checkpoint_every: int, insecure: bool,
 ) -> None:  # fmt: skip
-    """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the run in --run."""
+    """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the run in --run.
+
+    A run in --run that was not finished goes on where its newest checkpoint was taken.
+    """
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
+    if tls_client_ca and not tls_cert:
+        raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
+    for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
+        console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
     if threads:
         torch.set_num_threads(threads)
     folder = RunFolder(run_path)
     if recipe:
         parsed, text = recipes.load(recipe)
+    # The same command goes on serving a run that it has finished: a service may be restarted at any time.
+    if recipe and (overwrite or not folder.holds_finished(parsed.digest())):
         host = Host.to_train(parsed, text, folder, console, allowed, overwrite)
-        host.store_limit = store_limit * 1_000_000
+        assert host.run
+        host.run.store_limit, host.run.every = store_limit * 1_000_000, checkpoint_every
     else:
         host = Host.to_serve(folder, console, allowed)
-    server = Server(host, listen, (tls_cert, tls_key) if tls_cert and tls_key else None, insecure)
+    tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
+    server = Server(host, listen, tls, insecure, token_file)
     address = f"{listen.rpartition(':')[0]}:{server.port}"
     if insecure and not tls_cert:
         console.print(
             "[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link."
         )
-    doing = f"waiting for a device to train {parsed.name}" if recipe else f"serving run {host.run_id} in {run_path}"
+    doing = f"serving run {host.run_id} in {run_path}"
+    if host.run:
+        doing = f"waiting for a device to train {parsed.name}"
+    if host.run and host.run.step:
+        doing = f"waiting for its device to go on with {parsed.name} at step {host.run.step:,}"
     console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.", highlight=False)
     caught = run(server, once)
-    if host.interrupted:
-        raise DepruneError(f"{host.interrupted}; the run is not finished")
     if caught and not host.served:
-        raise DepruneError(f"stopped by {caught}; the run is not finished")
+        assert host.run
+        raise DepruneError(
+            f"stopped by {caught} at step {host.run.step:,}; the run is not finished and goes on from there when it is "
+            f"started again with the same recipe and --run"
+        )
     console.print(f"Stopped{f' by {caught}' if caught else ''}; the run in {run_path} is complete.", highlight=False)
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("hosts", metavar="[HOST]...", nargs=-1)
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="NAME",
+    help="A device's name, its identity; can be repeated. Default with a new authority: device.",
+)
+@click.option("--renew", is_flag=True, help="Replace certificates; without HOST and --device all those in DIR.")
+def certs(folder: Path, hosts: tuple[str, ...], devices: tuple[str, ...], renew: bool) -> None:
+    """Make a private authority in DIR, or use the one there, and sign certificates.
+
+    HOSTs are the names and addresses by which devices reach the server.
+    """
+    made = certificates.make(folder, hosts, devices, renew)
+    days = f"valid for {certificates.LEAF_DAYS} days (the authority, ca.pem, for {certificates.AUTHORITY_DAYS})"
+    console.print(
+        f"Made in {escape(str(folder))}: {', '.join(f'{name}.pem' for name in made)}, {days}.", highlight=False
+    )
+    address = f"{hosts[0] if hosts else 'HOST'}:50051"
+    keys = "--tls-cert {0}.pem --tls-key {0}.key"
+    for name in made:
+        if name == "server":
+            console.print(
+                f"To the server go server.pem, server.key and ca.pem:\n  edge-server serve RECIPE --run RUN "
+                f"--listen 0.0.0.0:50051 {keys.format(name)} --tls-client-ca ca.pem", highlight=False, markup=False,
+            )  # fmt: skip
+        elif name != "ca":
+            console.print(
+                f"To {name} go {name}.pem, {name}.key and ca.pem:\n  device-client train {address} "
+                f"--data SOURCE --run RUN --tls-ca ca.pem {keys.format(name)}", highlight=False, markup=False,
+            )  # fmt: skip
+    if "ca" in made:
+        console.print("Keep ca.key away from both: who has it can make certificates that server and devices trust.")
 
 
 @cli.command()

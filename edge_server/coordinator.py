@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -10,7 +12,7 @@ from common import schedule
 from common.bottleneck import rank_channels, reorder
 from common.recipe import PhaseRecipe, Recipe
 from common.rpc import split_pb2 as pb
-from common.schedule import RANK, Phase, Plateau
+from common.schedule import RANK, Phase, Plateau, phase_from
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Coordinator:
         self._order = tuple(range(channels)) if recipe.bottleneck.kind == "channels" else ()
         self._sent = 0  # channels chosen so far; they stay in front of the order
         self.phases: list[Phase] = []
+        self._validated: tuple[int, Decision] | None = None
         self._advance()
 
     @property
@@ -53,7 +56,17 @@ class Coordinator:
         return Decision(pb.VALIDATE if validate else pb.STEP, self._switch(done))
 
     def after_validation(self, step: int, loss: float) -> Decision:
-        """What follows a validation made after `step`; only a plateau schedule cares."""
+        """What follows a validation made after `step`; only a plateau schedule cares.
+
+        A validation that is made once more, since its verdict was lost, decides nothing anew.
+        """
+        if self._validated and self._validated[0] == step:
+            return self._validated[1]
+        decision = self._validation(step, loss)
+        self._validated = step, decision
+        return decision
+
+    def _validation(self, step: int, loss: float) -> Decision:
         if self._recipe.schedule.kind != "plateau":
             return Decision(pb.STEP)
         before = self._plateau.position
@@ -80,3 +93,28 @@ class Coordinator:
             self._sent = coming.width
         self.phases.append(replace(coming, index=len(self.phases), order=self._order))
         return self.phase
+
+    # Checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs, as JSON."""
+        return {
+            "upcoming": [asdict(phase) for phase in self._upcoming], "phases": [asdict(phase) for phase in self.phases],
+            "plateau": asdict(self._plateau), "scores": self._scores.tolist(), "order": self._order, "sent": self._sent,
+            "validated": self._validated and [
+                self._validated[0], self._validated[1].then,
+                asdict(self._validated[1].phase) if self._validated[1].phase else None,
+            ],
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Stand where the coordinator stood that told this."""
+        self._upcoming = [phase_from(table) for table in state["upcoming"]]
+        self.phases = [phase_from(table) for table in state["phases"]]
+        self._plateau = Plateau(**state["plateau"])
+        # float32 to JSON's float64 and back is exact.
+        self._scores = torch.tensor(state["scores"])
+        self._order, self._sent = tuple(state["order"]), state["sent"]
+        if state["validated"]:
+            step, then, phase = state["validated"]
+            self._validated = step, Decision(then, phase_from(phase) if phase else None)

@@ -1,6 +1,7 @@
-"""What one server process holds: the recipe, the run folder, the sessions, and the one run it trains or serves.
+"""What one server process holds: the sessions, and the one run it trains or serves.
 
-The servicer calls it for everything that isn't packing and unpacking; state of a device lives in its Session.
+The servicer calls it for everything that isn't packing and unpacking. A device's visit is its Session; the run that
+it trains outlives visits and processes, and is in live.py.
 """
 
 from __future__ import annotations
@@ -8,28 +9,34 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
 from common import halves as halves_module
-from common import report, weights
+from common import weights
 from common.codecs.base import elements
-from common.errors import BusyError, FrameError, MismatchError, ModelError, StoppedError
+from common.errors import (
+    BusyError,
+    FrameError,
+    MismatchError,
+    ModelError,
+    RunFolderError,
+    SessionError,
+    StoppedError,
+)
 from common.halves import Halves
 from common.meter import Meter
 from common.recipe import Recipe
+from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
 from common.tcp_info import Kernel, find_peer
 from common.wire import MAX_TENSOR_ELEMENTS
-from edge_server.coordinator import Coordinator
 from edge_server.initial import Initial, initial_weights
-from edge_server.session import Training
+from edge_server.live import LiveRun, Stream
 
 MAX_SESSIONS = 64
-# Bytes that one run may keep of what its device sent while the head was frozen.
-STORE_LIMIT = 4 << 30
 # A session that was opened and never begun, or left behind, makes room after this long.
 _FORGET_S = 600.0
 # Between the handshake and the first stream a device reads its data; it keeps its place so long at least.
@@ -38,15 +45,18 @@ _GRACE_S = 60.0
 
 @dataclass
 class Session:
-    """One device's visit: its books, its connections, and its training where it trains."""
+    """One device's visit: its books, its connections, and the run where it trains one."""
 
     name: str
     trains: bool
+    identity: str = ""  # of the caller who opened it, and who alone may use it
     meter: Meter = field(default_factory=Meter)
     kernel: Kernel = field(default_factory=Kernel)
     peer: str = ""  # gRPC's name of the device's end of the connection
-    training: Training | None = None
+    run: LiveRun | None = None  # which it has begun or taken up
     streams: int = 0  # open at the moment
+    head_sent: bool = False
+    joined: bool = False  # it has had a stream for the run
     touched: float = field(default_factory=time.monotonic)
 
     def seen(self, peer: str) -> None:
@@ -54,6 +64,12 @@ class Session:
         if peer != self.peer:
             self.peer = peer
             self.kernel.add(find_peer(peer))
+
+    def take_up(self, run: LiveRun) -> None:
+        """Go on with a run: its books are this visit's."""
+        self.run, self.meter, self.kernel = run, run.meter, run.kernel
+        if self.peer:
+            self.kernel.add(find_peer(self.peer))
 
 
 @dataclass(frozen=True)
@@ -66,50 +82,56 @@ class Served:
 
 
 class Host:
-    def __init__(
-        self, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str] = ()
-    ) -> None:
+    def __init__(self, recipe: Recipe, text: str, folder: RunFolder, console: Console) -> None:
         self.recipe, self.text, self.folder, self.console = recipe, text, folder, console
-        self._allowed = allowed
         self._lock = threading.Lock()
+        self._beginning = threading.Lock()  # held while a stream takes the place of another
         self._sessions: dict[str, Session] = {}
-        self._trainer: Session | None = None
-        self.run_id = secrets.token_hex(8)
+        self.run: LiveRun | None = None
+        self.run_id = ""
         self.served: Served | None = None
-        self.initial = Initial()
         self._first_head = b""
         self.stopping = False
-        self.store_limit = STORE_LIMIT
-        # Set when the run's device has left: with its run finished, or interrupted by its user.
+        # Set when the run's device knows that the run is finished.
         self.ended = threading.Event()
-        self.interrupted = ""
+        self.finished_at: float | None = None  # on the clock of time.monotonic()
 
     @classmethod
     def to_train(
         cls, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str], overwrite: bool
     ) -> Host:
-        """A host that trains `recipe` into `folder`; everything that could fail later is tried now."""
-        host = cls(recipe, text, folder, console, allowed)
+        """A host that trains `recipe` in `folder`, from where it was left; what could fail later is tried now."""
+        host = cls(recipe, text, folder, console)
         halves = halves_module.build(recipe, allowed)
         _check_sizes(recipe, halves)
-        size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
+        saved = None if overwrite else folder.unfinished()
+        if saved and saved["digest"] != recipe.digest():
+            raise RunFolderError(
+                f"{folder.path} holds an unfinished run of another recipe; choose another --run, or pass --overwrite"
+            )
         # Read before prepare: with --overwrite a run may start from what lay in its own folder.
-        host.initial = initial_weights(recipe, halves, allowed)
-        if not host.initial.run_id:
-            host.initial.fill(halves)
-            host._first_head = weights.to_bytes(halves.head)
-        folder.prepare(overwrite, 2 * size)
+        initial = Initial() if saved else initial_weights(recipe, halves, allowed)
+        if not saved:
+            if not initial.run_id:
+                initial.fill(halves)
+                host._first_head = weights.to_bytes(halves.head)
+            size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
+            # The tail and three checkpoints of it with its optimiser.
+            folder.prepare(overwrite, 10 * size)
+        host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved)
+        host.run_id = host.run.run_id
         return host
 
     @classmethod
     def to_serve(cls, folder: RunFolder, console: Console, allowed: Collection[str]) -> Host:
         """A host that serves the finished run in `folder`."""
         recipe, text, manifest = folder.read()
-        host = cls(recipe, text, folder, console, allowed)
+        host = cls(recipe, text, folder, console)
         halves = halves_module.build(recipe, allowed)
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"
         host._serve(halves, manifest, published.read_bytes() if published.is_file() else b"")
+        host.finished_at = time.monotonic()
         return host
 
     def _serve(self, halves: Halves, manifest: Manifest, head: bytes) -> None:
@@ -120,38 +142,61 @@ class Host:
 
     # Sessions
 
-    def open(self, trains: bool, run_id: str) -> Session:
-        """A new session; BusyError without room, MismatchError where the device's head is of another run."""
+    def open(self, trains: bool, run_id: str, kept: Sequence[int], identity: str) -> tuple[Session, int]:
+        """A new session of `identity`'s, and the step that it goes on from (0 unless it takes up a run).
+
+        BusyError without room, ForbiddenError where the run is another's, MismatchError where the device's half is of
+        another run or cannot go on.
+        """
         if self.stopping:
             raise StoppedError("the server is being stopped; try again later")
+        session, step = Session(secrets.token_hex(16), trains, identity), 0
         if trains:
-            if self.served:
+            step = self._open_training(session, run_id, kept)
+        else:
+            self._check_use(run_id)
+        with self._lock:
+            self._make_room()
+            self._sessions[session.name] = session
+        return session, step
+
+    def _open_training(self, session: Session, run_id: str, kept: Sequence[int]) -> int:
+        if self.served:
+            if run_id != self.run_id:
                 raise MismatchError(f"this server serves the finished run {self.run_id}; it has nothing to train")
-            self._refuse_second()
-        elif not self.served:
+            self.ended.set()  # its own device, which has not heard of the end
+            return 0
+        assert self.run
+        if not run_id:
+            self.run.check_free(session.identity)
+            return 0
+        self.run.check_owner(session.identity)
+        step = self.run.resume(run_id, kept)
+        session.take_up(self.run)
+        self.console.print(f"The device of run {run_id} is back; it goes on at step {step}.", highlight=False)
+        return step
+
+    def _check_use(self, run_id: str) -> None:
+        if not self.served:
             raise MismatchError("this server has no finished run yet; wait until training ends")
-        elif run_id and run_id != self.run_id:
+        if run_id and run_id != self.run_id:
             raise MismatchError(
                 f"the device's head is of run {run_id}, this server serves run {self.run_id}; "
                 f"only halves of one run fit"
             )
-        elif not run_id and not self.served.head:
+        if not run_id and not self.served.head:
             raise MismatchError(
                 f"the head of run {self.run_id} was not published; "
                 f"use --run with the folder of the device that trained it"
             )
-        with self._lock:
-            self._make_room()
-            session = Session(secrets.token_hex(16), trains)
-            self._sessions[session.name] = session
-        return session
 
-    def session(self, name: str) -> Session:
+    def session(self, name: str, identity: str) -> Session:
+        """The session that `identity` opened. Another's is not known either: nothing tells that there is one."""
         with self._lock:
             session = self._sessions.get(name)
-        if session is None:
-            raise FrameError(
-                "this session is not known here (the server was restarted, or it was idle too long); reconnect"
+        if session is None or session.identity != identity:
+            raise SessionError(
+                "this session is not known here (the server was restarted, or it was idle too long); open another"
             )
         session.touched = time.monotonic()
         return session
@@ -163,103 +208,72 @@ class Host:
         for session in idle:
             full = len(self._sessions) >= MAX_SESSIONS and now - session.touched > _GRACE_S
             if full or now - session.touched > _FORGET_S:
-                self._sessions.pop(session.name).kernel.close()
+                self._forget(session)
         if len(self._sessions) >= MAX_SESSIONS:
             raise BusyError(f"the server already has {MAX_SESSIONS} sessions; try again in a minute")
+
+    def _forget(self, session: Session) -> None:
+        if self._sessions.pop(session.name, None) is not None and not session.run:
+            session.kernel.close()  # a run's own outlives its sessions
 
     def leave(self, session: Session) -> None:
         """A stream of this session has ended and the device needs it no more."""
         with self._lock:
-            if not session.streams and self._sessions.pop(session.name, None) is not None:
-                session.kernel.close()
-
-    def _refuse_second(self) -> None:
-        busy = self._trainer
-        if busy and busy.training:
-            raise BusyError(
-                f"this run is already being trained by another device (step {busy.training.step} of "
-                f"{busy.training.coordinator.steps}); start another server for a second run"
-            )
+            if not session.streams:
+                self._forget(session)
 
     # Training
 
-    def begin(self, session: Session, samples: int, classes: tuple[str, ...]) -> Training:
-        """Start the run for this session from step 0; BusyError where another device trains it."""
-        if not session.trains or session.training:
-            raise FrameError("Begin of training came on a session that is not waiting for it")
-        expected = self.recipe.model.classes
-        if len(classes) != expected:
-            raise MismatchError(
-                f"the device's pictures have {len(classes)} classes, the recipe {self.recipe.name} has {expected}; "
-                f"use other data or change model.classes"
-            )
-        if not 1 <= samples <= 2**40:
-            raise FrameError(f"Begin says {samples} training pictures; at least 1 is needed")
-        halves = halves_module.build(self.recipe, self._allowed)
-        self.initial.fill(halves)
-        per_epoch = max(1, samples // self.recipe.data.batch)
-        coordinator = Coordinator(self.recipe, halves.channels, per_epoch)
-        with self._lock:
-            self._refuse_second()
-            self.folder.start(self.text)
-            session.training = Training(
-                self.recipe, halves, coordinator, classes, samples, self.folder.path, self.store_limit
-            )
-            self._trainer = session
-        return session.training
+    def begin(self, session: Session, begin: pb.Begin, context: Stream) -> bool:
+        """Let `context` be the one stream of the session's run, which is started where it was not; whether it was.
 
-    def finish(self, session: Session, head: bytes) -> None:
+        FrameError where the device stands at a step from which the run cannot go on: nothing is disturbed by it.
+        """
+        run, samples, classes = self.run, begin.samples, tuple(begin.classes)
+        if session.run and self.served:
+            raise SessionError("the run of this session is finished; open another to hear of it")
+        if not session.trains or run is None or self.served:
+            raise FrameError("Begin of training came on a session that does not train")
+        with self._beginning:
+            if session.run is None:
+                run.check_free(session.identity)
+                run.take_over(context)
+                try:
+                    run.begin(samples, classes, session.identity)
+                except BaseException:
+                    run.part(context)
+                    raise
+                run.meter, run.kernel = session.meter, session.kernel
+                session.run = run
+                session.joined = True
+                return True
+            assert run.training
+            run.training.answered_from(begin.step)
+            if (samples, classes) != (run.training.samples, run.training.classes):
+                raise MismatchError(
+                    f"the device came back with {samples} pictures of {len(classes)} classes; the run began with "
+                    f"{run.training.samples} of {len(run.training.classes)}: use the data it began with"
+                )
+            run.take_over(context)
+            run.faults.reconnects += session.joined
+            session.joined = True
+            return False
+
+    def finish(self, head: bytes) -> None:
         """Keep the trained half and serve it from now on."""
-        training = session.training
-        if training is None or training.test is None:
-            raise FrameError("Leave says finished, but the test part was not evaluated")
-        if head:
-            weights.fill(training.halves.head, weights.from_bytes(head, "the published head"), "the published head")
-            self.folder.write_half("head", training.halves.head, self._manifest(training))
-        training.halves.tail.settle(training.phase.width, training.phase.order)
-        self.folder.write_half("tail", training.halves.tail, self._manifest(training))
-        outcome = report.Outcome(
-            self.run_id, training.test.accuracy, training.test.mean_loss, training.step, training.trained,
-            training.epochs, time.monotonic() - training.started, training.busy_s, tuple(training.coordinator.phases),
-        )  # fmt: skip
-        kernel = report.kernel_of(server=session.kernel.read())
-        summary = report.summarise(self.recipe, training.halves.cut, outcome, session.meter, kernel, "server")
-        self.folder.write_summary(summary)
-        report.show(self.console, summary)
-        self._serve(training.halves, self._manifest(training), head)
-
-    def _manifest(self, training: Training) -> Manifest:
-        return Manifest(self.run_id, self.recipe.digest(), training.classes, training.phase, True)
-
-    def end(self, session: Session, interrupted: str = "") -> None:
-        """The training stream of this session is over, one way or another."""
-        training, session.training = session.training, None
-        if training:
-            training.close()
-        with self._lock:
-            if self._trainer is session:
-                self._trainer = None
-            self._sessions.pop(session.name, None)
-        session.kernel.close()
-        if self.folder.metrics:
-            self.folder.metrics.close()
-            self.folder.metrics = None
-        if self.served or training is None:
-            self.ended.set()
-        elif interrupted:
-            self.interrupted = f"the device left at step {training.step} of {training.coordinator.steps}: {interrupted}"
-            self.ended.set()
-        elif not self.stopping:
-            self.console.print(
-                f"The link to the device was lost at step {training.step} of {training.coordinator.steps}; "
-                f"a device that connects now starts the run anew.", highlight=False,
-            )  # fmt: skip
+        assert self.run and self.run.training
+        manifest = self.run.finish(head)
+        self._serve(self.run.training.halves, manifest, head)
+        self.finished_at = time.monotonic()
 
     def close(self) -> None:
         with self._lock:
-            for session in self._sessions.values():
-                session.kernel.close()
-            self._sessions.clear()
+            for session in list(self._sessions.values()):
+                self._forget(session)
+        if self.run:
+            if not self.served:
+                self.run.rest()
+            self.run.kernel.close()
 
     def head_weights(self, session: Session) -> bytes:
         """The weights that the device's head starts from (TRAIN) or ended with (USE, if published)."""

@@ -5,51 +5,70 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from rich.markup import escape
 
-from common.channel import SERVER_OPTIONS, is_loopback, parse_address, server_credentials
+from common import tokens
+from common.channel import SERVER_OPTIONS, ServerTls, is_loopback, parse_address, server_credentials
 from common.errors import DepruneError
 from common.rpc import split_pb2, split_pb2_grpc
 from edge_server.host import MAX_SESSIONS, Host
+from edge_server.identity import Guard
 from edge_server.servicer import Servicer
 
 # A device in the middle of a step gets this long to be told that the server stops.
 _GRACE_S = 5.0
+# A device whose link broke over the last word of a run gets this long to come back and hear it.
+_LINGER_S = 60.0
 _SERVICE = split_pb2.DESCRIPTOR.services_by_name["Split"].full_name
 
 
 class Server:
     """A host behind an address; `port` is known once it is started."""
 
-    def __init__(self, host: Host, address: str, tls: tuple[Path, Path] | None = None, insecure: bool = False) -> None:
+    def __init__(
+        self, host: Host, address: str, tls: ServerTls | None = None, insecure: bool = False,
+        token_file: Path | None = None,
+    ) -> None:  # fmt: skip
         name, _ = parse_address(address)
         if not (tls or insecure or is_loopback(name)):
             raise DepruneError(
                 f"{address} can be reached from outside and nothing would be encrypted: give --tls-cert and --tls-key, "
                 f"or --insecure where the network itself is trusted"
             )
-        _check_free(address)
         self.host = host
+        known = tokens.known(token_file, self._tell)
+        if known and not tls:
+            raise DepruneError(
+                f"tokens are only taken over TLS: give --tls-cert and --tls-key too, or leave out --token-file and "
+                f"{tokens.VARIABLE}"
+            )
+        _check_free(address)
+        guard = Guard(bool(tls and tls.client_ca), known)
         # A stream holds its thread as long as it lives: two for each session, and some for handshakes.
         pool = ThreadPoolExecutor(2 * MAX_SESSIONS + 8, thread_name_prefix="rpc")
         self._grpc = grpc.server(pool, options=SERVER_OPTIONS)
-        split_pb2_grpc.add_SplitServicer_to_server(Servicer(host), self._grpc)
+        split_pb2_grpc.add_SplitServicer_to_server(Servicer(host, guard), self._grpc)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         try:
             if tls:
-                self.port = self._grpc.add_secure_port(address, server_credentials(*tls))
+                self.port = self._grpc.add_secure_port(address, server_credentials(tls, self._tell))
             else:
                 self.port = self._grpc.add_insecure_port(address)
         except RuntimeError as error:
             raise DepruneError(f"cannot listen on {address}: is another program using that port?") from error
+
+    def _tell(self, sentence: str) -> None:
+        self.host.console.print(f"[yellow]Note[/yellow]: {escape(sentence)}.", highlight=False)
 
     def start(self) -> None:
         self._grpc.start()
@@ -57,7 +76,7 @@ class Server:
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
-        """Refuse new work, let running steps end, close."""
+        """Refuse new work, let running steps end, keep a checkpoint, close: within 10 s."""
         self.host.stopping = True
         self._health.enter_graceful_shutdown()
         self._grpc.stop(_GRACE_S).wait()
@@ -79,11 +98,7 @@ def _check_free(address: str) -> None:
 
 
 def run(server: Server, once: bool) -> str:
-    """Serve until a signal (the answer is its name), or until the run's device has left where that ends it.
-
-    A device that was interrupted by its user ends the server too: the run cannot be finished without it. With
-    `once` a finished run does so as well.
-    """
+    """Serve until a signal (the answer is its name), with `once` also until the run's device knows it is finished."""
     wake = threading.Event()
     caught: list[str] = []
 
@@ -96,7 +111,8 @@ def run(server: Server, once: bool) -> str:
     server.start()
     host = server.host
     while not wake.wait(0.2):
-        if host.ended.is_set() and (host.interrupted or (once and host.served)):
+        since = host.finished_at
+        if once and since and (host.ended.is_set() or time.monotonic() - since > _LINGER_S):
             break
     server.stop()
     return caught[0] if caught else ""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from common import optim
+from common import optim, weights
 from common.bottleneck import LinearDecoder
-from common.errors import DivergedError
+from common.checkpoint import Checkpoint, part
+from common.errors import DivergedError, FrameError
 from common.halves import Halves, reseed
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
-from common.schedule import RANK, RECALL, STORE, Phase
+from common.schedule import RANK, RECALL, STORE, Phase, phase_from
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.store import Store
 
@@ -69,20 +71,30 @@ class Training:
     folder: Path  # where a store may lie
     store_limit: int  # bytes that it may have
     step: int = 0  # the next to come
+    rotated: bool = False  # the device's basis has come, where one is wanted
     trained: int = 0  # pictures trained on so far
-    started: float = field(default_factory=time.monotonic)
+    wall_s: float = 0.0  # taken by the run before this process
+    busy_s: float = 0.0  # spent computing
     test: Judgement | None = None
+    evaluated: set[tuple[int, bool]] = field(default_factory=set)  # (step, on the test part) of those made so far
     store: Store | None = None
     stored: int = 0  # steps kept in the run so far
-    busy_s: float = 0.0  # spent computing
+    # Answers to the steps since the device last asked for some: what it may have missed when its stream broke.
+    answers: list[list[pb.Frame]] = field(default_factory=list)
     # Held while the tail computes: an evaluation waits for the step before it to be applied.
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         tail = self.halves.tail
         self._optimiser = optim.build(self.recipe.optimiser, tail.layers, tail.bottleneck)
+        self._started = time.monotonic()
+        self._validated = -1, self.phase  # step of the newest evaluation, and the phase that it was made in
+        self._outlived: dict[Path, int] = {}  # stores that only checkpoints up to this step still need
         tail.train()
-        self.switch(self.phase)
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.wall_s + time.monotonic() - self._started
 
     @property
     def phase(self) -> Phase:
@@ -106,13 +118,27 @@ class Training:
         decoder = self.halves.tail.bottleneck
         assert isinstance(decoder, LinearDecoder)
         decoder.rotate(torch.from_numpy(basis[:-1].copy()), torch.from_numpy(basis[-1].copy()))
+        self.rotated = True
 
     def switch(self, phase: Phase) -> None:
         self.halves.tail.resize(phase.width, phase.order)
-        if phase.kind != RECALL:
+        if phase.kind != RECALL and self.store:
+            self._outlived[self.store.path] = self.step
             self.close()
         if phase.kind == STORE:
             self.store = Store(self.folder, phase, self.sent_shape, self.recipe.seed, self.store_limit)
+
+    def can_go_on(self, step: int) -> bool:
+        """Whether a device that stands at `step` can go on without this side being put back."""
+        return self.step - len(self.answers) <= step <= self.step
+
+    def answered_from(self, step: int) -> list[list[pb.Frame]]:
+        """Answers to `step` and later ones; FrameError where a device that stands there cannot go on."""
+        if not self.can_go_on(step):
+            raise FrameError(
+                f"the device stands at step {step}, the server at step {self.step}: they cannot go on from there"
+            )
+        return self.answers[len(self.answers) - (self.step - step) :]
 
     def keep(self, payload: bytes | bytearray, labels: np.ndarray) -> None:
         """Store what a step of a STORE phase brought; StoreError without room."""
@@ -169,12 +195,66 @@ class Training:
             self.switch(decision.phase)
         return decision
 
+    def phase_of_evaluation(self, index: int) -> Phase:
+        """The phase that an evaluation is made in: this one, or the one before a validation whose verdict was lost."""
+        for step, phase in ((self.step, self.phase), self._validated):
+            if (step, phase.index) == (self.step, index):
+                return phase
+        raise FrameError(f"an evaluation in phase {index} was asked for; the run is in phase {self.phase.index}")
+
     def judged(self, result: Judgement, on_test: bool) -> Decision:
         """Take in a finished evaluation; the test part decides nothing."""
+        self.evaluated.add((self.step, on_test))
         if on_test:
             self.test = result
             return Decision(pb.STEP)
+        if self._validated[0] != self.step:
+            self._validated = self.step, self.phase
+        before = self.phase
         decision = self.coordinator.after_validation(self.step - 1, result.mean_loss)
-        if decision.phase:
-            self.switch(decision.phase)
+        if self.phase is not before:
+            self.switch(self.phase)
         return decision
+
+    # Checkpoints
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that `restore` needs: tensors, and the rest as JSON."""
+        self.halves.tail.norms.put_away()
+        tensors = {f"tail.{name}": value for name, value in self.halves.tail.state_dict().items()}
+        tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(self._optimiser).items()}
+        if self.store:
+            tensors |= {f"store.{name}": value for name, value in self.store.index().items()}
+        return tensors, {
+            "classes": self.classes, "samples": self.samples, "rotated": self.rotated, "trained": self.trained,
+            "stored": self.stored, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
+            "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,
+            "evaluated": sorted(self.evaluated), "test": asdict(self.test) if self.test else None,
+            "validated": [self._validated[0], asdict(self._validated[1])],
+        }  # fmt: skip
+
+    def restore(self, kept: Checkpoint) -> None:
+        """Stand where the training stood that told this; called on a new one, in place of a first `switch`."""
+        source, state = f"the checkpoint of step {kept.step}", kept.state
+        self.coordinator.restore(state["coordinator"])
+        weights.fill(self.halves.tail, part(kept.tensors, "tail"), source)
+        optim.restore(self._optimiser, part(kept.tensors, "optimiser"), source)
+        self.step, self.rotated = kept.step, state["rotated"]
+        self.trained, self.stored = state["trained"], state["stored"]
+        self.wall_s, self.busy_s = state["wall_s"], state["busy_s"]
+        self.evaluated = {(step, on_test) for step, on_test in state["evaluated"]}
+        self.test = Judgement(**state["test"]) if state["test"] else None
+        step, phase_then = state["validated"]
+        self._validated = step, phase_from(phase_then)
+        self.halves.tail.resize(self.phase.width, self.phase.order)
+        if state["store"]:
+            phase = phase_from(state["store"])
+            shape = self.halves.sent_shape(self.batch, phase.width)
+            index = part(kept.tensors, "store")
+            self.store = Store.reopen(self.folder, phase, shape, self.recipe.seed, self.store_limit, index)
+
+    def forget_stores(self, oldest: int) -> None:
+        """Remove the stores that no checkpoint from step `oldest` on needs."""
+        for path in [path for path, last in self._outlived.items() if last <= oldest]:
+            path.unlink(missing_ok=True)
+            del self._outlived[path]

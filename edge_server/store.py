@@ -1,15 +1,18 @@
 """What a device sent while its head was frozen, kept as it came, for the server to learn from again.
 
 One payload a step, appended to a file in the run folder, so that memory holds its index alone and disk no more than
-crossed the link. The servicer adds; the session draws batches.
+crossed the link. The servicer adds; the session draws batches; the index goes into the checkpoints.
 """
 
 from __future__ import annotations
 
-import tempfile
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from common.codecs import codec
 from common.draw import JITTER, RECALL, generator, shifted
@@ -24,14 +27,53 @@ class Store:
     """The steps of one STORE phase. `shape` [B, width, ...] is what each decodes to."""
 
     def __init__(self, folder: Path, phase: Phase, shape: tuple[int, ...], seed: int, limit: int) -> None:
-        self.shape, self.limit = shape, limit
-        self.phase = phase
+        """A new, empty store in `folder`; StoreError where it cannot be made."""
+        self._set_up(folder, phase, shape, seed, limit)
+        self._open("w+b")
+
+    @classmethod
+    def reopen(
+        cls, folder: Path, phase: Phase, shape: tuple[int, ...], seed: int, limit: int, index: Mapping[str, Tensor]
+    ) -> Store:
+        """The store as it was when `index` was taken: what came later is dropped; StoreError where it is not there."""
+        store = cls.__new__(cls)
+        store._set_up(folder, phase, shape, seed, limit)
+        store._places = [(int(start), int(length)) for start, length in index["places"]]
+        store._labels = list(index["labels"].numpy())
+        store._open("r+b")
+        if store._file.seek(0, os.SEEK_END) < store.size:
+            raise StoreError(f"{store.path} is shorter than the checkpoint says; start the run anew with --overwrite")
+        store._file.truncate(store.size)
+        return store
+
+    def _set_up(self, folder: Path, phase: Phase, shape: tuple[int, ...], seed: int, limit: int) -> None:
+        self.shape, self.limit, self.phase = shape, limit, phase
+        # Beside the checkpoints, which hold its index.
+        self.path = folder / f"store-{phase.from_step:012}.bin"
         self._seed = seed
         self._places: list[tuple[int, int]] = []
         self._labels: list[np.ndarray] = []
-        # Without a name: it is gone with the process, however that ends.
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- closed by close()
         self._mix: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def _open(self, mode: str) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open(mode)
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be opened: {error.strerror}") from error
+
+    def index(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the file, which is made safe on the disk first."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be made safe on the disk: {error.strerror}") from error
+        labels = np.array(self._labels, np.int64).reshape(self.steps, self.shape[0])
+        return {
+            "places": torch.tensor(self._places, dtype=torch.int64).reshape(-1, 2),
+            "labels": torch.from_numpy(labels),
+        }
 
     @property
     def steps(self) -> int:

@@ -18,7 +18,9 @@ import atheris
 with atheris.instrument_imports(include=["common"]):
     import numpy as np
 
-    from common.codecs import NOTHING, Aside, codec, context, frame, rans
+    from common.codecs import NOTHING, Aside, codec, context, dither, frame, predict, rans
+    from common.codecs.base import elements
+    from common.codecs.step import map_shape
     from common.errors import CodecError
 
 CORPUS = Path("fuzz/corpus")
@@ -27,6 +29,8 @@ SHAPES = ((4, 4, 9, 9), (16, 24), (2, 3, 50), (1, 1, 1, 1), (8, 2, 7, 5))
 _GENERATOR = np.random.default_rng(0)
 _TENSORS = [_GENERATOR.laplace(size=shape).astype(np.float32) for shape in SHAPES]
 _SUPPORTS = [tensor > 0 for tensor in _TENSORS]
+# The shapes are small; channels are to be predicted from each other all the same, in tensors without negative elements.
+context._WORTHWHILE = {False: 1 << 8, True: 1 << 14}
 # The fuzzer itself keeps about 1.4 kB of every input.
 _MEMORY = 8 << 30
 
@@ -53,33 +57,36 @@ def write_corpus() -> None:
 
 def mended(payload: bytes, name: str, aside: Aside) -> bytes:
     """`payload` with the checksum of the support put right, which no fuzzer guesses."""
-    if ":" not in name or len(payload) < 13 or aside.support is None or payload[0] & 3 < 2:
+    if ":" not in name or len(payload) < 14 or aside.support is None or payload[0] & 3 < 2:
         return payload
     checksum = struct.pack("<I", zlib.crc32(np.packbits(aside.support.reshape(-1)).data))
-    return payload[:9] + checksum + payload[13:]
+    return payload[:10] + checksum + payload[14:]
 
 
 def resized(data: bytes, size: int) -> bytes:
     return data[:size] + bytes(max(0, size - len(data)))
 
 
-def inside(data: bytes, name: str, aside: Aside, count: int) -> bytes:
+def inside(data: bytes, name: str, aside: Aside, shape: tuple[int, ...]) -> bytes:
     """A payload of codec `step` whose frames and lengths are sound, and what is in them `data`: past zstd's checks."""
     flags = (12 if aside.dither else data[0] & 4) | (16 if aside.support is not None else 0)
-    count = int(np.count_nonzero(aside.support)) if aside.support is not None else count
-    outliers = data[1] % 4
+    count = int(np.count_nonzero(aside.support)) if aside.support is not None else elements(shape)
+    level, outliers = 0 if flags & 4 else max(1, data[1]), data[1] % 4
     if name == "step:12":
-        digits = (1, 2, 4)[data[2] % 3]
-        escapes = data[3] % (count + 1) if digits > 1 else 0
-        body = frame.compress(resized(data[4:], -(-count // digits) + escapes + 4 * outliers))
-        return struct.pack("<BfII", 2 | flags, 0.5, outliers, 0) + struct.pack("<BI", digits, escapes) + body
-    frequencies = context._frequencies(np.frombuffer(resized(data[4:], 4 * 256), np.uint8).reshape(4, 256).astype(int))
-    planes = frequencies.astype("<u2").reshape(-1, 1).view(np.uint8).T.tobytes()
-    table = frame.compress(bytes(context._SUMS) + planes)
-    words = resized(data[4 + 4 * 256 :], max(0, len(data) - 4 - 4 * 256) // 2 * 2)
+        digits, sent = (1, 2, 4)[data[2] % 3], len(dither.numbers(aside.dither, count)) if aside.dither else count
+        escapes = data[3] % (sent + 1) if digits > 1 else 0
+        body = frame.compress(resized(data[4:], -(-sent // digits) + escapes + 4 * outliers))
+        return struct.pack("<BfBII", 2 | flags, 0.5, level, outliers, 0) + struct.pack("<BI", digits, escapes) + body
+    planes, parents = context._planes(map_shape(shape), bool(flags & 4)), data[2] % 5
+    lineage = bytes(at % max(1, channel) for channel in range(planes[0]) for at in range(parents))
+    size = sum(predict.weights_of(planes, parents))
+    counts = np.frombuffer(resized(data[4:], 2 * 256), np.uint8).reshape(2, 256).astype(int)
+    split = context._frequencies(counts).astype("<u2").reshape(-1, 1).view(np.uint8).T.tobytes()
+    table = frame.compress(lineage + resized(data[-size:], size) + split)
+    words = resized(data[4 + 2 * 256 :], max(0, len(data) - 4 - 2 * 256) // 2 * 2)
     coded = struct.pack("<I", len(words) // 2) + b"\1\2\3\4" * rans.lanes(count) + words
-    head = struct.pack("<BfII", 3 | flags, 0.5, outliers, 0) + data[:4] * outliers
-    return head + struct.pack("<BI", 1, len(table)) + table + coded
+    head = struct.pack("<BfBII", 3 | flags, 0.5, level, outliers, 0) + data[:4] * outliers
+    return head + struct.pack("<BBBI", 1, 1, parents, len(table)) + table + coded
 
 
 def test_one(data: bytes) -> None:
@@ -88,7 +95,7 @@ def test_one(data: bytes) -> None:
     name, which, aside = plan(data[0])
     payload = data[1:]
     if data[0] >= 128 and ":" in name and len(payload) > 8:
-        payload = inside(payload, name, aside, _TENSORS[which].size)
+        payload = inside(payload, name, aside, SHAPES[which])
     payload = mended(payload, name, aside)
     try:
         back = codec(name).decode(payload, SHAPES[which], aside)

@@ -52,7 +52,7 @@ def asides(name: str, tensor: np.ndarray) -> list[Aside]:
     return [NOTHING, Aside((1, 2, 3)), Aside(None, support), Aside((1, 2, 3), support)] if ":" in name else [NOTHING]
 
 
-def allowed_error(name: str, tensor: np.ndarray, support: np.ndarray | None) -> np.ndarray | float:
+def allowed_error(name: str, tensor: np.ndarray, aside: Aside) -> np.ndarray | float:
     """The most that an element may be off."""
     magnitude = np.abs(tensor)
     if name == "fp32":
@@ -63,10 +63,12 @@ def allowed_error(name: str, tensor: np.ndarray, support: np.ndarray | None) -> 
     if name == "int8":
         axes = tuple(axis for axis in range(tensor.ndim) if axis != 1 or tensor.ndim == 1)
         return np.broadcast_to(magnitude.max(axis=axes, keepdims=True, initial=0) / 127 * 0.5001 + 2e-35, tensor.shape)
-    sent = tensor if support is None else tensor[support]
-    power = float(np.mean(sent**2)) if sent.size else 0.0
-    step = np.sqrt(12 * power) * 10 ** (-codec(name).snr / 20)  # type: ignore[attr-defined]
-    return step / 2 * 1.001 + magnitude * 1e-6
+    sent = tensor if aside.support is None else tensor[aside.support]
+    unsigned = bool(np.all(tensor >= 0)) and (aside.dither is None or name.endswith("nearest"))
+    noisy = np.count_nonzero(sent) if unsigned else sent.size
+    step = np.sqrt(12 * float(np.sum(sent**2)) / max(1, noisy)) * 10 ** (-codec(name).snr / 20)  # type: ignore[attr-defined]
+    # Unsigned elements are decoded to where they lie in their step on average, so some are off by nearly all of it.
+    return step * (1.001 if unsigned else 0.501) + magnitude * 1e-6
 
 
 @names
@@ -82,7 +84,7 @@ def test_round_trip(name: str, tensor: np.ndarray) -> None:
         if aside.support is not None and not np.array_equal(back, tensor):  # raw forms hand on everything
             assert np.all(back[~aside.support] == 0)
             off = np.where(aside.support, off, 0)
-        assert np.all(off <= allowed_error(name, exact, aside.support))
+        assert np.all(off <= allowed_error(name, exact, aside))
         if aside.dither is None:
             assert np.all(back[tensor == 0] == 0)
 
@@ -117,7 +119,23 @@ def activation(shape: tuple[int, ...] = (32, 16, 16, 16)) -> np.ndarray:
 def gradient(shape: tuple[int, ...] = (32, 16, 16, 16)) -> np.ndarray:
     """Heavy-tailed, its pictures of very different size."""
     generator = np.random.default_rng(1)
-    return (generator.laplace(size=shape) * generator.exponential(size=(shape[0], 1, 1, 1))).astype(np.float32)
+    pictures = generator.exponential(size=(shape[0], *(1 for _ in shape[1:])))
+    return (generator.laplace(size=shape) * pictures).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(40, 5, 13, 11), (64, 3, 17, 16), (20, 6, 1, 900), (300, 7, 70)])
+def test_context_coding_of_channels_from_each_other_loses_nothing(shape: tuple[int, ...]) -> None:
+    """Channels that are large enough to have weights of their own, and much alike."""
+    base = gradient((shape[0], 1, *shape[2:]))
+    alike = (base + 0.2 * gradient(shape)).astype(np.float32)
+    for tensor in (alike, np.maximum(alike, 0)):
+        for aside in asides("step:15", tensor):
+            by_step, by_context = codec("step:15"), codec("context:15")
+            expected, payload = by_step.encode(tensor, aside), by_context.encode(tensor, aside)
+            if aside is NOTHING and tensor.min() == 0:
+                assert len(payload) < len(expected)
+            back = by_step.decode(payload, tensor.shape, aside)
+            np.testing.assert_array_equal(back, by_step.decode(expected, tensor.shape, aside))
 
 
 def snr(tensor: np.ndarray, back: np.ndarray) -> float:
@@ -130,7 +148,8 @@ def test_the_snr_asked_for_is_met(coder: str, wanted: int) -> None:
     name = f"{coder}:{wanted}"
     for tensor, aside in ((activation(), NOTHING), (gradient(), NOTHING), (gradient(), Aside((0, 0, 3)))):
         reached = snr(tensor, codec(name).decode(codec(name).encode(tensor, aside), tensor.shape, aside))
-        assert wanted - 0.3 < reached < wanted + (6 if aside is NOTHING else 0.3)
+        # Without dither, steps as coarse as the elements leave less noise than the step^2/12 that is reckoned with.
+        assert wanted - 0.3 < reached < wanted + (5 if aside is NOTHING else 0.3)
 
 
 @pytest.mark.parametrize("name", ["step:3", "step:15", "context:3"])
@@ -160,15 +179,24 @@ def test_dither_is_a_function_of_its_seed_alone() -> None:
         codec("step:10").decode(payloads[0, 0, 3], tensor.shape)
 
 
+GOLDEN = Path(__file__).parent / "golden"
+GATED = np.arange(16 * 8 * 16 * 16).reshape(16, 8, 16, 16) * 7919 % 251 > 96
+
+
 @pytest.mark.parametrize(
-    ("name", "digest"),
-    [("step:12", "c0eddf96b2737d5b"), ("context:12", "c0eddf96b2737d5b")],
+    ("name", "aside", "digest"),
+    [
+        ("step:12", Aside((5, 6, 3), GATED), "0174757623ded7f2"),
+        ("context:12", Aside((5, 6, 3), GATED), "0174757623ded7f2"),
+        ("step:20", NOTHING, "fb3ec734b18e4955"),
+        ("context:20", NOTHING, "fb3ec734b18e4955"),
+    ],
 )
-def test_payloads_mean_the_same_on_every_platform_and_release(name: str, digest: str) -> None:
-    """A recorded payload, dithered and with a support: who changes its meaning must change the protocol's version."""
-    support = np.arange(4 * 8 * 9 * 9).reshape(4, 8, 9, 9) * 7919 % 251 > 96
-    payload = (Path(__file__).parent / "golden" / f"{name.replace(':', '-')}.bin").read_bytes()
-    back = codec(name).decode(payload, support.shape, Aside((5, 6, 3), support))
+def test_payloads_mean_the_same_on_every_platform_and_release(name: str, aside: Aside, digest: str) -> None:
+    """Recorded payloads, dithered and with a support, and of an activation: who changes their meaning must change the
+    protocol's version."""
+    payload = (GOLDEN / f"{name.replace(':', '-')}.bin").read_bytes()
+    back = codec(name).decode(payload, GATED.shape, aside)
     assert hashlib.sha256(back.astype("<f4").tobytes()).hexdigest()[:16] == digest
 
 

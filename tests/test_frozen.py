@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
-from common import halves, schedule
+from common import halves, schedule, wire
 from common.codecs import codec
 from common.errors import FrameError, ModelError, StoreError
+from common.meter import Draft
+from common.phase_message import phase_of
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
+from common.wire import Place
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
 from edge_server.store import Store
@@ -116,7 +120,21 @@ def test_every_kept_picture_comes_once_a_cycle(steps: int, tmp_path: Path) -> No
         assert len(set(orders[0][:4] // 4)) > 1
     again = _store(tmp_path, steps)
     assert np.array_equal(again.draw(2 * steps - 1)[1], store.draw(2 * steps - 1)[1])
-    assert not list(tmp_path.iterdir()), "the file has no name, so nothing can be left behind"
+
+
+def test_a_store_goes_on_from_its_index(tmp_path: Path) -> None:
+    store = _store(tmp_path, 5)
+    index = {name: value.clone() for name, value in store.index().items()}
+    expected = store.draw(7)
+    store.add(bytes(store._places[0][1]), np.zeros(4, int))  # after the checkpoint: dropped when it is gone back to
+    store.close()
+    again = Store.reopen(tmp_path, store.phase, SHAPE, 7, store.limit, index)
+    assert again.steps == 5 and again.path.stat().st_size == again.size
+    assert all(np.array_equal(left, right) for left, right in zip(again.draw(7), expected, strict=True))
+    again.close()
+    again.path.write_bytes(b"short")
+    with pytest.raises(StoreError, match="shorter than the checkpoint says"):
+        Store.reopen(tmp_path, store.phase, SHAPE, 7, store.limit, index)
 
 
 def test_a_store_stays_within_its_limit(tmp_path: Path) -> None:
@@ -137,36 +155,35 @@ def test_frames_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
     pictures, labels = np.ones((2, 32, 8, 8), np.float32), np.array([1, 2])
+    label = Place(pb.LABEL, 0, 0)
+
+    def frames(step: int, phase: int) -> list[pb.Frame]:
+        return [
+            *wire.pack_labels(dataclasses.replace(label, step=step, phase=phase), labels, 10),
+            *wire.pack_raw(Place(pb.ACTIVATION, step, phase), pictures),
+        ]
+
+    def recall(step: int, phase: int, steps: int) -> list[pb.Frame]:
+        return [wire.seal(Place(pb.CONTROL, step, phase).frame(recall=pb.Recall(steps=steps)))]
+
     with pair.server(*arguments, log=tmp_path / "log") as (_, address):
+        remote = RemoteTail(address)
+        remote.open(trains=True)
 
-        def begun() -> tuple[RemoteTail, Phase]:
-            remote = RemoteTail(address)
-            remote.open(trains=True)
-            return remote, remote.begin(2, tuple("0123456789"))[2]
+        def answer(sent: list[pb.Frame], step: int) -> pb.Frame:
+            remote._lose()
+            remote.begin(2, tuple("0123456789"), step)
+            for frame in sent:
+                remote._stream.send(frame)
+            return remote._stream.receive(Draft(remote.meter))
 
-        remote, phase = begun()
-        remote.recall(0, phase, 1)
         with pytest.raises(FrameError, match="kind store"):
-            remote.result(0, phase)
-        remote.close()
-        for wrong in ("tensor", "nothing"):
-            remote, phase = begun()
-            remote.send(0, phase, pictures, labels)
-            following = remote.result(0, phase).next
-            assert following and following.kind == "recall"
-            if wrong == "tensor":
-                remote.send(1, following, pictures, labels)
-            else:
-                remote.recall(1, following, 0)
+            answer(recall(0, 0, 1), 0)
+        assert phase_of(answer(frames(0, 0), 0).done.next).kind == "recall"
+        for wrong in (frames(1, 1), recall(1, 1, 0)):
             with pytest.raises(FrameError, match="Recall"):
-                remote.result(1, following)
-            remote.close()
-        remote, phase = begun()
-        remote.send(0, phase, pictures, labels)
-        following = remote.result(0, phase).next
-        assert following
-        remote.recall(1, following, 1000)
-        assert remote.result(1, following).then == pb.FINISH, "however many were asked for"
+                answer(wrong, 1)
+        assert answer(recall(1, 1, 1000), 1).done.then == pb.FINISH, "however many were asked for"
         remote.close()
 
 

@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codecs import NOTHING, Aside, codec, context, frame, rans
+from common.codecs import NOTHING, Aside, codec, context, frame, predict, rans
 from common.errors import CodecError
 
 SHAPE = (4, 8, 12, 12)
@@ -91,8 +91,9 @@ def test_another_mask_or_dither_than_was_agreed_on(name: str) -> None:
         assert not survives(name, payload(name, DITHERED), aside=aside)
 
 
-def header(form: int, step: float, outliers: int = 0, checksum: int = 0) -> bytes:
-    return struct.pack("<BfII", form, step, outliers, checksum)
+def header(form: int, step: float, outliers: int = 0, checksum: int = 0, level: int | None = None) -> bytes:
+    level = 128 * (form >= 2) if level is None else level
+    return struct.pack("<BfBII", form, step, level, outliers, checksum)
 
 
 PACKED, CONTEXT = 2, 3
@@ -117,8 +118,12 @@ ZEROS = frame.compress(bytes(COUNT))
         (header(64, 1) + ZEROS, "form 64"),
         (header(PACKED, 1, 0, 77) + ZEROS, "which elements are zero"),
         (header(PACKED | 8, 1) + ZEROS, "form 10"),
-        (header(CONTEXT, 1) + struct.pack("<BI", 200, 9), "200 groups"),
-        (header(CONTEXT, 1) + struct.pack("<BI", 1, 2**31) + ZEROS, "declares"),
+        (header(PACKED, 1, level=0) + struct.pack("<BI", 1, 0) + ZEROS, "form 2 does not exist"),
+        (header(PACKED | 4, 1) + struct.pack("<BI", 1, 0) + ZEROS, "form 6 does not exist"),
+        (header(CONTEXT, 1) + struct.pack("<BBBI", 200, 1, 0, 9), "200 levels"),
+        (header(CONTEXT, 1) + struct.pack("<BBBI", 1, 200, 0, 9), "200 contexts"),
+        (header(CONTEXT, 1) + struct.pack("<BBBI", 1, 1, 5, 9), "5 parents"),
+        (header(CONTEXT, 1) + struct.pack("<BBBI", 1, 1, 0, 2**31) + ZEROS, "declares"),
         (header(CONTEXT, 1, 7), "7 outliers were announced"),
         (header(1, 0) + b"more", "4 bytes came"),
     ],
@@ -128,12 +133,19 @@ def test_forged_payloads(data: bytes, words: str) -> None:
         codec("step:12").decode(data, SHAPE)
 
 
-def test_frequencies_that_do_not_add_up() -> None:
-    table = np.zeros((4, 256), "<u2")
-    table[:, 0] = rans.TOTAL - 1
-    body = frame.compress(bytes(context._SUMS) + table.reshape(-1, 1).view(np.uint8).T.tobytes())
-    with pytest.raises(CodecError, match="frequencies are damaged"):
-        context.decode(struct.pack("<BI", 1, len(body)) + body, (32, 12, 12), 0)
+@pytest.mark.parametrize(("total", "parent", "sound"), [(0, 0, True), (-1, 0, False), (0, 3, False)])
+def test_tables_that_cannot_be(total: int, parent: int, sound: bool) -> None:
+    """Frequencies that do not add up, and a channel that is predicted from itself."""
+    shape = (8, 32, 12, 12)
+    frequencies = np.zeros((2, 256), "<u2")
+    frequencies[:, 0] = rans.TOTAL + total
+    parents = np.zeros((8, 1), np.uint8)
+    parents[3] = parent
+    weights = bytes(sum(predict.weights_of(shape, 1)))
+    body = frame.compress(parents.tobytes() + weights + frequencies.reshape(-1, 1).view(np.uint8).T.tobytes())
+    data = struct.pack("<BBBI", 1, 1, 1, len(body)) + body
+    with pytest.raises(CodecError, match="coded symbols" if sound else "tables of frequencies are damaged"):
+        context.decode(data, shape, 0)
 
 
 @pytest.mark.parametrize("name", ["int8", "step:12", "context:12"])
@@ -146,7 +158,7 @@ def test_a_frame_that_inflates_to_gigabytes_costs_no_memory(name: str) -> None:
         lying.append(b"".join([compressor.compress(chunk) for _ in range(count)] + [compressor.flush()]))
     heads = {"int8": b"\1" + np.ones(8, "<f4").tobytes(), "step:12": header(PACKED, 1) + struct.pack("<BI", 1, 0)}
     for bomb in lying:
-        head = heads.get(name) or header(CONTEXT, 1) + struct.pack("<BI", 1, len(bomb))
+        head = heads.get(name) or header(CONTEXT, 1) + struct.pack("<BBBI", 1, 1, 0, len(bomb))
         tracemalloc.start()
         with pytest.raises(CodecError, match="were expected"):
             codec(name).decode(head + bomb, SHAPE)
@@ -173,7 +185,7 @@ def test_refusing_leaves_nothing_behind() -> None:
     sizes = []
     for _ in range(3):
         for name, data in good.items():
-            for _ in range(1500):
+            for _ in range(400):
                 damaged = bytearray(data)
                 damaged[generator.integers(len(data))] ^= int(generator.integers(1, 256))
                 survives(name, bytes(damaged), aside=DITHERED)

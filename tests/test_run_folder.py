@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import RunFolderError
-from common.run import MetricsLog, RunFolder, write_atomically
+from common.files import write_atomically
+from common.run import MetricsLog, RunFolder
 
 
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

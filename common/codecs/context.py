@@ -1,116 +1,149 @@
-"""Symbols to bytes with the neighbours as context: a tenth to a third fewer bytes than zstd, at a tenth of its speed.
+"""Symbols to bytes with what is around them as context: fewer bytes than zstd, at a fraction of its speed.
 
-Maps are sent interlaced, like a PNG: first every eighth symbol both ways, then those in the middle of four, then
-those between, down to the last. So every symbol but the first few has four neighbours that the decoder knows already,
-whole passes are handled at once in numpy, and each symbol is coded by rANS with the frequencies that it had in this
-tensor after such neighbours. Integers only. Called by codecs/step.py.
+The magnitude of each symbol is predicted (codecs/predict.py). The prediction, how far off it may be and, where rounding
+was dithered, whether the number drawn lies near the middle or near an end of its range choose one of up to 144 tables:
+rANS codes the symbol with the frequencies that it had there in this tensor. Weights, borders and tables are sent along.
+Integers only. Called by codecs/step.py.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.codecs import frame, rans
+from common.codecs import frame, predict, rans
 from common.codecs.base import Buffer, Support
-from common.codecs.quantise import Symbols
+from common.codecs.predict import MOST, PARENTS, Predictor, Shape
+from common.codecs.quantise import OUTLIER, Symbols
 from common.errors import CodecError
-
-_COARSEST = 8
-_PAD = _COARSEST // 2
-_SUMS = 4 * 255 + 1  # what four magnitudes can add up to, and 0
-_SPREADS = 3
-_HEADER = struct.Struct("<BI")  # groups of sums, bytes of the frame with the tables
-
 
 Array = NDArray[Any]
 
-
-@dataclass(frozen=True)
-class _Pass:
-    """Every `every`th place from (row, column) on; its four neighbours, `half` away, came in earlier passes."""
-
-    row: int
-    column: int
-    every: int
-    half: int  # 0: no neighbours
-    corners: bool = False  # neighbours lie diagonally, else straight
-
-    def places(self, maps: Array, row: int = 0, column: int = 0) -> Array:
-        """The pass's places in maps [N, H, W], moved by row and column within a pad."""
-        return maps[:, self.row + row :: self.every, self.column + column :: self.every]
+_HEADER = struct.Struct(
+    "<BBBI"
+)  # levels of doubt, of predictions in each; parents of a channel; bytes of the frame with all but the symbols
+_DOUBTS = 1 << 12  # more than any doubt
+_LEVELS, _GROUPS = 6, 12
+# Magnitudes of signed symbols are predicted in eighths.
+_FINER = 8
+_CHANNELS, _SMALLEST = 128, 16
+# Elements of a channel that pay for weights of its own: of activations, and of gradients, which are less alike.
+_WORTHWHILE = {False: 1 << 12, True: 1 << 14}
 
 
-def _passes() -> Iterator[_Pass]:
-    every = _COARSEST
-    yield _Pass(0, 0, every, 0)
-    while every > 1:
-        half = every // 2
-        yield _Pass(half, half, every, half, corners=True)
-        yield _Pass(0, half, every, half)
-        yield _Pass(half, 0, every, half)
-        every = half
+def _planes(shape: Shape, signed: bool) -> Shape:
+    """Maps [C, B, H, W] as they are predicted: tiny ones side by side, and channels one from the other where there are
+    not too many for bounded time and each is large enough to pay for weights of its own; else all as one."""
+    channels, pictures, height, width = shape
+    if height * width < _SMALLEST:
+        return 1, 1, channels, pictures * height * width
+    if channels <= _CHANNELS and pictures * height * width >= _WORTHWHILE[signed]:
+        return shape
+    return 1, channels * pictures, height, width
 
 
-class _Plane:
-    """Magnitudes of maps [N, H, W] with a pad around that mirrors them, as far as they are known."""
-
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.count, self.height, self.width = shape
-        self._padded = np.zeros((self.count, self.height + 2 * _PAD, self.width + 2 * _PAD), np.uint8)
-        self.inner = self._padded[:, _PAD:-_PAD, _PAD:-_PAD]
-
-    def _mirror(self, axis: int, start: int, step: _Pass) -> None:
-        """Outside the first and last place along `axis` put what lies on their other side, or zero."""
-        size, lines = (self.height, self.width)[axis], np.moveaxis(self._padded, axis + 1, 0)
-        if start >= size:
-            return
-        last = start + (size - 1 - start) // step.every * step.every
-        for outside, other in ((start - step.half, start + step.half), (last + step.half, last - step.half)):
-            if not 0 <= outside < size:
-                lines[_PAD + outside] = lines[_PAD + other] if 0 <= other < size else 0
-
-    def surroundings(self, step: _Pass) -> tuple[Array, Array]:
-        """For each place of a pass the sum of its neighbours, and how far these lie apart: 0 to _SPREADS - 1."""
-        self._mirror(0, step.row, step)
-        self._mirror(1, step.column, step)
-        half, shape = step.half, step.places(self.inner).shape
-        offsets = ((-1, -1), (-1, 1), (1, -1), (1, 1)) if step.corners else ((-1, 0), (1, 0), (0, -1), (0, 1))
-        a, b, c, d = (
-            step.places(self._padded, _PAD + row * half, _PAD + column * half)[:, : shape[1], : shape[2]]
-            for row, column in offsets
-        )
-        total = np.add(a, b, dtype=np.uint16)
-        total += c
-        total += d
-        apart = np.maximum(np.maximum(a, b), np.maximum(c, d)) - np.minimum(np.minimum(a, b), np.minimum(c, d))
-        apart = apart.astype(np.uint16) << 1
-        wide = (apart > total).view(np.uint8)
-        wide += (apart > total << 1).view(np.uint8)
-        return total, wide
+def _most(count: int, signed: bool) -> tuple[int, int]:
+    """Levels of doubt and of predictions for so many symbols: each table costs some 20 to 40 bytes."""
+    if signed:
+        return 1, max(1, min(2 * _GROUPS, count >> 12))
+    return max(1, min(_LEVELS, count >> 13)), max(1, min(_GROUPS, count >> 14))
 
 
 def _magnitudes(symbols: Symbols, zero: int) -> Symbols:
-    return np.maximum(symbols, zero) - np.minimum(symbols, zero) if zero else symbols
+    if not zero:
+        return symbols
+    steps = np.abs(symbols.astype(np.int16) - np.int16(zero))
+    return np.minimum(steps * np.int16(_FINER), 255).astype(np.uint8)
 
 
-def _most_groups(count: int) -> int:
-    """Groups of sums for so many symbols: each group's tables cost some 20 to 40 bytes."""
-    return max(1, min(24, count >> 12))
+def _borders(histogram: Array, number: int) -> Array:
+    """Borders (uint16) between `number` groups of about as many values each, of which `histogram` counts them."""
+    before = np.cumsum(histogram)
+    return np.searchsorted(before, np.arange(1, number) * int(before[-1]) // number, "right").astype(np.uint16)
 
 
-def _grouped(sums: list[Array], most: int) -> Array:
-    """A group for each sum [_SUMS], rising, so that each holds about the same number of symbols."""
-    histogram = sum((np.bincount(part, minlength=_SUMS) for part in sums), np.zeros(_SUMS, np.int64))
-    before = np.cumsum(histogram) - histogram // 2
-    groups = np.minimum(before * most // max(1, int(histogram.sum())), most - 1)
-    _, groups = np.unique(groups, return_inverse=True)
-    return groups.astype(np.uint8)
+def _starts(between: Array) -> Array:
+    """For each doubt where its level starts in a table of (level, prediction)."""
+    return np.searchsorted(between, np.arange(_DOUBTS), "right").astype(np.int32) * (MOST + 1)
+
+
+class _Contexts:
+    """Which table a symbol is coded with, by borders of doubt [levels - 1] and of predictions [levels, groups - 1]."""
+
+    def __init__(self, between: Array, within: Array) -> None:
+        levels, groups = within.shape[0], within.shape[1] + 1
+        self.number = 2 * levels * groups
+        self._starts = _starts(between)
+        rows = [np.searchsorted(borders, np.arange(MOST + 1), "right") for borders in within]
+        self._tables = np.concatenate([2 * (groups * level + row) for level, row in enumerate(rows)]).astype(np.uint8)
+
+    def of(self, values: Array, doubts: Array, quarters: Array | None) -> Array:
+        """Odd where the number drawn is in the middle half of its range, so that the symbol is zero more probably."""
+        found: Array = self._tables.take(self._starts.take(doubts) + values)
+        if quarters is not None:
+            found += (quarters + np.uint8(1)) >> np.uint8(1) & np.uint8(1)
+        return found
+
+
+def _turned(symbols: Symbols, quarters: Array | None) -> Symbols:
+    """Symbols as if all numbers drawn lay in the upper half: signs of the others are turned, but not of outliers."""
+    return symbols if quarters is None else np.where(quarters < 2, np.uint8(OUTLIER - 1) - symbols, symbols)
+
+
+def _taken(part: Array | None, chosen: Array | None) -> Any:
+    """A pass's places flat, or the `chosen` ones of them."""
+    return None if part is None else part.reshape(-1) if chosen is None else part.reshape(-1).take(chosen)
+
+
+def _model(
+    maps: Symbols, zero: int, support: Support | None, quarters: Array | None
+) -> tuple[list[tuple[Array, Array]], int, tuple[int, int, int], tuple[Array, ...]]:
+    """(symbols, contexts) of each pass in order; how many contexts; levels, groups, parents; what is sent of these."""
+    signed = bool(zero)
+    shape = _planes(maps.shape, signed)
+    maps = maps.reshape(shape)
+    support, quarters = (None if part is None else part.reshape(shape) for part in (support, quarters))
+    magnitudes = _magnitudes(maps, zero)
+    parents = predict.likest(magnitudes, PARENTS)
+    predictor = Predictor(shape, parents)
+    weights: list[Array] = []
+    found: list[tuple[Symbols, Array, Array, Array | None]] = []
+    for channel, step in predict.passes(shape):
+        truth = step.places(magnitudes[channel])
+        mask, drawn = (None if plane is None else step.places(plane[channel]) for plane in (support, quarters))
+        weights.append(predictor.fit(channel, step, truth, mask))
+        values, doubts = predictor.predict(channel, step, weights[-1])
+        chosen = None if mask is None else np.flatnonzero(mask)
+        predictor.learn(channel, step, truth.reshape(-1), values, doubts, chosen)
+        parts = (step.places(maps[channel]), values, doubts, drawn)
+        found.append(tuple(_taken(part, chosen) for part in parts))
+    levels, groups = _most(maps.size, signed)
+    all_values, all_doubts = (np.concatenate([parts[at] for parts in found]) for at in (1, 2))
+    between = _borders(np.bincount(all_doubts, minlength=_DOUBTS), levels)
+    starts = _starts(between)
+    histograms = np.bincount(starts.take(all_doubts) + all_values, minlength=levels * (MOST + 1))
+    within = np.stack([_borders(row, groups) for row in histograms.reshape(levels, MOST + 1)])
+    contexts = _Contexts(between, within)
+    batches = [
+        (_turned(symbols, drawn), contexts.of(values, doubts, drawn)) for symbols, values, doubts, drawn in found
+    ]
+    return (
+        batches,
+        contexts.number,
+        (levels, groups, parents.shape[1]),
+        (parents, between, within, np.concatenate(weights)),
+    )
+
+
+def _counts(batches: list[tuple[Array, Array]], tables: int) -> Array:
+    """How often each symbol comes in each context [tables, 256]."""
+    counts = np.zeros(tables * 256, np.int64)
+    for symbols, contexts in batches:
+        counts += np.bincount(contexts.astype(np.uint16) << 8 | symbols, minlength=len(counts))
+    return counts.reshape(tables, 256)
 
 
 def _frequencies(counts: Array) -> Array:
@@ -124,104 +157,75 @@ def _frequencies(counts: Array) -> Array:
     return result.astype(np.uint32)
 
 
-def _contexts(groups: Array, sums: Array, spreads: Array) -> Array:
-    """The context of each place; 0 is left for places that have no neighbours yet."""
-    return 1 + groups.take(sums) * np.uint8(_SPREADS) + spreads
-
-
-def _tables_for(number: int) -> int:
-    """How many contexts so many groups of sums make."""
-    return 1 + number * _SPREADS
-
-
-def _batches(maps: Symbols, zero: int, support: Support | None) -> tuple[list[tuple[Array, Array]], Array]:
-    """(symbols, contexts) of each pass in order, and the groups of sums [_SUMS] that the contexts stand on."""
-    plane = _Plane(maps.shape)
-    plane.inner[...] = _magnitudes(maps, zero)
-    symbols: list[Array] = []
-    sums: list[Array] = []  # of each pass but the first, as the spreads
-    spreads: list[Array] = []
-    for step in _passes():
-        around = plane.surroundings(step) if step.half else ()
-        parts: list[Array] = [part.reshape(-1) for part in (step.places(maps), *around)]
-        if support is not None:
-            chosen = np.flatnonzero(step.places(support))
-            parts = [part.take(chosen) for part in parts]
-        symbols.append(parts[0])
-        if step.half:
-            sums.append(parts[1])
-            spreads.append(parts[2])
-    groups = _grouped(sums, _most_groups(maps.size))
-    contexts = [np.zeros(len(symbols[0]), np.uint8)]
-    contexts += [_contexts(groups, a, b) for a, b in zip(sums, spreads, strict=True)]
-    return list(zip(symbols, contexts, strict=True)), groups
-
-
-def _counts(batches: list[tuple[Array, Array]], tables: int) -> Array:
-    """How often each symbol comes in each context [tables, 256]."""
-    counts = np.zeros(tables * 256, np.int64)
-    for symbols, contexts in batches:
-        counts += np.bincount(contexts.astype(np.uint16) << 8 | symbols, minlength=len(counts))
-    return counts.reshape(tables, 256)
-
-
-def ideal_bits(maps: Symbols, zero: int, support: Support | None = None) -> float:
-    """Bits that an ideal coder would take with these contexts, if their tables cost nothing."""
-    batches, groups = _batches(maps, zero, support)
-    counts = _counts(batches, _tables_for(int(groups.max()) + 1)).astype(np.float64)
+def ideal_bits(maps: Symbols, zero: int, support: Support | None = None, quarters: Array | None = None) -> float:
+    """Bits that an ideal coder would take with these contexts, if what is sent to make them cost nothing."""
+    batches, number, _, _ = _model(maps, zero, support, quarters)
+    counts = _counts(batches, number).astype(np.float64)
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return float(-np.sum(counts * np.log2(np.maximum(counts, 1) / totals)))
 
 
-def encode(maps: Symbols, zero: int, support: Support | None = None) -> bytes:
-    """Bytes of symbols [N, H, W], most of which are near `zero`; of those alone where `support` is true, if given."""
-    batches, groups = _batches(maps, zero, support)
-    number = int(groups.max()) + 1
-    frequencies = _frequencies(_counts(batches, _tables_for(number)))
-    # The low bytes of all, then the high ones: those are nearly all zero.
-    table = frame.compress(groups.tobytes() + frequencies.astype("<u2").reshape(-1, 1).view(np.uint8).T.tobytes())
-    return b"".join((_HEADER.pack(number, len(table)), table, rans.encode(batches, rans.Tables(frequencies))))
+def encode(maps: Symbols, zero: int, support: Support | None = None, quarters: Array | None = None) -> bytes:
+    """Bytes of symbols [C, B, H, W], most of which are near `zero`; of those alone where `support` is true, if given.
+
+    `quarters`: in which quarter of its range the number that dithered each symbol lies.
+    """
+    batches, number, sizes, (parents, between, within, weights) = _model(maps, zero, support, quarters)
+    frequencies = _frequencies(_counts(batches, number))
+    borders = np.concatenate((between, within.reshape(-1))).astype("<u2").tobytes()
+    # The low bytes of all frequencies, then the high ones: those are nearly all zero.
+    low, high = frequencies.astype("<u2").reshape(-1, 1).view(np.uint8).T
+    table = frame.compress(parents.tobytes() + borders, weights.tobytes(), low.tobytes(), high.tobytes())
+    return b"".join((_HEADER.pack(*sizes, len(table)), table, rans.encode(batches, rans.Tables(frequencies))))
 
 
-def decode(data: Buffer, shape: tuple[int, int, int], zero: int, support: Support | None = None) -> Symbols:
-    """Symbols [N, H, W]; `zero` outside `support`. CodecError where `data` holds anything else."""
+def decode(
+    data: Buffer, shape: Shape, zero: int, support: Support | None = None, quarters: Array | None = None
+) -> Symbols:
+    """Symbols [C, B, H, W]; `zero` outside `support`. CodecError where `data` holds anything else."""
     view = memoryview(data)
     if len(view) < _HEADER.size:
         raise CodecError("the tables' header is cut short")
-    number, size = _HEADER.unpack_from(view)
-    count = shape[0] * shape[1] * shape[2]
-    if not 1 <= number <= _most_groups(count):
-        raise CodecError(f"{number} groups of contexts came for {count} symbols")
-    groups, frequencies = _tables(view[_HEADER.size : _HEADER.size + size], number)
-    plane, maps = _Plane(shape), np.full(shape, zero, np.uint8)
-    wanted = count if support is None else int(np.count_nonzero(support))
+    levels, groups, ancestors, size = _HEADER.unpack_from(view)
+    wanted = shape[0] * shape[1] * shape[2] * shape[3] if support is None else int(np.count_nonzero(support))
+    most = _most(shape[0] * shape[1] * shape[2] * shape[3], bool(zero))
+    if not (1 <= levels <= most[0] and 1 <= groups <= most[1] and ancestors <= PARENTS):
+        raise CodecError(f"{levels} levels of {groups} contexts with {ancestors} parents came for {wanted} symbols")
+    planes = _planes(shape, bool(zero))
+    packed = view[_HEADER.size : _HEADER.size + size]
+    parents, contexts, weights, frequencies = _tables(packed, planes, levels, groups, ancestors)
     decoder = rans.Decoder(view[_HEADER.size + size :], wanted, rans.Tables(frequencies))
-    for step in _passes():
-        places = step.places(maps)
-        if step.half:
-            sums, spreads = plane.surroundings(step)
-            contexts = _contexts(groups, sums, spreads).reshape(-1)
-        else:
-            contexts = np.zeros(places.size, np.uint8)
-        if support is None:
-            places[...] = decoder.batch(contexts).reshape(places.shape)
-        else:
-            chosen = np.flatnonzero(step.places(support))
-            symbols = np.full(places.size, zero, np.uint8)
-            symbols[chosen] = decoder.batch(contexts.take(chosen))
-            places[...] = symbols.reshape(places.shape)
-        step.places(plane.inner)[...] = _magnitudes(places, zero)
+    maps = np.full(planes, zero, np.uint8)
+    support, quarters = (None if part is None else part.reshape(planes) for part in (support, quarters))
+    predictor = Predictor(planes, parents)
+    for (channel, step), factors in zip(predict.passes(planes), weights, strict=True):
+        values, doubts = predictor.predict(channel, step, factors)
+        places = step.places(maps[channel])
+        mask, drawn = (None if plane is None else step.places(plane[channel]) for plane in (support, quarters))
+        chosen = None if mask is None else np.flatnonzero(mask)
+        drawn = _taken(drawn, chosen)
+        coded = decoder.batch(contexts.of(_taken(values, chosen), _taken(doubts, chosen), drawn))
+        symbols = np.full(len(values), zero, np.uint8)
+        symbols[slice(None) if chosen is None else chosen] = _turned(coded, drawn)
+        places[...] = symbols.reshape(places.shape)
+        predictor.learn(channel, step, _magnitudes(symbols, zero), values, doubts, chosen)
     decoder.end()
-    return maps
+    return maps.reshape(shape)
 
 
-def _tables(packed: memoryview, number: int) -> tuple[Array, Array]:
-    """The groups [_SUMS] and frequencies [contexts, 256] that `encode` made."""
-    contexts = _tables_for(number)
-    body = np.frombuffer(frame.decompress(packed, _SUMS + 2 * contexts * 256), np.uint8)
-    groups = body[:_SUMS]
-    low, high = body[_SUMS:].astype(np.uint32).reshape(2, contexts, 256)
-    frequencies: Array = low | high << 8
-    if groups.max() >= number or np.any(frequencies.sum(axis=1) != rans.TOTAL):
+def _tables(
+    packed: memoryview, planes: Shape, levels: int, groups: int, ancestors: int
+) -> tuple[Array, _Contexts, list[Array], Array]:
+    """Parents, contexts, the weights of each pass and frequencies [contexts, 256] that `encode` made."""
+    between, within, lengths = levels - 1, levels * (groups - 1), predict.weights_of(planes, ancestors)
+    number = 2 * levels * groups
+    sizes = (ancestors * planes[0], 2 * (between + within), sum(lengths), 256 * number, 256 * number)
+    body = np.frombuffer(frame.decompress(packed, sum(sizes)), np.uint8)
+    lineage, borders, weights, low, high = np.split(body, np.cumsum(sizes)[:-1])
+    parents, border = lineage.reshape(planes[0], ancestors), borders.view("<u2").astype(np.uint16)
+    frequencies: Array = (low.astype(np.uint32) | high.astype(np.uint32) << 8).reshape(number, 256)
+    late = np.maximum(np.arange(len(parents)), 1)[:, None]
+    if np.any(parents >= late) or np.any(frequencies.sum(axis=1) != rans.TOTAL):
         raise CodecError("the tables of frequencies are damaged")
-    return groups, frequencies
+    contexts = _Contexts(border[:between], border[between:].reshape(levels, groups - 1))
+    return parents, contexts, np.split(weights.view(np.int8), np.cumsum(lengths)[:-1]), frequencies

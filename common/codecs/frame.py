@@ -17,8 +17,17 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, hash_log=7)
 _WINDOW = 2**27
 
 
-def compress(data: Buffer | NDArray[Any]) -> bytes:
-    return zstandard.ZstdCompressor(compression_params=_PARAMETERS).compress(memoryview(data))  # type: ignore[arg-type]
+def compress(*parts: Buffer | NDArray[Any]) -> bytes:
+    """One frame of all parts, each with blocks, and so Huffman codes, of its own."""
+    compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+    views = [memoryview(part) for part in parts]  # type: ignore[arg-type]
+    if len(views) == 1:
+        return compressor.compress(views[0])
+    stream = compressor.compressobj(size=sum(view.nbytes for view in views))
+    pieces: list[bytes] = []
+    for view in views:
+        pieces += (stream.compress(view), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    return b"".join((*pieces, stream.flush()))
 
 
 def decompress(frame: Buffer, expected: int) -> bytes:

@@ -18,6 +18,7 @@ from common.errors import CodecError
 
 # Digits a byte, and the word that so many symbols fill; the highest digit is the escape. One a byte is the symbol.
 _WORDS = {1: "u1", 2: "<u2", 4: "<u4"}
+_TOGETHER = {2: 1 << 8 | 1 << 4, 4: 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6}
 _SAMPLE, _PIECES = 1 << 15, 8
 # More digits a byte must earn what they cost in time.
 _WORTHWHILE = 0.98
@@ -47,39 +48,51 @@ def _split(symbols: Symbols, digits: int, zero: int) -> tuple[Symbols, Symbols]:
         padded = np.zeros(-(-len(part) // digits) * digits, np.uint8)
         body = padded[: len(part)]
         # Symbols below the lowest wrap round to large ones, and become escapes like those above.
-        np.subtract(part, lowest, out=body)
-        np.minimum(body, escape, out=body)
+        np.minimum(np.subtract(part, lowest, out=body) if lowest else part, escape, out=body)
         escapes.append(part.take(np.flatnonzero(body == escape)))
-        # The digits stand a byte apart in a word; shifting draws them together in its lowest byte.
+        # The digits stand a byte apart in a word; multiplying draws them together in its highest byte.
         words = padded.view(_WORDS[digits])
-        words |= words >> (8 - 8 // digits)
-        if digits == 4:
-            words |= words >> 12
+        words *= words.dtype.type(_TOGETHER[digits])
+        words >>= words.dtype.type(8 * digits - 8)
         packed[at // digits : at // digits + len(words)] = words
     return packed, np.concatenate(escapes)
 
 
-def _best(symbols: Symbols, zero: int) -> int:
+def _sample(part: Symbols, size: int) -> Symbols:
+    """Up to `size` symbols of `part`, from all over it."""
+    if len(part) <= size:
+        return part
+    starts = np.linspace(0, len(part) - size // _PIECES, _PIECES).astype(int)
+    return np.concatenate([part[start : start + size // _PIECES] for start in starts])
+
+
+def _best(parts: list[Symbols], zero: int) -> int:
     """The number of digits a byte that makes a sample smallest."""
-    if len(symbols) > _SAMPLE:
-        size = _SAMPLE // _PIECES
-        starts = np.linspace(0, len(symbols) - size, _PIECES).astype(int)
-        symbols = np.concatenate([symbols[start : start + size] for start in starts])
-    sizes = {digits: len(frame.compress(np.concatenate(_split(symbols, digits, zero)))) for digits in _WORDS}
+    samples = [_sample(part, _SAMPLE // len(parts)) for part in parts]
+    sizes = {digits: len(_compressed(samples, digits, zero)[0]) for digits in _WORDS}
     best = min(sizes, key=sizes.__getitem__)
     return best if sizes[best] < sizes[1] * _WORTHWHILE else 1
 
 
-def encode(symbols: Symbols, zero: int, tail: bytes = b"") -> bytes:
-    """Bytes of the flat `symbols`, most of which are near `zero`, and of `tail`, which is small."""
-    digits = _best(symbols, zero)
-    packed, escapes = _split(symbols, digits, zero)
-    data = b"".join((packed.data, escapes.data, tail)) if len(escapes) or tail else packed.data
-    return _HEADER.pack(digits, len(escapes)) + frame.compress(data)
+def _compressed(parts: list[Symbols], digits: int, zero: int, tail: bytes = b"") -> tuple[bytes, int]:
+    """The frame, and how many escapes are in it."""
+    packed, escapes = zip(*(_split(part, digits, zero) for part in parts), strict=True)
+    rest = b"".join((*escapes, tail))
+    return frame.compress(*packed, *([rest] if rest else [])), len(rest) - len(tail)
+
+
+def encode(parts: list[Symbols], zero: int, tail: bytes = b"") -> bytes:
+    """Bytes of flat symbols, most of which are near `zero`, and of `tail`, which is small.
+
+    Each part is coded by itself; all are of one size, which four divides if there are several.
+    """
+    digits = _best(parts, zero)
+    data, escapes = _compressed(parts, digits, zero, tail)
+    return _HEADER.pack(digits, escapes) + data
 
 
 def decode(data: Buffer, count: int, zero: int, tail: int) -> tuple[Symbols, bytes]:
-    """`count` symbols and `tail` bytes; CodecError where `data` holds anything else."""
+    """`count` symbols of all parts and `tail` bytes; CodecError where `data` holds anything else."""
     view = memoryview(data)
     if len(view) < _HEADER.size:
         raise CodecError("the symbols' header is cut short")

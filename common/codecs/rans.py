@@ -28,7 +28,7 @@ _HEADER = struct.Struct("<I")  # words
 
 def lanes(count: int) -> int:
     """Lanes for `count` symbols: more are faster, and each costs about three bytes."""
-    return 1 << max(4, (count // 768).bit_length() - 1)
+    return 1 << max(4, (count // 1536).bit_length() - 1)
 
 
 class Tables:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.codecs import context, dither, pack, quantise
 from common.codecs.base import NOTHING, Aside, Buffer, Support, Tensor, elements, grid, require_finite
+from common.codecs.dither import Numbers
 from common.codecs.quantise import Steps, Symbols
 from common.codecs.raw import Fp32
 from common.errors import CodecError
@@ -22,7 +25,9 @@ from common.errors import CodecError
 _SMALL = 256
 # Steps outside are not safe to divide by, or to multiply with, in float32: such a tensor goes as it is.
 _LEAST, _MOST, _FURTHEST = 1e-36, 1e28, 2.0**30
-_HEADER = struct.Struct("<BfII")  # form and flags, step, outliers, checksum of the support
+_HEADER = struct.Struct(
+    "<BfBII"
+)  # form and flags, step, level of unsigned elements in it, outliers, checksum of the support
 _RAW, _ZEROS, _PACKED, _CONTEXT = range(4)
 _SIGNED, _DITHERED, _SUPPORTED = 4, 8, 16
 _UNCODED = Fp32()
@@ -60,24 +65,28 @@ class Step:
         amax = max(-low, high)
         values = _in_sending_order(tensor, aside.support)
         if not values.size or not amax:
-            return _HEADER.pack(_ZEROS, 0, 0, 0)
-        step = quantise.step_of(values, self.snr)
+            return _HEADER.pack(_ZEROS, 0, 0, 0, 0)
+        flags = self._flags(aside) | (_SIGNED if low < 0 else 0)
+        flat = values.reshape(-1) if aside.support is not None else tensor.reshape(-1)
+        step = quantise.step_of(flat, self.snr, not flags & _SIGNED)
         if tensor.size < _SMALL or not _LEAST < step < _MOST or amax > float(step) * _FURTHEST:
             return _raw(tensor)
-        flags = self._flags(aside) | (_SIGNED if low < 0 else 0)
+        level = 0 if flags & _SIGNED else quantise.level_of(flat, step)
+        drawn = _drawn(flags, aside, values.size)
         if flags & _SIGNED:
-            symbols, outliers = quantise.signed(values, amax, step, _noise(flags, aside, values.shape))
+            symbols, outliers = quantise.signed(values, amax, step, _noise(drawn, values.shape))
         else:
             symbols, outliers = quantise.unsigned(values, amax, step)
         tail = outliers.astype("<i4").tobytes()
         if self.coder == "context":
             form = _CONTEXT
-            maps, support = _as_maps(symbols, tensor.shape, aside.support, _zero(flags))
-            body = tail + context.encode(maps, _zero(flags), support)
+            maps = as_maps(symbols, tensor.shape, aside.support, _zero(flags))
+            body = tail + context.encode(maps, _zero(flags), *beside(tensor.shape, aside.support, drawn))
         else:
             form = _PACKED
-            body = pack.encode(symbols.reshape(-1), _zero(flags), tail)
-        payload = _HEADER.pack(form | flags, step, len(outliers), _checksum(aside.support)) + body
+            row = symbols.reshape(-1)
+            body = pack.encode([row] if drawn is None else dither.apart(row, drawn, _zero(flags)), _zero(flags), tail)
+        payload = _HEADER.pack(form | flags, step, level, len(outliers), _checksum(aside.support)) + body
         return payload if len(payload) < 4 * tensor.size else _raw(tensor)
 
     def decode(self, payload: Buffer, shape: tuple[int, ...], aside: Aside = NOTHING) -> Tensor:
@@ -90,15 +99,15 @@ class Step:
         count = elements(shape)
         if len(payload) < _HEADER.size:
             raise CodecError(f"{len(payload)} bytes are too few for a header")
-        form, size, outlying, checksum = _HEADER.unpack_from(payload)
+        form, size, level, outlying, checksum = _HEADER.unpack_from(payload)
         body, flags, step = payload[_HEADER.size :], form & ~3, np.float32(size)
         if form in (_RAW, _ZEROS):
-            if size or outlying or checksum or len(body) != (4 * count if form == _RAW else 0):
+            if size or level or outlying or checksum or len(body) != (4 * count if form == _RAW else 0):
                 raise CodecError(f"{len(body)} bytes came for {count} elements that are not coded")
             return _UNCODED.decode(body, shape) if form == _RAW else np.zeros(shape, np.float32)
         if form & 3 not in (_PACKED, _CONTEXT) or flags & ~_SIGNED != self._flags(aside) & ~_SIGNED or flags >= 32:
             raise CodecError(f"form {form} is not what was agreed on: the two sides differ in dither or support")
-        if flags & _DITHERED and not flags & _SIGNED:
+        if flags & (_DITHERED | _SIGNED) == _DITHERED or bool(flags & _SIGNED) == bool(level):
             raise CodecError(f"form {form} does not exist")
         if checksum != _checksum(aside.support):
             raise CodecError("the two sides differ in which elements are zero")
@@ -106,26 +115,26 @@ class Step:
         wanted = count if chosen is None else len(chosen)
         if outlying > wanted or not _LEAST < step < _MOST:
             raise CodecError(f"a step of {size:g} with {outlying} outliers among {wanted} elements cannot be")
-        tail = 4 * outlying
+        tail, drawn = 4 * outlying, _drawn(flags, aside, wanted)
         if form & 3 == _CONTEXT:
             if len(body) < tail:
                 raise CodecError(f"{outlying} outliers were announced, more than came")
             rest = bytes(body[:tail])
-            map_shape = _map_shape(shape, aside.support)
-            support = None if aside.support is None else aside.support.reshape(map_shape)
-            maps = context.decode(body[tail:], map_shape, _zero(flags), support).reshape(-1)
-            symbols = maps if chosen is None else maps.take(chosen)
+            known = beside(shape, aside.support, drawn)
+            maps = context.decode(body[tail:], map_shape(shape), _zero(flags), *known)
+            symbols = maps.reshape(-1) if chosen is None else _in_order_of_memory(maps, shape).take(chosen)
         else:
-            symbols, rest = pack.decode(body, wanted, _zero(flags), tail)
+            symbols, rest = pack.decode(body, wanted if drawn is None else len(drawn), _zero(flags), tail)
+            symbols = symbols if drawn is None else dither.together(symbols, drawn)[:wanted]
         outliers = np.frombuffer(rest, "<i4").astype(np.int32)
         _check_outliers(symbols, outliers, bool(flags & _SIGNED))
         out = (np.empty if chosen is None else np.zeros)(shape, np.float32)
         values = _sending_view(out) if chosen is None else np.empty((1, 1, wanted), np.float32)
         symbols = symbols.reshape(values.shape)
         if flags & _SIGNED:
-            quantise.restore_signed(symbols, outliers, step, _noise(flags, aside, values.shape), values)
+            quantise.restore_signed(symbols, outliers, step, _noise(drawn, values.shape), values)
         else:
-            quantise.restore_unsigned(symbols, outliers, step, values)
+            quantise.restore_unsigned(symbols, outliers, step, level, values)
         if chosen is not None:
             out.reshape(-1)[chosen] = values.reshape(-1)
         return out
@@ -142,10 +151,12 @@ def _checksum(support: Support | None) -> int:
     return 0 if support is None else zlib.crc32(np.packbits(support.reshape(-1)).data)
 
 
-def _noise(flags: int, aside: Aside, shape: tuple[int, ...]) -> Tensor | None:
-    if not flags & _DITHERED or aside.dither is None:
-        return None
-    return dither.uniform(aside.dither, elements(shape)).reshape(shape)
+def _drawn(flags: int, aside: Aside, count: int) -> Numbers | None:
+    return dither.numbers(aside.dither, count) if flags & _DITHERED and aside.dither is not None else None
+
+
+def _noise(drawn: Numbers | None, shape: tuple[int, ...]) -> Numbers | None:
+    return None if drawn is None else drawn[: elements(shape)].reshape(shape)
 
 
 def _sending_view(tensor: Tensor) -> Tensor:
@@ -161,24 +172,42 @@ def _in_sending_order(tensor: Tensor, support: Support | None) -> Tensor:
     return tensor.reshape(-1).take(np.flatnonzero(support)).reshape(1, 1, -1)
 
 
-def _map_shape(shape: tuple[int, ...], support: Support | None) -> tuple[int, int, int]:
-    """The maps [N, H, W] in a tensor [B, C, H, W], [B, C, L] or [B, C], in sending order."""
+def map_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """A tensor [B, C, H, W], [B, C, L] or [B, C] as maps [C, B, H, W]."""
     batch, channels, rest = grid(shape)
-    if len(shape) >= 3:
-        return (batch * channels, shape[2], shape[3]) if len(shape) == 4 else (batch * channels, 1, rest)
-    return (1, channels, batch) if support is None else (1, batch, channels)
+    return (channels, batch, shape[2], shape[3]) if len(shape) == 4 else (channels, batch, 1, rest)
 
 
-def _as_maps(
-    symbols: Symbols, shape: tuple[int, ...], support: Support | None, zero: int
-) -> tuple[Symbols, Support | None]:
-    """Symbols in sending order as maps [N, H, W], and the support of these."""
-    map_shape = _map_shape(shape, support)
+def _maps_of(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Values in the order of memory as maps."""
+    batch, channels, rest = grid(shape)
+    return np.ascontiguousarray(values.reshape(batch, channels, rest).transpose(1, 0, 2)).reshape(map_shape(shape))
+
+
+def _in_order_of_memory(maps: Symbols, shape: tuple[int, ...]) -> Symbols:
+    batch, channels, rest = grid(shape)
+    return maps.reshape(channels, batch, rest).transpose(1, 0, 2).reshape(-1)
+
+
+def as_maps(symbols: Symbols, shape: tuple[int, ...], support: Support | None, zero: int) -> Symbols:
+    """Symbols in sending order as maps."""
     if support is None:
-        return symbols.reshape(map_shape), None
-    maps = np.full(elements(shape), zero, np.uint8)
-    maps[np.flatnonzero(support)] = symbols.reshape(-1)
-    return maps.reshape(map_shape), support.reshape(map_shape)
+        return symbols.reshape(map_shape(shape))
+    spread = np.full(elements(shape), zero, np.uint8)
+    spread[np.flatnonzero(support)] = symbols.reshape(-1)
+    return _maps_of(spread, shape)
+
+
+def beside(
+    shape: tuple[int, ...], support: Support | None, drawn: Numbers | None
+) -> tuple[Support | None, Symbols | None]:
+    """As maps: the support, and the quarters in which the numbers drawn lie."""
+    mask = None if support is None else _maps_of(support, shape)
+    if drawn is None:
+        return mask, None
+    quarters = (drawn >> 14).astype(np.uint8)
+    count = elements(shape) if support is None else int(np.count_nonzero(support))
+    return mask, as_maps(quarters[:count], shape, support, 0)
 
 
 def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:
@@ -189,4 +218,4 @@ def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    return _HEADER.pack(_RAW, 0, 0, 0) + bytes(_UNCODED.encode(tensor))
+    return _HEADER.pack(_RAW, 0, 0, 0, 0) + bytes(_UNCODED.encode(tensor))

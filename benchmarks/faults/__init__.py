@@ -1,0 +1,1 @@
+"""Faults on purpose: a proxy that breaks the link, a rig that kills processes, and what the run must come to anyway."""

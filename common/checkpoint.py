@@ -1,0 +1,177 @@
+"""Checkpoints of one half: files from which a run goes on, written whole or not at all. Both sides keep their own.
+
+One file a step, safetensors whose metadata holds the rest as JSON and a SHA-256 over everything, so that a damaged
+file is known before anything is taken from it. The two sides write at the same steps (`due`), and each keeps its
+newest two and the newest that the other side is known to have as well: that is where both can go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.errors import RunFolderError
+from common.files import write_atomically
+
+EVERY = 200  # steps between two checkpoints, by default
+_KEPT = 2
+_NAME = re.compile(r"step-(\d{12})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one half was like before `step`: its tensors, and whatever else it needs as JSON."""
+
+    step: int
+    tensors: Mapping[str, torch.Tensor]
+    state: Mapping[str, Any]
+
+
+def due(step: int, every: int, *, turn: bool) -> bool:
+    """Whether both sides keep a checkpoint before `step`; `turn`: a phase, a validation or the end comes there."""
+    return turn or step % every == 0
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of the run `run_id` in a folder, which is made when the first is written."""
+
+    folder: Path
+    run_id: str
+    digest: str  # of the recipe
+    shared: int | None = None  # the newest that the other side is known to have too
+    written: set[int] = field(default_factory=set)  # steps of those that are here and sound
+
+    def write(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Keep a checkpoint and drop those that are needed no more; RunFolderError, and none lost, without room."""
+        head = json.dumps({"step": step, "run_id": self.run_id, "digest": self.digest, "state": state})
+        whole = {name: value.detach().contiguous() for name, value in tensors.items()}
+        data = safetensors.torch.save(whole, {"deprune": head, "sha256": _digest(head, whole)})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{self.folder} cannot be made: {error.strerror}") from error
+        write_atomically(self._path(step), data)
+        self.written.add(step)
+        self._prune()
+
+    def confirm(self, step: int) -> None:
+        """The other side has said that this is its newest."""
+        if step in self.written:
+            self.shared = step
+            self._prune()
+
+    def steps(self) -> list[int]:
+        """Steps of all files here, sound or not, the oldest first."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(int(found[1]) for path in self.folder.iterdir() if (found := _NAME.fullmatch(path.name)))
+        return []
+
+    def news(self, step: int, every: int) -> int:
+        """What the other side is told in `step`: itself, if a regular checkpoint was kept before it, else 0."""
+        return step if step % every == 0 and step in self.written else 0
+
+    def sound(self) -> tuple[list[int], list[str]]:
+        """Steps of the checkpoints that can be gone on from, the oldest first, and a warning for each other one.
+
+        Called once, by the process that owns the folder from now on: what an earlier one left half-written goes.
+        """
+        good, warnings = [], []
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.folder.glob(".step-*"):
+                path.unlink()
+        for step in self.steps():
+            try:
+                self.read(step)
+                good.append(step)
+            except RunFolderError as error:
+                warnings.append(str(error))
+        self.written = set(good)
+        return good, warnings
+
+    def read(self, step: int) -> Checkpoint:
+        """RunFolderError where the file is damaged, or belongs to another run or recipe."""
+        path = self._path(step)
+        head, tensors = read_file(path)
+        if (head["run_id"], head["digest"], head["step"]) != (self.run_id, self.digest, step):
+            raise RunFolderError(f"{path} is of another run, recipe or step; it is left alone")
+        return Checkpoint(step, tensors, head["state"])
+
+    def forget_after(self, step: int) -> None:
+        """The run goes on from `step`: what was kept of later steps will be made again."""
+        for later in [other for other in self.steps() if other > step]:
+            self._path(later).unlink(missing_ok=True)
+            self.written.discard(later)
+        self.shared = step if step in self.written else None
+
+    def clear(self) -> None:
+        """Remove all; the run is finished, or another starts here."""
+        clear(self.folder)
+        self.written.clear()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:012}.safetensors"
+
+    def _prune(self) -> None:
+        kept = {*sorted(self.written)[-_KEPT:], self.shared}
+        for step in self.written - kept:
+            self._path(step).unlink(missing_ok=True)
+        self.written &= kept
+
+
+def part(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names start with `name` and a dot, without it."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints in a folder, half-written ones and stores too, and the folder if nothing else is in it."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if path.name.startswith(("step-", ".step-", "store-")):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def newest(folder: Path) -> Mapping[str, Any] | None:
+    """Head of the newest sound checkpoint in a folder ("run_id", "digest", "step", "state"); None without one."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True):
+            with contextlib.suppress(RunFolderError):
+                return read_file(path)[0]
+    return None
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Head and tensors of a checkpoint's file; RunFolderError where it is not what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dict
+        text = metadata["deprune"]
+        if _digest(text, tensors) != metadata["sha256"]:
+            raise ValueError("its checksum is wrong")
+        return json.loads(text), tensors
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RunFolderError(f"the checkpoint {path} is damaged ({error}) and is not used") from error
+
+
+def _digest(head: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    result = hashlib.sha256(head.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        result.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        if value.numel():
+            result.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()

@@ -1,0 +1,36 @@
+"""A phase as it travels: to its message and back, the one place that lists the fields on the wire."""
+
+from __future__ import annotations
+
+from common.codecs import codec
+from common.errors import CodecError, VersionError
+from common.rpc import split_pb2 as pb
+from common.schedule import KINDS, Phase
+
+
+def phase_message(phase: Phase) -> pb.Phase:
+    return pb.Phase(
+        index=phase.index, from_step=phase.from_step, width=phase.width, activation_codec=phase.activation_codec,
+        gradient_codec=phase.gradient_codec, order=phase.order, kind=pb.Kind.Name(KINDS.index(phase.kind)), lr=phase.lr,
+        decay_from=phase.decay_from, decay_until=phase.decay_until, nested=phase.nested,
+    )  # fmt: skip
+
+
+def phase_of(message: pb.Phase) -> Phase:
+    """The device's reading of it; VersionError where the server knows more than this release."""
+    for name in (message.activation_codec, message.gradient_codec):
+        try:
+            codec(name)
+        except CodecError as error:
+            raise VersionError(
+                f"the server uses the codec {name!r}, unknown here: {error}; install the same release on both sides"
+            ) from error
+    if message.kind not in range(len(KINDS)):
+        raise VersionError(
+            f"the server announced a phase of kind {message.kind}, unknown here; install the same release on both sides"
+        )
+    return Phase(
+        message.index, message.from_step, message.width, message.activation_codec, message.gradient_codec,
+        message.lr, message.decay_from, message.decay_until, tuple(message.order), KINDS[message.kind],
+        nested=tuple(message.nested),
+    )  # fmt: skip

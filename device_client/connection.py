@@ -1,0 +1,297 @@
+"""A device's session with its server, kept up over as many connections as it takes.
+
+Handshake, the training stream, and what is done where it breaks: connect again, say at which step the device stands,
+go on. What crosses the stream is remote_tail.py's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import grpc
+
+from common import channel, recipe, wire
+from common.errors import FrameError, LinkError, MismatchError, RolledBackError, SessionError, VersionError, from_rpc
+from common.meter import DOWN, UP, Draft, Meter
+from common.phase_message import phase_of
+from common.recipe import Recipe
+from common.report import Faults
+from common.rpc import split_pb2 as pb
+from common.rpc import split_pb2_grpc
+from common.schedule import Phase
+from common.tcp_info import Kernel, KernelBytes, find_server
+from common.wire import Place
+from device_client.link import CURABLE, Stream, Trouble
+
+GIVE_UP_S = 600.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the handshake told."""
+
+    session: str
+    recipe: Recipe
+    text: str
+    run_id: str
+    phase: Phase | None  # of the finished run; None in training
+    head_size: int
+    init_run_id: str
+    classes: tuple[str, ...]
+    step: int | None  # that both sides go on from; None: the run starts anew
+    finished: bool  # the run that the device would go on with is finished
+    checkpoint_every: int
+
+
+class Connection:
+    """A session with one server, from `open` to `close`; `stub` is given where no network lies in between."""
+
+    def __init__(
+        self, server: str, access: channel.Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S
+    ) -> None:
+        """`give_up_s`: how long to go on trying where the link breaks in training."""
+        self.server, self.give_up_s = server, give_up_s
+        self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
+        self.opened: Opened
+        # Set by whoever shows progress, and by whoever keeps checkpoints.
+        self.say: Callable[[str], None] = lambda text: None
+        self.kept: Callable[[], Sequence[int]] = lambda: ()
+        self.offline = False  # waiting for a connection at this moment
+        self._access = access or channel.Access()
+        self._channel: grpc.Channel | None = None
+        self._stub: Any = stub
+        if stub is None:
+            self._connect()
+        self._train: Stream | None = None
+        self._begun: tuple[int, tuple[str, ...]] | None = None
+        self._joined = False  # the server has confirmed that the run has begun
+        self._ready: pb.Ready
+        self._answered = 0  # answers still to come to steps that were sent on an earlier stream
+        self._wait_s = 0.0  # on streams before this one
+
+    def _connect(self) -> None:
+        """A connection of our own making: gRPC's way to get one back takes minutes where a link was gone for long."""
+        if self._channel:
+            self._channel.close()
+        self._channel = channel.connect(self.server, self._access)
+        self._stub = split_pb2_grpc.SplitStub(self._channel)
+
+    def take_up(self, kernel: Mapping[str, int] | None, faults: Mapping[str, int]) -> None:
+        """Go on with the books of the process that the run was left by."""
+        self.kernel.carry(KernelBytes(**kernel) if kernel else None)
+        self.faults = Faults(**faults)
+
+    # Handshake
+
+    def open(self, trains: bool, run_id: str = "", kept: Sequence[int] = (), wait_s: float = 0.0) -> Opened:
+        """Handshake; checks version and digest before anything is believed.
+
+        `run_id`: of the run that the device's half belongs to, in training with the steps that it can go on from.
+        `wait_s`: how long to keep trying while no server answers yet.
+        """
+        request = pb.OpenRequest(
+            protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN if trains else pb.USE, run_id=run_id, kept=kept
+        )
+        trouble = Trouble(wait_s)
+        while True:
+            try:
+                reply = self._handshake(request, again=trains and bool(run_id))
+                break
+            except (LinkError, FrameError) as error:
+                if wait_s <= 0:
+                    raise
+                trouble.wait(error, lambda text: None)
+                self._connect()
+        parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
+        if parsed.digest() != reply.digest:
+            raise MismatchError(
+                "the recipe's digest is not the one that the server announced: the two sides read it differently; "
+                "install the same release of deprune on both"
+            )
+        self.opened = Opened(
+            reply.session, parsed, reply.recipe, reply.run_id,
+            phase_of(reply.phase) if reply.HasField("phase") else None,
+            reply.head_size, reply.init_run_id, tuple(reply.classes), reply.step if reply.resumed else None,
+            reply.finished, reply.checkpoint_every,
+        )  # fmt: skip
+        self._joined = reply.resumed or reply.finished
+        return self.opened
+
+    def _handshake(self, request: pb.OpenRequest, again: bool) -> pb.OpenReply:
+        try:
+            reply = self._stub.Open(wire.seal(request), timeout=channel.HANDSHAKE_S)
+        except grpc.RpcError as error:
+            self.meter.control(UP, request, again=True)
+            raise from_rpc(error, self.server) from error
+        self.meter.control(UP, request, again)
+        if reply.protocol_version != wire.PROTOCOL_VERSION:
+            raise VersionError(
+                f"the server speaks protocol version {reply.protocol_version}, this device {wire.PROTOCOL_VERSION}; "
+                f"install the same release of deprune on both"
+            )
+        self._find_connection()
+        self.meter.control(DOWN, wire.opened(reply), again)
+        return reply
+
+    def _find_connection(self) -> None:
+        """Count the connection that we are on now: gRPC makes a new one where the last was lost between streams."""
+        if self._channel:
+            self.kernel.add(find_server(self.server))
+
+    def head_weights(self) -> bytes:
+        """safetensors bytes of the head, as the server hands them out."""
+        trouble: Trouble | None = None
+        unknown = False
+        while True:
+            try:
+                if unknown:
+                    self._reopen(0)
+                return self._head_weights(again=trouble is not None)
+            except CURABLE as error:
+                if self._channel is None or self.opened.phase:  # a finished run is used: its user tries again
+                    raise
+                trouble = trouble or Trouble(self.give_up_s)
+                unknown = isinstance(error, SessionError)
+                trouble.wait(error, self.say)
+                self._connect()
+
+    def _head_weights(self, again: bool) -> bytes:
+        request, draft = pb.HeadRequest(session=self.opened.session), Draft(self.meter)
+        self.meter.control(UP, request, again)
+        try:
+            frames = iter(self._stub.Head(request))
+
+            def receive() -> pb.Frame:
+                frame = next(frames, None)
+                if frame is None:
+                    raise LinkError(f"the server at {self.server} ended the head's weights early")
+                return draft.frame(DOWN, frame)
+
+            result = wire.unpack_bytes(receive(), receive, Place(pb.WEIGHTS, 0, 0), self.opened.head_size)
+            draft.keep()
+            return result
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.server) from error
+        finally:
+            draft.drop()
+
+    # Training: the stream
+
+    def begin(self, samples: int, classes: tuple[str, ...], step: int = 0) -> pb.Ready:
+        """Start the training stream at `step`: steps of the run, whether a basis is wanted, the phase.
+
+        A run that is finished has no such stream any more; what is left to do needs none.
+        """
+        self._begun = samples, classes
+        if self.opened.finished:
+            return pb.Ready()
+        return self._steadily(step, lambda: self._ready)
+
+    def _steadily(self, step: int, attempt: Callable[[], T]) -> T:
+        """What `attempt` comes to, over new connections until it succeeds; the device stands at `step`."""
+        trouble: Trouble | None = None
+        unknown = False
+        try:
+            while True:
+                try:
+                    if self.opened.finished and unknown:
+                        self._reopen(step)
+                    elif self._train is None and not self.opened.finished:
+                        self._join(step, again=trouble is not None)
+                    return attempt()
+                except CURABLE as error:
+                    self._lose()
+                    unknown = isinstance(error, SessionError)
+                    if self._channel is None or self._begun is None:
+                        raise
+                    trouble = trouble or Trouble(self.give_up_s)
+                    self.offline = True
+                    trouble.wait(error, self.say)
+                    self._connect()
+        finally:
+            self.offline = False
+
+    def _lose(self) -> None:
+        """The stream is broken, or not to be trusted any more."""
+        if self._train:
+            self._wait_s += self._train.wait_s
+            self._train.close()
+        self._train = None
+
+    def _join(self, step: int, again: bool) -> None:
+        """Open a stream for the run, on this session or on a new one where the server knows it no more."""
+        try:
+            self._start(step)
+        except SessionError:
+            self._lose()
+            if not self._reopen(step):
+                return
+            self._start(step)
+        self.offline = False
+        self.faults.reconnects += again
+
+    def _start(self, step: int) -> None:
+        """Begin and Ready."""
+        assert self._begun
+        samples, classes = self._begun
+        stream, draft = Stream(self._stub.Train, self.server), Draft(self.meter)
+        self._train = stream
+        begin = pb.Begin(session=self.opened.session, samples=samples, classes=classes, step=step)
+        frame = wire.seal(Place(pb.CONTROL, 0, 0).frame(begin=begin))
+        stream.send(draft.frame(UP, frame))
+        try:
+            answer = stream.receive(draft)
+            if not answer.HasField("ready"):
+                raise FrameError(f"Ready was expected, {answer.WhichOneof('body')} came")
+            # The books have the first of a run; where this one is not, they have it already.
+            if not self._joined:
+                draft.keep()
+        finally:
+            draft.drop()
+        self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
+        self._find_connection()
+
+    def _reopen(self, step: int) -> bool:
+        """Handshake for a new session of the same run; whether it goes on. RolledBackError where from another step."""
+        request = pb.OpenRequest(protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN)
+        if self._joined:
+            request.run_id = self.opened.run_id
+            request.kept.extend([*self.kept(), step])
+        reply = self._handshake(request, again=True)
+        same_run = not self._joined or reply.run_id == self.opened.run_id
+        if reply.digest != self.opened.recipe.digest() or not same_run:
+            raise MismatchError(f"the server at {self.server} has another run now; start this one's server again")
+        self.opened = replace(
+            self.opened, session=reply.session, run_id=reply.run_id, finished=reply.finished,
+            checkpoint_every=reply.checkpoint_every or self.opened.checkpoint_every,
+        )  # fmt: skip
+        if reply.resumed and reply.step != step:
+            raise RolledBackError(
+                f"the server was put back to step {reply.step}; this device, at step {step}, must follow", reply.step
+            )
+        return not reply.finished
+
+    def _send(self, frames: Sequence[pb.Frame], booked: bool) -> bool:
+        """Send frames, which the books have once; True."""
+        for frame in frames:
+            self._stream.send((self.meter.again if booked else self.meter.frame)(UP, frame))
+        return True
+
+    @property
+    def _stream(self) -> Stream:
+        assert self._train is not None, "begin comes first"
+        return self._train
+
+    @property
+    def _waited(self) -> float:
+        return self._wait_s + (self._train.wait_s if self._train else 0.0)
+
+    def close(self) -> None:
+        self._lose()
+        self.kernel.close()
+        if self._channel:
+            self._channel.close()

@@ -1,0 +1,99 @@
+"""One stream to the server, and how long a device tries to get one back: backoff with jitter, and an end to it."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from common import wire
+from common.errors import (
+    AuthError,
+    BusyError,
+    DepruneError,
+    FrameError,
+    LinkError,
+    SessionError,
+    StoppedError,
+    VersionError,
+    from_rpc,
+)
+from common.meter import DOWN, Draft
+from common.progress import duration
+from common.rpc import split_pb2 as pb
+
+# What a new connection may cure: a lost link, a server that is being replaced or is still busy with the old stream,
+# certificates that are being exchanged, and bytes that were damaged on the way, which may look like any wrong frame and
+# even like another service.
+CURABLE = (LinkError, AuthError, StoppedError, BusyError, SessionError, FrameError, VersionError)
+# A server that answers and refuses the same step so often in a row means it.
+_REFUSALS = 6
+_FIRST_S, _MOST_S = 0.2, 15.0
+
+
+class Stream:
+    """One bidirectional stream of frames; `wait_s` adds up the time spent waiting for the server."""
+
+    def __init__(self, call: Callable[[Iterator[pb.Frame]], Any], server: str) -> None:
+        self._server = server
+        self._outgoing: queue.SimpleQueue[pb.Frame | None] = queue.SimpleQueue()
+        self._incoming = call(iter(self._outgoing.get, None))
+        self.wait_s = 0.0
+
+    def send(self, frame: pb.Frame) -> None:
+        self._outgoing.put(frame)
+
+    def receive(self, draft: Draft) -> pb.Frame:
+        """The next frame, whole; counted in `draft`."""
+        started = time.perf_counter()
+        try:
+            frame = next(self._incoming)
+        except StopIteration as error:
+            raise LinkError(f"the server at {self._server} closed the stream early") from error
+        except grpc.RpcError as error:
+            raise from_rpc(error, self._server) from error
+        finally:
+            self.wait_s += time.perf_counter() - started
+        return wire.opened(draft.frame(DOWN, frame))
+
+    def close(self) -> None:
+        """End our side; the server has said its last."""
+        self._outgoing.put(None)
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until the server has ended its side, for then it has read all of ours; not longer than `timeout_s`."""
+        ended = threading.Event()
+        if self._incoming.add_callback(ended.set):
+            ended.wait(timeout_s)
+
+
+@dataclass
+class Trouble:
+    """A stretch of failed attempts at one thing; ends with the first that succeeds, or after `give_up_s` seconds."""
+
+    give_up_s: float
+
+    def __post_init__(self) -> None:
+        self._since = time.monotonic()
+        self._attempts = self._refusals = 0
+
+    def wait(self, error: DepruneError, say: Callable[[str], None]) -> None:
+        """Sleep before the next attempt, longer each time; raises `error` where there is to be none."""
+        self._attempts += 1
+        # An answer, though not the one that was wanted; no answer at all is a matter of time alone.
+        self._refusals += not isinstance(error, LinkError | AuthError | StoppedError | BusyError)
+        spent = time.monotonic() - self._since
+        if self._refusals >= _REFUSALS:
+            raise error
+        if spent >= self.give_up_s:
+            raise LinkError(f"{error}; gave up after {duration(spent)} and {self._attempts} attempts") from error
+        # Jitter, so that devices which lost their server together do not come back together.
+        pause = min(_MOST_S, _FIRST_S * 2 ** (self._attempts - 1)) * random.uniform(0.5, 1.5)
+        say(f"reconnecting, attempt {self._attempts} ({error}); gives up in {duration(self.give_up_s - spent)}")
+        time.sleep(min(pause, max(0.0, self.give_up_s - spent)))

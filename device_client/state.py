@@ -1,0 +1,58 @@
+"""What a checkpoint of the device holds, and how the trainer gets it back."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from common import optim, weights
+from common.checkpoint import Checkpoint, part
+from common.errors import DataError
+from common.schedule import phase_from
+from device_client.data import Part
+
+if TYPE_CHECKING:
+    from device_client.trainer import Trainer
+
+
+def state_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors of the head and its optimiser, and the rest as JSON."""
+    tensors = {f"head.{name}": value for name, value in trainer.head.state_dict().items()}
+    tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(trainer.optimiser).items()}
+    remote, kernel = trainer.remote, trainer.remote.kernel.read()
+    return tensors, {
+        "then": trainer.then, "phases": [asdict(phase) for phase in trainer.phases], "data": trainer.data_id,
+        "meter": remote.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(remote.faults),
+        "wall_s": trainer.elapsed_s, "busy_s": trainer.busy_s,
+    }  # fmt: skip
+
+
+def restore(trainer: Trainer, step: int) -> Checkpoint:
+    """Let the trainer stand where it stood before `step`; what its books were is the caller's matter."""
+    kept = trainer.checkpoints.read(step)
+    source = f"the checkpoint of step {step}"
+    if kept.state["data"] != trainer.data_id:
+        raise DataError(
+            f"these are not the {len(trainer.data.train):,} pictures that the run began with; give it the same --data "
+            f"and --limit, or another --run"
+        )
+    weights.fill(trainer.head, part(kept.tensors, "head"), source)
+    head = trainer.head
+    trainer.optimiser = optim.build(trainer.recipe.optimiser, head.layers, head.bottleneck)
+    optim.restore(trainer.optimiser, part(kept.tensors, "optimiser"), source)
+    trainer.step, trainer.then, trainer.busy_s = step, kept.state["then"], kept.state["busy_s"]
+    trainer.phases = [phase_from(table) for table in kept.state["phases"]]
+    head.bottleneck.resize(trainer.phase.width, trainer.phase.order)
+    head.train(not trainer.phase.frozen)
+    return kept
+
+
+def fingerprint(pictures: Part) -> str:
+    """SHA-256 (hex) over pictures and labels, in their order."""
+    result = hashlib.sha256(np.ascontiguousarray(pictures.pictures).data)
+    result.update(np.ascontiguousarray(pictures.labels).data)
+    return result.hexdigest()

@@ -1,0 +1,102 @@
+"""One Evaluate stream: batches in, judgements or logits out, at the end the verdict. Called by the servicer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from common import wire
+from common.errors import FrameError, TooLargeError
+from common.halves import Halves
+from common.meter import DOWN, UP
+from common.phase_message import phase_message
+from common.recipe import Recipe
+from common.rpc import split_pb2 as pb
+from common.schedule import Phase
+from common.wire import Place
+from edge_server.host import Host
+from edge_server.incoming import Incoming
+from edge_server.session import Judgement, Training, judge, logits_of
+
+
+def evaluate(host: Host, receive: Incoming, training: Training | None) -> Iterator[pb.Frame]:
+    """What is sent down; `training` is that of the run which the device trains, None where a finished run is used."""
+    draft, begin = receive.draft, receive.begin
+    draft.frame(UP, receive.first)
+    if training:
+        if begin.step != training.step:  # a stream of long ago that is played once more must decide nothing
+            raise FrameError(
+                f"an evaluation at step {begin.step} was asked for; the run stands at step {training.step}"
+            )
+        halves, phase = training.halves, training.phase_of_evaluation(receive.first.phase)
+    else:
+        assert host.served
+        halves, phase = host.served.halves, host.served.manifest.phase
+        _check_classes(tuple(begin.classes), host.served.manifest.classes)
+    width = begin.width or phase.width
+    if width not in phase.widths:
+        raise FrameError(
+            f"width {width} was asked for; this network serves {', '.join(map(str, sorted(phase.widths)))}"
+        )
+    halves.tail.eval()
+    try:
+        total, number = Judgement(), 0
+        while not (frame := receive()).HasField("leave"):
+            place = Place(pb.EVALUATION, number, phase.index)
+            sent, labels = _batch(frame, receive, place, halves, phase, width, host.recipe)
+            precision = host.recipe.precision
+            if labels is None:
+                for out in wire.pack_raw(place, logits_of(halves, sent, width, precision).numpy()):
+                    yield draft.frame(DOWN, out)
+            else:
+                result = judge(halves, sent, labels, width, precision)
+                total += result
+                judged = pb.Judged(count=result.count, loss=result.loss, correct=result.correct)
+                yield draft.frame(DOWN, wire.seal(place.frame(judged=judged)))
+            number += 1
+        verdict = pb.Verdict(count=total.count, loss=total.mean_loss, accuracy=total.accuracy)
+        again = False
+        if training and begin.subset in (pb.VALIDATION, pb.TEST):
+            on_test = begin.subset == pb.TEST
+            again = (training.step, on_test) in training.evaluated
+            decision = training.judged(total, on_test)
+            verdict.finished = decision.then == pb.FINISH
+            if decision.phase:
+                verdict.next.CopyFrom(phase_message(decision.phase))
+        last = draft.frame(DOWN, wire.seal(Place(pb.EVALUATION, number, phase.index).frame(verdict=verdict)))
+        if not again:
+            draft.keep()  # one whose verdict was lost is in the books already
+            if training and host.run:
+                # The device may go on from here without judging again: a server that is lost now must know the outcome.
+                host.run.keep(anew=True)
+        yield last
+    finally:
+        if training:
+            halves.tail.train()
+
+
+def _batch(
+    frame: pb.Frame, receive: Incoming, place: Place, halves: Halves, phase: Phase, width: int,
+    recipe: Recipe,
+) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+    """What was sent of one batch [B, width, ...], and its labels [B] where they came."""
+    labels = None
+    if frame.part.tensor.dtype != "float32":
+        labels = wire.unpack_labels(frame, receive, place, None, recipe.model.classes)
+        frame = receive()
+    count = (wire.announced(frame) or (0,))[0]
+    if not 1 <= count <= recipe.data.evaluation_batch or (labels is not None and len(labels) != count):
+        raise TooLargeError(
+            f"an evaluation batch of {count} pictures came; 1 to {recipe.data.evaluation_batch} fit, as many as labels"
+        )
+    return wire.unpack(frame, receive, place, halves.sent_shape(count, width), phase.activation_codec), labels
+
+
+def _check_classes(came: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    if came and came != expected:
+        odd = [f"{a} for {b}" for a, b in zip(came, expected, strict=False) if a != b][:3]
+        raise FrameError(
+            f"the device's classes are not those of the run ({len(came)} for {len(expected)}: "
+            f"{', '.join(odd) or 'others'}); use data with the same class folders"
+        )

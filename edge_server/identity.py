@@ -1,0 +1,50 @@
+"""Who calls: the name in a client certificate, or of a token. The servicer asks once for every RPC."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import grpc
+
+from common.errors import AuthError
+from common.tokens import Known
+
+
+class Guard:
+    """What a server asks of its callers: a certificate, a token, both or nothing.
+
+    `certificates`: TLS has let in only callers with a certificate that the operator's authority signed.
+    `tokens`: gives those that are known at the moment.
+    """
+
+    def __init__(self, certificates: bool = False, tokens: Callable[[], Known] | None = None) -> None:
+        self._certificates, self._tokens = certificates, tokens
+
+    def identity(self, context: grpc.ServicerContext) -> str:
+        """The caller's name, the same from one connection to the next; "" where nothing is asked for.
+
+        Sessions and runs belong to it. AuthError for a caller that does not prove who it is.
+        """
+        token = self._token(context, self._tokens()) if self._tokens else ""
+        return self._certificate(context) if self._certificates else token
+
+    @staticmethod
+    def _certificate(context: grpc.ServicerContext) -> str:
+        # The name and not the key: a renewed certificate of the same device is the same identity.
+        names: Iterable[bytes] = context.auth_context().get("x509_common_name", ())  # type: ignore[assignment]
+        try:
+            (name,) = (value.decode() for value in names)
+        except ValueError as error:
+            raise AuthError("the device's certificate has no common name that says who it is") from error
+        return f"certificate {name}"
+
+    @staticmethod
+    def _token(context: grpc.ServicerContext, known: Known) -> str:
+        given = [value for key, value in context.invocation_metadata() if key == "authorization"]
+        if not given:
+            raise AuthError("this server wants a token: give --token-file, or set DEPRUNE_TOKEN")
+        scheme, _, token = str(given[0]).partition(" ")
+        name = known.name_of(token) if len(given) == 1 and scheme.lower() == "bearer" else ""
+        if not name:
+            raise AuthError("the token is not one that this server knows; check --token-file, or DEPRUNE_TOKEN")
+        return f"token {name}"

@@ -1,0 +1,251 @@
+"""The run that a server trains: begun, kept in checkpoints, taken up again and finished.
+
+A run outlives the streams, sessions and processes that it takes. Of all streams that devices open for it one is the
+run's at a time: a new one ends the old, which may hang in a dead connection.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from common import halves as halves_module
+from common import report, weights
+from common.checkpoint import EVERY, Checkpoints, due
+from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, RunFolderError, StoreError
+from common.meter import Meter
+from common.recipe import Recipe
+from common.report import Faults
+from common.rpc import split_pb2 as pb
+from common.run import Manifest, RunFolder
+from common.tcp_info import Kernel, KernelBytes
+from edge_server.coordinator import Coordinator, Decision
+from edge_server.initial import Initial
+from edge_server.session import Training
+
+# Bytes that one run may keep of what its device sent while the head was frozen.
+STORE_LIMIT = 4 << 30
+# An older stream of the same run gets this long to end, which it does at once unless a step is being computed.
+_TAKE_OVER_S = 20.0
+
+
+class Stream(Protocol):
+    """A device's stream as far as it matters here: it can be ended."""
+
+    def cancel(self) -> object: ...
+
+
+class LiveRun:
+    """One run in training. `training` is None until a device begins it, or takes it up in this process."""
+
+    def __init__(
+        self, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str],
+        initial: Initial, saved: Mapping[str, Any] | None,
+    ) -> None:  # fmt: skip
+        """`saved`: head of the newest checkpoint in the folder, where the run is to go on from there."""
+        self.recipe, self.text, self.folder, self.console = recipe, text, folder, console
+        self.initial, self._allowed = initial, allowed
+        self.every, self.store_limit = EVERY, STORE_LIMIT
+        self.run_id: str = saved["run_id"] if saved else secrets.token_hex(8)
+        self.owner: str | None = saved["state"]["owner"] if saved else None  # identity of the device that began it
+        self.training: Training | None = None
+        self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
+        self.checkpoints = Checkpoints(folder.checkpoints, self.run_id, recipe.digest())
+        self._at = 0  # step of the newest checkpoint, where `saved`
+        self._streams: set[Stream] = set()
+        self._changed = threading.Condition()
+        if saved:
+            found, warnings = self.checkpoints.sound()
+            self._at = found[-1]
+            for warning in warnings:
+                console.print(f"[yellow]Warning[/yellow]: {warning}", highlight=False)
+
+    # Who may have it
+
+    @property
+    def attended(self) -> bool:
+        """Whether a device has a stream open for it."""
+        return bool(self._streams)
+
+    @property
+    def step(self) -> int:
+        return self.training.step if self.training else self._at
+
+    def check_free(self, identity: str) -> None:
+        """Raise where a device that brings no half of this run may not begin it."""
+        self.check_owner(identity)
+        if self.training and self.attended:
+            raise BusyError(
+                f"this run is already being trained by another device (step {self.step} of "
+                f"{self.training.coordinator.steps}); start another server for a second run"
+            )
+        if self.step:
+            raise MismatchError(
+                f"run {self.run_id} stands at step {self.step} and its head is on the device that began it: start that "
+                f"device again with the same --run, or the server anew with --overwrite"
+            )
+
+    def check_owner(self, identity: str) -> None:
+        if self.owner not in (None, identity):
+            raise ForbiddenError(
+                "this run was begun by another device and is its own; start another server for a second"
+            )
+
+    # Streams
+
+    def join(self, context: Stream) -> None:
+        with self._changed:
+            self._streams.add(context)
+
+    def part(self, context: Stream) -> None:
+        with self._changed:
+            self._streams.discard(context)
+            self._changed.notify_all()
+
+    def take_over(self, context: Stream | None = None) -> None:
+        """End all streams of this run, so that `context` can be its only one; BusyError where they take too long."""
+        with self._changed:
+            for stream in self._streams:
+                stream.cancel()
+            if not self._changed.wait_for(lambda: not self._streams, _TAKE_OVER_S):
+                raise BusyError("an older connection of this device is still at work; try again in a moment")
+            if context:
+                self._streams.add(context)
+
+    # From start to end
+
+    def begin(self, samples: int, classes: tuple[str, ...], identity: str) -> None:
+        """Start from step 0."""
+        expected = self.recipe.model.classes
+        if len(classes) != expected:
+            raise MismatchError(
+                f"the device's pictures have {len(classes)} classes, the recipe {self.recipe.name} has {expected}; "
+                f"use other data or change model.classes"
+            )
+        if not 1 <= samples <= 2**40:
+            raise FrameError(f"Begin says {samples} training pictures; at least 1 is needed")
+        training = self._new(samples, classes)
+        self.initial.fill(training.halves)
+        if self.training:  # begun by a device that made no step and is gone
+            self.training.close()
+        self.folder.start(self.text)
+        self.checkpoints.clear()
+        training.switch(training.phase)
+        self.training, self.owner = training, identity
+
+    def _new(self, samples: int, classes: tuple[str, ...]) -> Training:
+        halves = halves_module.build(self.recipe, self._allowed)
+        coordinator = Coordinator(self.recipe, halves.channels, max(1, samples // self.recipe.data.batch))
+        return Training(self.recipe, halves, coordinator, classes, samples, self.checkpoints.folder, self.store_limit)
+
+    def resume(self, run_id: str, kept: Sequence[int]) -> int:
+        """Go on from the newest of the steps that the device has kept and this side has too; that step.
+
+        Nothing is undone where the device stands at the very step that this process stands at.
+        """
+        if run_id != self.run_id:
+            raise MismatchError(
+                f"the device's folder holds run {run_id}, this server trains run {self.run_id}; start the server with "
+                f"the folder of the same run, or the device with another --run (or --overwrite)"
+            )
+        self.take_over()
+        training = self.training
+        if training and (steps := [step for step in kept if training.can_go_on(step)]):
+            return max(steps)
+        common = max(self.checkpoints.written.intersection(kept), default=None)
+        if common is None:
+            raise MismatchError(
+                f"the two sides of run {run_id} have no step in common to go on from (device {_steps(kept)}, server "
+                f"{_steps(sorted(self.checkpoints.written))}); start both anew with --overwrite"
+            )
+        self._go_back(common)
+        return common
+
+    def _go_back(self, step: int) -> None:
+        """Stand where the checkpoint of `step` was taken."""
+        kept = self.checkpoints.read(step)
+        if self.training:
+            self.training.close()
+        training = self._new(kept.state["samples"], tuple(kept.state["classes"]))
+        training.restore(kept)
+        lost = self.folder.resume(step)
+        self.meter.restore(kept.state["meter"], None if self.training else lost)
+        if self.training is None:
+            self.kernel = Kernel()
+            self.kernel.carry(KernelBytes(**kept.state["kernel"]) if kept.state["kernel"] else None)
+            self.faults = Faults(**kept.state["faults"])
+        self.faults.resumed += 1
+        self.faults.steps_again += lost["steps"]
+        self.training = training
+        self.checkpoints.forget_after(step)
+        self.keep(anew=True)  # the same but for what the fault cost: a second one before the next must not forget it
+
+    def keep(self, decision: Decision | None = None, anew: bool = False) -> None:
+        """Write a checkpoint if one is due after `decision`, or without one; a full disk is told, and that is all.
+
+        `anew`: in place of the one that there is.
+        """
+        training = self.training
+        assert training
+        turn = decision is None or bool(decision.phase) or decision.then != pb.STEP
+        present = training.step in self.checkpoints.written and not anew
+        if present or not due(training.step, self.every, turn=turn):
+            return
+        kernel = self.kernel.read()
+        books = {
+            "meter": self.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(self.faults),
+            "owner": self.owner,
+        }  # fmt: skip
+        try:
+            tensors, state = training.state()
+            self.checkpoints.write(training.step, tensors, state | books)
+            training.forget_stores(min(self.checkpoints.written))
+        except (RunFolderError, StoreError) as error:
+            self.console.print(
+                f"[yellow]Warning[/yellow]: no checkpoint of step {training.step}: {error}; training goes on",
+                highlight=False,
+            )
+
+    def rest(self) -> None:
+        """The process ends: keep where the run stands, if a step doesn't hold it up."""
+        training = self.training
+        if training and training.lock.acquire(timeout=3):
+            try:
+                self.keep()
+            finally:
+                training.lock.release()
+                training.close()
+        self.folder.close()
+
+    def finish(self, head: bytes) -> Manifest:
+        """Keep the trained half; what it is to be served with."""
+        training = self.training
+        assert training and training.test
+        manifest = Manifest(self.run_id, self.recipe.digest(), training.classes, training.phase, True)
+        if head:
+            weights.fill(training.halves.head, weights.from_bytes(head, "the published head"), "the published head")
+            self.folder.write_half("head", training.halves.head, manifest)
+        training.halves.tail.settle(training.phase.width, training.phase.order)
+        self.folder.write_half("tail", training.halves.tail, manifest)
+        outcome = report.Outcome(
+            self.run_id, training.test.accuracy, training.test.mean_loss, training.step, training.trained,
+            training.epochs, training.elapsed_s, training.busy_s, tuple(training.coordinator.phases), self.faults,
+        )  # fmt: skip
+        kernel = report.kernel_of(server=self.kernel.read())
+        summary = report.summarise(self.recipe, training.halves.cut, outcome, self.meter, kernel, "server")
+        training.close()
+        self.folder.write_summary(summary)
+        self.folder.close()
+        # What the run could go on from is not needed any more.
+        self.checkpoints.clear()
+        report.show(self.console, summary)
+        return manifest
+
+
+def _steps(steps: Sequence[int]) -> str:
+    return f"at {', '.join(map(str, steps))}" if steps else "nowhere"

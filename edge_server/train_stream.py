@@ -1,0 +1,223 @@
+"""One Train stream: Begin to Leave, or until it breaks. Unpack, have the session learn, pack; the run outlives it.
+
+Called by the servicer. A step is applied and its answer kept before any of it is sent, so that a stream which breaks at
+any moment leaves the run at a whole step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from rich.markup import escape
+
+from common import wire
+from common.chooser import Chooser
+from common.codecs import Aside, codec
+from common.errors import FrameError, StoppedError
+from common.meter import DOWN, UP, Draft
+from common.phase_message import phase_message
+from common.progress import Live
+from common.rpc import split_pb2 as pb
+from common.schedule import RECALL, STORE, Phase
+from common.wire import Place
+from edge_server.coordinator import Decision
+from edge_server.host import Host
+from edge_server.incoming import STOPPED, Incoming
+from edge_server.live import LiveRun
+
+
+class TrainStream:
+    def __init__(self, host: Host, run: LiveRun, receive: Incoming) -> None:
+        """`run` has been begun or taken up by the device that sends what `receive` gives."""
+        assert run.training
+        self.host, self.run, self.training, self.receive = host, run, run.training, receive
+        receive.draft = Draft(run.meter)  # the run's books, not those of the visit before it was begun
+
+    def frames(self, begun: bool) -> Iterator[pb.Frame]:
+        """What is sent down, from Ready to the end; not `begun`: the run goes on where an older stream ended."""
+        run, receive, training, meter = self.run, self.receive, self.training, self.run.meter
+        count = meter.frame if begun else meter.again
+        count(UP, receive.first)
+        answers = training.answered_from(receive.begin.step)
+        wanted = training.recipe.principal and not training.rotated
+        ready = pb.Ready(
+            steps=training.coordinator.steps, basis_wanted=wanted, phase=phase_message(training.phase),
+            answered=len(answers),
+        )  # fmt: skip
+        what = f"The device is connected again, at step {receive.begin.step:,}."
+        if begun:
+            what = (
+                f"{escape(receive.session.identity) or 'A device'} trains [bold]{escape(training.recipe.name)}[/bold]: "
+                f"{training.coordinator.steps:,} steps of {training.batch} pictures, {training.samples:,} an epoch."
+            )
+        run.console.print(what, highlight=False)
+        with Live(run.console, training.coordinator.steps, training.step) as live:
+            yield count(DOWN, wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)))
+            for answer in answers:
+                for out in answer:
+                    yield meter.again(DOWN, out)
+            if wanted:
+                training.rotate(self._basis())
+                receive.draft.keep()
+            if training.step == 0:
+                run.keep()
+                meter.lap()
+            chooser = Chooser(run.kernel.flow)
+            while True:
+                frame = receive()
+                run.checkpoints.confirm(frame.kept)
+                if frame.HasField("leave") and not frame.leave.finished:
+                    self._pause(frame.leave)
+                    return
+                if frame.HasField("leave") or (frame.role == pb.WEIGHTS and training.test):
+                    yield from self._finish(frame)
+                    return
+                if frame.HasField("recall"):
+                    yield from self._recall(frame, live)
+                else:
+                    yield from self._step(frame, chooser, live)
+
+    def _basis(self) -> np.ndarray:
+        receive, training = self.receive, self.training
+        frame, place = receive(), Place(pb.WEIGHTS, 0, 0)
+        shape = wire.announced(frame)
+        if len(shape) != 2 or shape[0] != shape[1] + 1 or not 1 <= shape[1] <= training.halves.channels:
+            raise FrameError(
+                f"the basis has shape {list(shape)}; [w + 1, w] with w up to {training.halves.channels} fits"
+            )
+        return wire.unpack(frame, receive, place, shape, "fp32")
+
+    def _step(self, frame: pb.Frame, chooser: Chooser, live: Live) -> Iterator[pb.Frame]:
+        """One step: labels and activation in, gradient and StepDone out."""
+        run, receive, training = self.run, self.receive, self.training
+        phase, step = training.phase, training.step
+        self._check_step()
+        if phase.kind == RECALL:
+            raise FrameError(f"step {step} is learnt from what the server has kept; Recall was expected")
+        clock = time.perf_counter
+        first_wait, receive.wait_s, started = receive.wait_s, 0.0, clock()
+        labels = wire.unpack_labels(
+            frame, receive, Place(pb.LABEL, step, phase.index), training.batch, training.recipe.model.classes
+        )
+        place, shape = Place(pb.ACTIVATION, step, phase.index), training.sent_shape
+        payload = wire.payload_of(receive(), receive, place, shape, phase.activation_codec)
+        sent = codec(phase.activation_codec).decode(payload, shape)
+        decoded = clock()
+        frames: list[pb.Frame] = []
+        with training.lock:
+            if phase.kind == STORE:
+                training.keep(payload, labels)
+            gradient, loss, correct = training.learn(sent, labels)
+            encoded = learnt = clock()
+            if gradient is not None:
+                aside = Aside((training.recipe.seed, step, pb.GRADIENT), training.halves.gate.support(sent, phase))
+                name = phase.gradient_codec
+                answer = chooser.encode(codec(name), gradient, aside)
+                frames = list(wire.pack(Place(pb.GRADIENT, step, phase.index), answer, gradient.shape, name))
+                encoded = clock()
+            # From here on the step is applied, whatever becomes of the stream: its answer is kept until the device
+            # has shown, by asking for another step, that it has come.
+            decision = training.apply()
+            frames.append(self._done(step, phase, loss, correct, decision))
+            training.answers = [frames]
+        receive.draft.keep()
+        for out in frames:
+            run.meter.frame(DOWN, out)
+        wait, receive.wait_s = receive.wait_s, 0.0
+        seconds = {
+            "wait": first_wait + wait, "decode": decoded - started - wait,
+            "tail": learnt - decoded + clock() - encoded, "encode": encoded - learnt,
+        }  # fmt: skip
+        self._log(phase, loss, correct, seconds, live)
+        try:
+            yield from frames
+        finally:  # also where the stream has ended meanwhile
+            run.keep(decision)
+
+    def _check_step(self) -> None:
+        training = self.training
+        if training.step >= training.coordinator.steps:
+            raise FrameError(f"the run has {training.coordinator.steps} steps and all are done; Leave was expected")
+
+    def _recall(self, frame: pb.Frame, live: Live) -> Iterator[pb.Frame]:
+        """Steps on what was kept: a StepDone each, until so many are done or something else comes next."""
+        run, training = self.run, self.training
+        self._check_step()
+        wire.check_place(frame, Place(pb.CONTROL, training.step, training.phase.index))
+        if training.phase.kind != RECALL or not frame.recall.steps:
+            raise FrameError(f"Recall of {frame.recall.steps} steps came in a phase of kind {training.phase.kind}")
+        clock, phase = time.perf_counter, training.phase
+        self.receive.draft.keep()
+        training.answers = []
+        for _ in range(frame.recall.steps):
+            if self.host.stopping:
+                raise StoppedError(STOPPED)
+            step, started = training.step, clock()
+            with training.lock:
+                sent, labels = training.recall()
+                decoded = clock()
+                _, loss, correct = training.learn(sent, labels)
+                decision = training.apply()
+                done = self._done(step, phase, loss, correct, decision)
+                training.answers.append([done])
+            run.meter.frame(DOWN, done)
+            seconds = {"decode": decoded - started, "tail": clock() - decoded}
+            self._log(phase, loss, correct, seconds, live)
+            try:
+                yield done
+            finally:
+                run.keep(decision)
+            if decision.phase or decision.then != pb.STEP:
+                return
+
+    def _done(self, step: int, phase: Phase, loss: float, correct: int, decision: Decision) -> pb.Frame:
+        done = pb.StepDone(loss=loss, correct=correct, then=decision.then)
+        if decision.phase:
+            done.next.CopyFrom(phase_message(decision.phase))
+        done.kept = self.run.checkpoints.news(step, self.run.every)
+        return wire.seal(Place(pb.CONTROL, step, phase.index).frame(done=done))
+
+    def _log(self, phase: Phase, loss: float, correct: int, seconds: dict[str, float], live: Live) -> None:
+        """The line of the step that was just applied, in metrics.jsonl and on the operator's screen."""
+        run, training = self.run, self.training
+        accuracy, width = correct / training.batch, phase.width_at(training.recipe.seed, training.step - 1)
+        training.busy_s += sum(value for name, value in seconds.items() if name != "wait")
+        line = {
+            "step": training.step - 1, "phase": phase.index, "width": width, "loss": loss,
+            "accuracy": accuracy, "bytes": run.meter.lap(),
+            "seconds": {name: round(value, 6) for name, value in seconds.items()},
+        }  # fmt: skip
+        if warning := run.folder.log(line):
+            live.say(f"[yellow]Warning[/yellow]: {warning}")
+        up, down = run.meter.total(UP).message, run.meter.total(DOWN).message
+        live.step(training.step, width, loss, accuracy, up, down)
+
+    def _pause(self, leave: pb.Leave) -> None:
+        """The device's user has stopped it; both sides keep where they stand, and the run waits."""
+        self.run.keep()
+        training = self.training
+        self.run.console.print(
+            f"The device left at step {training.step} of {training.coordinator.steps}: "
+            f"{escape(leave.reason) or 'its user stopped it'}. The run goes on when it is started again.",
+            highlight=False,
+        )  # fmt: skip
+
+    def _finish(self, frame: pb.Frame) -> Iterator[pb.Frame]:
+        """The published head, if `frame` starts one, and the end of the run."""
+        receive, training, head = self.receive, self.training, b""
+        if not frame.HasField("leave"):
+            size = wire.announced(frame)[0] if wire.announced(frame) else 0
+            head = wire.unpack_bytes(frame, receive, Place(pb.WEIGHTS, training.step, training.phase.index), size)
+            if not receive().HasField("leave"):
+                raise FrameError("after the published head Leave was expected")
+        if training.test is None:
+            raise FrameError("Leave says finished, but the run is not; evaluate the test part first")
+        receive.draft.keep()
+        goodbye = wire.seal(Place(pb.CONTROL, training.step, training.phase.index).frame(goodbye=pb.Goodbye()))
+        self.run.meter.frame(DOWN, goodbye)
+        self.host.finish(head)
+        yield goodbye
+        if receive.drained():
+            self.host.ended.set()

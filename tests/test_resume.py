@@ -1,0 +1,151 @@
+"""A run that loses both processes at any step goes on to the same weights, whatever its phases are made of.
+
+In one process and without sockets, so that many kinds of runs and steps can be tried; tests/test_resume_faults.py does
+it with real ones.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+
+from benchmarks.inprocess import Stub
+from common.checkpoint import Checkpoints
+from common.recipe import parse
+from common.run import RunFolder
+from device_client.data import Dataset, load
+from device_client.remote_tail import RemoteTail
+from device_client.trainer import Trainer
+from edge_server.host import Host
+from edge_server.servicer import Servicer
+from tests.conftest import recipe_text
+
+EVERY = 4
+CODEC = 'activation = "step:15"\ngradient = "step:10"'
+CASES = {
+    "ranked channels": recipe_text(
+        "deprune", bottleneck='kind = "channels"\nranking_steps = 2', codec=CODEC,
+        schedule="phases = [[2, 0.5], [4, 0.5]]",
+    ),
+    "principal components, adamw": recipe_text(
+        "fixed", bottleneck='kind = "linear"\nstart = "principal"', codec=CODEC, schedule="phases = [[4, 1]]",
+        optimiser='name = "adamw"\nlr = 0.005',
+    ),
+    "frozen head": recipe_text(
+        "deprune", bottleneck='kind = "linear"', codec=CODEC,
+        schedule="phases = [[2, 0.3], { width = 4, epochs = 1.2, views = 0.4, flip = true }, [8, 0.3]]",
+    ),
+    "nested widths": recipe_text(
+        "deprune", bottleneck='kind = "linear"', codec=CODEC,
+        schedule="phases = [{ width = 8, epochs = 1, nested = [2, 4] }]",
+    ),
+    "plateau": recipe_text(
+        "deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', codec=CODEC,
+        schedule='kind = "plateau"\nwidths = [2, 4]\npatience = 1\nmin_gain = 0.9\nmax_epochs = 6',
+    ),
+}  # fmt: skip
+
+
+class _Killed(Exception):
+    pass
+
+
+def leg(path: Path, text: str, data: Dataset, until: int | None = None) -> dict[str, Any] | None:
+    """Two new processes, as it were, until they are killed before step `until`, or to the end; then the summary."""
+    quiet = Console(file=io.StringIO())
+    host = Host.to_train(parse(text), text, RunFolder(path / "server"), quiet, (), False)
+    assert host.run
+    host.run.every = EVERY
+    folder = RunFolder(path / "device")
+    saved = folder.unfinished()
+    remote = RemoteTail("127.0.0.1:1", stub=Stub(Servicer(host)))
+    if saved:
+        kept = Checkpoints(folder.checkpoints, saved["run_id"], saved["digest"]).sound()[0]
+        remote.open(trains=True, run_id=saved["run_id"], kept=kept)
+    else:
+        remote.open(trains=True)
+    trainer = Trainer(remote, data, folder, quiet)
+    trainer.prepare((), None)
+    if not trainer.phases:
+        folder.start(text)
+    after = trainer._after
+
+    def watched(*arguments: Any) -> dict[str, Any]:
+        if trainer.step == until:  # the server has applied it, this side has not noted it down
+            raise _Killed
+        return after(*arguments)
+
+    trainer._after = watched  # type: ignore[method-assign]
+    try:
+        return trainer.run(publish=False)
+    except _Killed:
+        host.run.keep = lambda *_, **__: None  # type: ignore[method-assign] # a dead process keeps nothing any more
+        return None
+    finally:
+        for side in (host.folder, folder):
+            side.close()
+
+
+def outcome(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
+    weights = {
+        f"{half}.{name}": value
+        for side, half in (("device", "head"), ("server", "tail"))
+        for name, value in safetensors.torch.load_file(path / side / f"{half}.safetensors").items()
+    }
+    lines = [json.loads(line) for line in (path / "device" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return weights, [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits", (1, 16, 16), 3, 0.0, limit=640)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_at_any_step_it_ends_with_the_same_weights(name: str, digits: Dataset, tmp_path: Path) -> None:
+    text = CASES[name]
+    data = load("digits", (1, 16, 16), 3, 0.2, limit=640) if name == "plateau" else digits
+    whole = leg(tmp_path / "whole", text, data)
+    assert whole
+    expected, losses = outcome(tmp_path / "whole")
+    steps = len(losses)
+    # One run that is killed again and again: right after checkpoints, right before, and in between.
+    broken, again = tmp_path / "broken", 0
+    for until in (1, 3, 4, 9, 10, 15, steps - 1):
+        assert leg(broken, text, data, until) is None
+    summary = leg(broken, text, data)
+    assert summary
+    weights, seen = outcome(broken)
+    assert seen == losses
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(weights[key], value), key
+    for way in ("up", "down"):
+        assert summary["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
+        assert summary["bytes"][way]["again"] > again
+    assert summary["faults"]["resumed"] == 7 and summary["faults"]["steps_again"] > 0
+    assert not (broken / "device" / "checkpoints").exists() and not (broken / "server" / "checkpoints").exists()
+
+
+def test_other_pictures_are_not_gone_on_with(digits: Dataset, tmp_path: Path) -> None:
+    from common.errors import DataError, MismatchError
+
+    text = CASES["nested widths"]
+    leg(tmp_path, text, digits, 6)
+    other = load("digits", (1, 16, 16), 4, 0.0, limit=640)
+    with pytest.raises(DataError, match="not the 640 pictures that the run began with"):
+        leg(tmp_path, text, other)
+    # Another server, which has nothing of this run.
+    (tmp_path / "server").rename(tmp_path / "away")
+    with pytest.raises(MismatchError, match="this server trains run"):
+        leg(tmp_path, text, digits)
+    (tmp_path / "away").rename(tmp_path / "server")
+    assert leg(tmp_path, text, digits)
