@@ -29,6 +29,8 @@ _DOUBTS = 1 << 12  # more than any doubt
 _LEVELS, _GROUPS = 6, 12
 # Magnitudes of signed symbols are predicted in eighths.
 _FINER = 8
+# From so many symbols on tables are worth what they cost; an entry takes about so many bits.
+_PLENTY, _TABLE_BITS = 1 << 19, 10
 _CHANNELS, _SMALLEST = 128, 16
 # Elements of a channel that pay for weights of its own: of activations, and of gradients, which are less alike.
 _WORTHWHILE = {False: 1 << 12, True: 1 << 14}
@@ -120,12 +122,12 @@ def _model(
         predictor.learn(channel, step, truth.reshape(-1), values, doubts, chosen)
         parts = (step.places(maps[channel]), values, doubts, drawn)
         found.append(tuple(_taken(part, chosen) for part in parts))
-    levels, groups = _most(maps.size, signed)
-    all_values, all_doubts = (np.concatenate([parts[at] for parts in found]) for at in (1, 2))
-    between = _borders(np.bincount(all_doubts, minlength=_DOUBTS), levels)
-    starts = _starts(between)
-    histograms = np.bincount(starts.take(all_doubts) + all_values, minlength=levels * (MOST + 1))
-    within = np.stack([_borders(row, groups) for row in histograms.reshape(levels, MOST + 1)])
+    most = _most(maps.size, signed)
+    sent, all_values, all_doubts = (np.concatenate([parts[at] for parts in found]) for at in (0, 1, 2))
+    sizes = most
+    if len(sent) < _PLENTY:
+        sizes = min(_fewer(*most), key=lambda sizes: _cost(sent, all_values, all_doubts, sizes))
+    between, within = _grouped(all_values, all_doubts, sizes)
     contexts = _Contexts(between, within)
     batches = [
         (_turned(symbols, drawn), contexts.of(values, doubts, drawn)) for symbols, values, doubts, drawn in found
@@ -133,9 +135,29 @@ def _model(
     return (
         batches,
         contexts.number,
-        (levels, groups, parents.shape[1]),
+        (*sizes, parents.shape[1]),
         (parents, between, within, np.concatenate(weights)),
     )
+
+
+def _grouped(values: Array, doubts: Array, sizes: tuple[int, int]) -> tuple[Array, Array]:
+    """Borders of doubt and of predictions that make so many levels of so many groups."""
+    levels, groups = sizes
+    between = _borders(np.bincount(doubts, minlength=_DOUBTS), levels)
+    histograms = np.bincount(_starts(between).take(doubts) + values, minlength=levels * (MOST + 1))
+    return between, np.stack([_borders(row, groups) for row in histograms.reshape(levels, MOST + 1)])
+
+
+def _fewer(levels: int, groups: int) -> list[tuple[int, int]]:
+    """Numbers of levels and groups to try where tables may cost more than they save."""
+    return list(dict.fromkeys((max(1, levels >> at), max(1, groups >> at)) for at in range(0, 6)))
+
+
+def _cost(symbols: Symbols, values: Array, doubts: Array, sizes: tuple[int, int]) -> float:
+    """About how many bits symbols and tables take; the numbers drawn are left out."""
+    contexts = _Contexts(*_grouped(values, doubts, sizes))
+    counts = _counts([(symbols, contexts.of(values, doubts, None))], contexts.number)
+    return _entropy(counts) + _TABLE_BITS * 2 * np.count_nonzero(counts)
 
 
 def _counts(batches: list[tuple[Array, Array]], tables: int) -> Array:
@@ -144,6 +166,12 @@ def _counts(batches: list[tuple[Array, Array]], tables: int) -> Array:
     for symbols, contexts in batches:
         counts += np.bincount(contexts.astype(np.uint16) << 8 | symbols, minlength=len(counts))
     return counts.reshape(tables, 256)
+
+
+def _entropy(counts: Array) -> float:
+    """Bits of symbols that come so often in each context [contexts, 256]."""
+    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    return float(-np.sum(counts * np.log2(np.maximum(counts, 1) / totals)))
 
 
 def _frequencies(counts: Array) -> Array:
@@ -160,9 +188,7 @@ def _frequencies(counts: Array) -> Array:
 def ideal_bits(maps: Symbols, zero: int, support: Support | None = None, quarters: Array | None = None) -> float:
     """Bits that an ideal coder would take with these contexts, if what is sent to make them cost nothing."""
     batches, number, _, _ = _model(maps, zero, support, quarters)
-    counts = _counts(batches, number).astype(np.float64)
-    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return float(-np.sum(counts * np.log2(np.maximum(counts, 1) / totals)))
+    return _entropy(_counts(batches, number))
 
 
 def encode(maps: Symbols, zero: int, support: Support | None = None, quarters: Array | None = None) -> bytes:

@@ -78,14 +78,14 @@ class Step:
         else:
             symbols, outliers = quantise.unsigned(values, amax, step)
         tail = outliers.astype("<i4").tobytes()
+        row = symbols.reshape(-1)
+        body = pack.encode([row] if drawn is None else dither.apart(row, drawn, _zero(flags)), _zero(flags), tail)
+        form = _PACKED
         if self.coder == "context":
-            form = _CONTEXT
             maps = as_maps(symbols, tensor.shape, aside.support, _zero(flags))
-            body = tail + context.encode(maps, _zero(flags), *beside(tensor.shape, aside.support, drawn))
-        else:
-            form = _PACKED
-            row = symbols.reshape(-1)
-            body = pack.encode([row] if drawn is None else dither.apart(row, drawn, _zero(flags)), _zero(flags), tail)
+            slow = tail + context.encode(maps, _zero(flags), *beside(tensor.shape, aside.support, drawn))
+            if len(slow) < len(body):  # small tensors do not always pay for their tables
+                form, body = _CONTEXT, slow
         payload = _HEADER.pack(form | flags, step, level, len(outliers), _checksum(aside.support)) + body
         return payload if len(payload) < 4 * tensor.size else _raw(tensor)
 
