@@ -9,7 +9,7 @@ RUNS ?= 1000000
 COUNT ?= 200
 MINUTES ?= 60
 
-.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters bench-checkpoint fuzz faults soak clean
+.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters bench-checkpoint bench-limits bench-links fuzz faults soak clean
 
 setup: $(VENV)/.ready
 
@@ -43,6 +43,14 @@ bench-learning: setup
 
 bench-checkpoint: setup
 	$(BIN)/python -m benchmarks.checkpoint
+
+# Minutes; ARGS='--opens 10000' makes them fewer.
+bench-limits: setup
+	$(BIN)/python -m benchmarks.limits $(ARGS)
+
+# Some fifteen minutes; without root it leaves out what needs network namespaces.
+bench-links: setup
+	$(BIN)/python -m benchmarks.links
 
 bench-effect: setup
 	$(BIN)/python -m benchmarks.effect $(SOURCE)

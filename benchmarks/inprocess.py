@@ -23,6 +23,7 @@ from device_client.data import Dataset
 from device_client.remote_tail import RemoteTail, StepResult
 from device_client.trainer import Trainer
 from edge_server.host import Host
+from edge_server.limits import Limits
 from edge_server.servicer import Servicer
 from edge_server.session import Training
 
@@ -100,7 +101,7 @@ Watch = Callable[[int, Phase, Trainer, Training], None]
 
 def train(
     text: str, data: Dataset, remote_class: type[RemoteTail] = RemoteTail, folder: Path | None = None,
-    watch: Watch | None = None, **remote: Any,
+    watch: Watch | None = None, limits: Limits | None = None, **remote: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the recipe in `text` on `data`; the device's summary.
 
@@ -110,7 +111,9 @@ def train(
     quiet = Console(file=io.StringIO())
     with contextlib.ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        host = Host.to_train(recipes.parse(text), text, RunFolder(place / "server"), quiet, (), folder is not None)
+        host = Host.to_train(
+            recipes.parse(text), text, RunFolder(place / "server"), quiet, (), folder is not None, limits
+        )
         stack.callback(host.close)
         tail = remote_class("127.0.0.1:1", stub=Stub(Servicer(host)), **remote)
         stack.callback(tail.close)

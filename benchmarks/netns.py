@@ -36,6 +36,15 @@ class End:
         paths = [f"/sys/class/net/{self.interface}/statistics/{name}" for name in names]
         return dict(zip(names, map(int, _run(*self.prefix, "cat", *paths).split()), strict=True))
 
+    def far_from(self, other: End) -> None:
+        """Before a low rate: packets no longer than a wire's, for a veth's own would take seconds each; and no ARP for
+        `other`, whose answer would wait behind all that is queued, as it never does on the way to a router.
+        """
+        there = _run(*other.prefix, "cat", f"/sys/class/net/{other.interface}/address").strip()
+        _run(*self.prefix, "ip", "link", "set", "dev", self.interface, "gso_max_segs", "1", "gso_max_size", "1500")
+        _run(*self.prefix, "ip", "neighbour", "replace", other.address, "lladdr", there, "dev", self.interface,
+             "nud", "permanent")  # fmt: skip
+
     def shape(self, rate: str, limit: str = "200kb") -> None:
         """Let no more than `rate` (tc's units, "10mbit") out; `limit` is the queue before packets are dropped."""
         _run(*self.prefix, "tc", "qdisc", "replace", "dev", self.interface, "root", "tbf", "rate", rate, "burst",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,16 +21,22 @@ from common.wire import FRAME_BYTES
 
 # A frame's data, and room for the rest of its message; anything larger is refused before it is read.
 _MESSAGE_BYTES = FRAME_BYTES + (64 << 10)
-_PING_EVERY_MS = 20_000
+_PING_EVERY_MS = 10_000
+# Where the kernel tells what moves, pulse.py finds a dead link, and this only what that has overlooked: for on a slow
+# link with a long queue a ping, or the kernel's own confirmation, waits behind a whole frame; patience with these can't
+# be short. Elsewhere it is all there is. gRPC waits for the answer to a ping as long as `ping_timeout` says, which is a
+# minute unless set; `keepalive_timeout` is the kernel's patience with what isn't confirmed (TCP_USER_TIMEOUT).
+_PATIENCE_MS = 120_000 if sys.platform.startswith("linux") else 10_000
 # Deadline of the unary handshake; streams have keepalive instead, for on a slow link a step may take minutes.
 HANDSHAKE_S = 30.0
 
 _SHARED: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
-    # A dead link is found within 30 s, on either side, also while a step is being computed.
+    # A dead link is found within 20 s, on either side, also while a step is being computed.
     ("grpc.keepalive_time_ms", _PING_EVERY_MS),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", _PATIENCE_MS),
+    ("grpc.http2.ping_timeout_ms", _PATIENCE_MS),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 DEVICE_OPTIONS = [
@@ -41,9 +48,13 @@ DEVICE_OPTIONS = [
 ]
 SERVER_OPTIONS = [
     *_SHARED,
-    # Devices ping every 20 s; a server that allows less than that would throw them out as too chatty (GOAWAY).
+    # Devices ping every 10 s; a server that allows less than that would throw them out as too chatty (GOAWAY).
     ("grpc.http2.min_ping_interval_without_data_ms", _PING_EVERY_MS // 2),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A device needs four at most; the server's own count of a caller's calls is only made once one has come in.
+    ("grpc.max_concurrent_streams", 16),
+    # What connects and doesn't speak HTTP/2, or TLS, is let go after this long.
+    ("grpc.server_handshake_timeout_ms", 20_000),
     # A second server on the same port is a mistake, to be told at once.
     ("grpc.so_reuseport", 0),
 ]

@@ -84,7 +84,10 @@ class ForbiddenError(DepruneError):
 
 
 class BusyError(DepruneError):
-    pass
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: when it is worth trying again; None where the server cannot know."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class SessionError(DepruneError):
@@ -135,11 +138,17 @@ _STATUS: dict[type[DepruneError], grpc.StatusCode] = {
 }
 _BY_NAME = {cls.__name__: cls for cls in _STATUS}
 _METADATA_KEY = "deprune-error"
+# Beside a BusyError: milliseconds after which to try again. A device waits no longer than the minute.
+_RETRY_KEY = "retry-pushback-ms"
+_RETRY_MOST_S = 60.0
 
 
 def abort(context: grpc.ServicerContext, error: DepruneError) -> None:
     """End the RPC with the status, sentence and class name of `error`; raises, as grpc's own abort does."""
-    context.set_trailing_metadata(((_METADATA_KEY, type(error).__name__),))
+    metadata = [(_METADATA_KEY, type(error).__name__)]
+    if isinstance(error, BusyError) and error.retry_after_s is not None:
+        metadata.append((_RETRY_KEY, str(round(error.retry_after_s * 1000))))
+    context.set_trailing_metadata(tuple(metadata))
     context.abort(_STATUS.get(type(error), grpc.StatusCode.UNKNOWN), str(error))
 
 
@@ -170,10 +179,16 @@ def _handshake(details: str, server: str) -> DepruneError | None:
     return None
 
 
+def _retry_after(milliseconds: str) -> float | None:
+    return min(int(milliseconds) / 1000, _RETRY_MOST_S) if milliseconds.isdecimal() else None
+
+
 def from_rpc(error: grpc.RpcError, server: str) -> DepruneError:
     """The error that `error` stands for, seen from a device connected to `server` (HOST:PORT)."""
     code, details = error.code(), error.details() or ""
     metadata: dict[str, str] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
+    if metadata.get(_METADATA_KEY) == BusyError.__name__:
+        return BusyError(details, _retry_after(metadata.get(_RETRY_KEY, "")))
     if metadata.get(_METADATA_KEY) in _BY_NAME:
         return _BY_NAME[metadata[_METADATA_KEY]](details)
     if code == grpc.StatusCode.UNAVAILABLE and (handshake := _handshake(details, server)):
@@ -187,5 +202,12 @@ def from_rpc(error: grpc.RpcError, server: str) -> DepruneError:
     if code == grpc.StatusCode.UNIMPLEMENTED:
         return VersionError(f"what answers at {server} is not a deprune edge-server of a matching version ({details})")
     if code == grpc.StatusCode.CANCELLED:
-        return StoppedError(f"the session with {server} was cancelled ({details})")
+        return StoppedError(
+            f"the server at {server} ended this stream: it had heard nothing for longer than its --idle-time, or a "
+            f"newer connection of this device took its place"
+        )
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return TooLargeError(f"a message was over what the server at {server} takes ({details})")
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:  # of gRPC's own, before any of our code
+        return BusyError(f"the server at {server} has no room for another call ({details})", 5.0)
     return LinkError(f"the server at {server} failed with {code.name}: {details}")

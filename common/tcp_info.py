@@ -17,7 +17,7 @@ import psutil
 
 # struct tcp_info of linux/tcp.h: the state is its first byte, 64-bit counters stand at these offsets, and one of 32.
 _BYTES_ACKED, _BYTES_RECEIVED, _BUSY_TIME, _BYTES_SENT, _BYTES_RETRANS = 120, 128, 168, 200, 208
-_MIN_RTT = 148
+_SEGMENTS_IN, _MIN_RTT = 140, 148
 _SIZE = 216
 _ESTABLISHED = 1
 
@@ -32,6 +32,15 @@ class KernelBytes:
         return KernelBytes(
             self.sent + other.sent, self.received + other.received, self.retransmitted + other.retransmitted
         )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far a connection has come."""
+
+    confirmed: int  # bytes of ours that the other end has
+    received: int
+    segments: int = 0  # that came, those without any bytes too
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,14 @@ class Connection:
             struct.unpack_from("<Q", info, at)[0] for at in (_BYTES_SENT, _BYTES_RECEIVED, _BYTES_RETRANS)
         )
         return KernelBytes(sent, received, again)
+
+    def moved(self) -> Moved | None:
+        """None where the kernel doesn't tell."""
+        info = self._info()
+        if not info[0]:
+            return None
+        confirmed, received = (struct.unpack_from("<Q", info, at)[0] for at in (_BYTES_ACKED, _BYTES_RECEIVED))
+        return Moved(confirmed, received, struct.unpack_from("<I", info, _SEGMENTS_IN)[0])
 
     @property
     def alive(self) -> bool:

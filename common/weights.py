@@ -18,6 +18,11 @@ def to_bytes(module: nn.Module) -> bytes:
     return safetensors.torch.save({name: value.detach().contiguous() for name, value in module.state_dict().items()})
 
 
+def room(module: nn.Module) -> int:
+    """The most bytes that anyone's `to_bytes` of such a module comes to: other metadata may stand in its header."""
+    return len(to_bytes(module)) + 4096
+
+
 def from_bytes(data: bytes, source: str) -> dict[str, torch.Tensor]:
     """The tensors in safetensors bytes; ModelError names `source` where they are damaged."""
     try:

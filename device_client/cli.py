@@ -18,6 +18,7 @@ from common.checkpoint import Checkpoints
 from common.errors import RunFolderError
 from common.meter import DOWN, UP
 from common.progress import size
+from common.pulse import STALLED_S
 from common.run import RunFolder
 from common.tokens import exposed
 from device_client import data as data_module
@@ -72,7 +73,7 @@ def cli() -> None:
 
 def _connect(
     server: str, threads: int | None, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None,
-    token_file: Path | None, give_up_s: float = GIVE_UP_S,
+    token_file: Path | None, give_up_s: float = GIVE_UP_S, stalled_s: float = STALLED_S,
 ) -> RemoteTail:  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
@@ -83,7 +84,11 @@ def _connect(
         )
     for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
         console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
-    return RemoteTail(server, Access(tls_ca, tls_cert, tls_key, token_file), give_up_s=give_up_s)
+    return RemoteTail(server, Access(tls_ca, tls_cert, tls_key, token_file), give_up_s=give_up_s, stalled_s=stalled_s)
+
+
+def _say(sentence: str) -> None:
+    console.print(f"[yellow]Note[/yellow]: {escape(sentence)}", highlight=False)
 
 
 def _finished(run_path: Path | None) -> RunFolder | None:
@@ -134,11 +139,20 @@ def _load(
     metavar="SECONDS",
     help="Keep trying so long to get a lost server back; the run can go on later all the same.",
 )
+@click.option(
+    "--stalled-after",
+    default=STALLED_S,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Connect anew where an answer is due and nothing has moved on the link for so long.",
+)
 @click.option("--publish-head", is_flag=True, help="Give the trained head to the server at the end.")
 def train(
     server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
     tls_cert: Path | None, tls_key: Path | None, token_file: Path | None, source: str, skip_unreadable: bool,
-    limit: int | None, overwrite: bool, head_path: Path | None, wait: float, give_up_after: float, publish_head: bool,
+    limit: int | None, overwrite: bool, head_path: Path | None, wait: float, give_up_after: float, stalled_after: float,
+    publish_head: bool,
 ) -> None:  # fmt: skip
     """Train the server's recipe on this device's pictures.
 
@@ -154,7 +168,7 @@ def train(
             console.print(f"[yellow]Warning[/yellow]: {warning}")
     else:
         folder.prepare(overwrite)
-    remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file, give_up_after)
+    remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file, give_up_after, stalled_after)
     try:
         opened = remote.open(trains=True, run_id=saved["run_id"] if saved else "", kept=kept, wait_s=wait)
         going = f", going on at step {opened.step:,}" if opened.step else ""
@@ -183,9 +197,9 @@ def evaluate(
     check_source(source)
     remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file)
     try:
-        head = use.open_finished(remote, _finished(run_path), allowed, width)
+        head = use.open_finished(remote, _finished(run_path), allowed, width, _say)
         loaded = _load(remote, source, skip_unreadable, limit, ("test",))
-        verdict = use.evaluate(remote, head, loaded)
+        verdict = use.evaluate(remote, head, loaded, _say)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
     finally:
         remote.close()
@@ -207,8 +221,8 @@ def predict(
     """Name the class of each PICTURE, with its probability."""
     remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file)
     try:
-        head = use.open_finished(remote, _finished(run_path), allowed, width)
-        answers = list(use.predict(remote, head, pictures))
+        head = use.open_finished(remote, _finished(run_path), allowed, width, _say)
+        answers = list(use.predict(remote, head, pictures, _say))
     finally:
         remote.close()
     table = Table(show_edge=False, pad_edge=False)

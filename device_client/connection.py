@@ -16,6 +16,7 @@ from common import channel, recipe, wire
 from common.errors import FrameError, LinkError, MismatchError, RolledBackError, SessionError, VersionError, from_rpc
 from common.meter import DOWN, UP, Draft, Meter
 from common.phase_message import phase_of
+from common.pulse import STALLED_S
 from common.recipe import Recipe
 from common.report import Faults
 from common.rpc import split_pb2 as pb
@@ -45,16 +46,20 @@ class Opened:
     step: int | None  # that both sides go on from; None: the run starts anew
     finished: bool  # the run that the device would go on with is finished
     checkpoint_every: int
+    max_elements: int  # of one tensor, that the server takes
 
 
 class Connection:
     """A session with one server, from `open` to `close`; `stub` is given where no network lies in between."""
 
     def __init__(
-        self, server: str, access: channel.Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S
-    ) -> None:
-        """`give_up_s`: how long to go on trying where the link breaks in training."""
-        self.server, self.give_up_s = server, give_up_s
+        self, server: str, access: channel.Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S,
+        stalled_s: float = STALLED_S,
+    ) -> None:  # fmt: skip
+        """`give_up_s`: how long to go on trying where the link breaks in training. `stalled_s`: how long to wait for an
+        answer of a server that is there, while nothing moves on the link.
+        """
+        self.server, self.give_up_s, self._stalled_s = server, give_up_s, stalled_s
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.opened: Opened
         # Set by whoever shows progress, and by whoever keeps checkpoints.
@@ -116,7 +121,7 @@ class Connection:
             reply.session, parsed, reply.recipe, reply.run_id,
             phase_of(reply.phase) if reply.HasField("phase") else None,
             reply.head_size, reply.init_run_id, tuple(reply.classes), reply.step if reply.resumed else None,
-            reply.finished, reply.checkpoint_every,
+            reply.finished, reply.checkpoint_every, reply.limits.max_tensor_elements,
         )  # fmt: skip
         self._joined = reply.resumed or reply.finished
         return self.opened
@@ -163,19 +168,14 @@ class Connection:
         request, draft = pb.HeadRequest(session=self.opened.session), Draft(self.meter)
         self.meter.control(UP, request, again)
         try:
-            frames = iter(self._stub.Head(request))
+            stream = self._open_stream(lambda _: self._stub.Head(request))
 
             def receive() -> pb.Frame:
-                frame = next(frames, None)
-                if frame is None:
-                    raise LinkError(f"the server at {self.server} ended the head's weights early")
-                return draft.frame(DOWN, frame)
+                return stream.receive(draft)
 
             result = wire.unpack_bytes(receive(), receive, Place(pb.WEIGHTS, 0, 0), self.opened.head_size)
             draft.keep()
             return result
-        except grpc.RpcError as error:
-            raise from_rpc(error, self.server) from error
         finally:
             draft.drop()
 
@@ -238,7 +238,7 @@ class Connection:
         """Begin and Ready."""
         assert self._begun
         samples, classes = self._begun
-        stream, draft = Stream(self._stub.Train, self.server), Draft(self.meter)
+        stream, draft = self._open_stream(self._stub.Train), Draft(self.meter)
         self._train = stream
         begin = pb.Begin(session=self.opened.session, samples=samples, classes=classes, step=step)
         frame = wire.seal(Place(pb.CONTROL, 0, 0).frame(begin=begin))
@@ -254,6 +254,9 @@ class Connection:
             draft.drop()
         self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
         self._find_connection()
+
+    def _open_stream(self, call: Callable[..., Any]) -> Stream:
+        return Stream(call, self.server, self._stalled_s, watched=self._channel is not None)
 
     def _reopen(self, step: int) -> bool:
         """Handshake for a new session of the same run; whether it goes on. RolledBackError where from another step."""

@@ -26,7 +26,9 @@ from common.errors import (
 )
 from common.meter import DOWN, Draft
 from common.progress import duration
+from common.pulse import STALLED_S, Pulse
 from common.rpc import split_pb2 as pb
+from common.tcp_info import Connection, find_server
 
 # What a new connection may cure: a lost link, a server that is being replaced or is still busy with the old stream,
 # certificates that are being exchanged, and bytes that were damaged on the way, which may look like any wrong frame and
@@ -35,16 +37,24 @@ CURABLE = (LinkError, AuthError, StoppedError, BusyError, SessionError, FrameErr
 # A server that answers and refuses the same step so often in a row means it.
 _REFUSALS = 6
 _FIRST_S, _MOST_S = 0.2, 15.0
+_LOOK_S = 1.0
 
 
 class Stream:
-    """One bidirectional stream of frames; `wait_s` adds up the time spent waiting for the server."""
+    """One stream of frames, of both ways or down alone; `wait_s` adds up the time spent waiting for the server."""
 
-    def __init__(self, call: Callable[[Iterator[pb.Frame]], Any], server: str) -> None:
-        self._server = server
+    def __init__(
+        self, call: Callable[[Iterator[pb.Frame]], Any], server: str, stalled_s: float = STALLED_S, watched: bool = True
+    ) -> None:
+        """`watched`, where there is a link: broken off when it is dead, or has nothing to show for `stalled_s`."""
+        self._server, self._stalled_s = server, stalled_s
         self._outgoing: queue.SimpleQueue[pb.Frame | None] = queue.SimpleQueue()
         self._incoming = call(iter(self._outgoing.get, None))
         self.wait_s = 0.0
+        self._due: float | None = None  # since when the server is waited for
+        self._lost = ""  # why we broke it off ourselves
+        if watched:
+            threading.Thread(target=self._watch, name="pulse", daemon=True).start()
 
     def send(self, frame: pb.Frame) -> None:
         self._outgoing.put(frame)
@@ -52,15 +62,37 @@ class Stream:
     def receive(self, draft: Draft) -> pb.Frame:
         """The next frame, whole; counted in `draft`."""
         started = time.perf_counter()
+        self._due = time.monotonic()
         try:
             frame = next(self._incoming)
         except StopIteration as error:
             raise LinkError(f"the server at {self._server} closed the stream early") from error
         except grpc.RpcError as error:
-            raise from_rpc(error, self._server) from error
+            raise LinkError(self._lost) if self._lost else from_rpc(error, self._server) from error
         finally:
+            self._due = None
             self.wait_s += time.perf_counter() - started
         return wire.opened(draft.frame(DOWN, frame))
+
+    def _watch(self) -> None:
+        """Look at the connection until the stream has ended, and end it where it gets nowhere; a thread of its own."""
+        ended = threading.Event()
+        if not self._incoming.add_callback(ended.set):
+            return
+        connection: Connection | None = None
+        pulse = Pulse(time.monotonic(), stalled_s=self._stalled_s)
+        try:
+            while not ended.wait(_LOOK_S):
+                if connection is None:
+                    connection = find_server(self._server)
+                    pulse = Pulse(time.monotonic(), stalled_s=self._stalled_s)
+                elif wrong := pulse.look(time.monotonic(), connection.moved(), self._due):
+                    self._lost = wrong
+                    self._incoming.cancel()
+                    return
+        finally:
+            if connection:
+                connection.close()
 
     def close(self) -> None:
         """End our side; the server has said its last."""
@@ -95,5 +127,7 @@ class Trouble:
             raise LinkError(f"{error}; gave up after {duration(spent)} and {self._attempts} attempts") from error
         # Jitter, so that devices which lost their server together do not come back together.
         pause = min(_MOST_S, _FIRST_S * 2 ** (self._attempts - 1)) * random.uniform(0.5, 1.5)
+        if isinstance(error, BusyError) and error.retry_after_s:
+            pause = max(pause, error.retry_after_s)
         say(f"reconnecting, attempt {self._attempts} ({error}); gives up in {duration(self.give_up_s - spent)}")
         time.sleep(min(pause, max(0.0, self.give_up_s - spent)))

@@ -12,7 +12,8 @@ import numpy as np
 from common import wire
 from common.chooser import Chooser
 from common.codecs import NOTHING, Aside, codec
-from common.errors import FrameError
+from common.codecs.base import elements
+from common.errors import FrameError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_of
 from common.rpc import split_pb2 as pb
@@ -106,6 +107,11 @@ class RemoteTail(Connection):
 
     def _pack(self, place: Place, sent: np.ndarray, phase: Phase) -> Iterator[pb.Frame]:
         """Frames of an activation [B, width, ...], in the phase's codec."""
+        if elements(sent.shape) > self.opened.max_elements:
+            raise TooLargeError(
+                f"{place}: {elements(sent.shape):,} elements are to be sent, and the server takes up to "
+                f"{self.opened.max_elements:,}; lower data.batch in the recipe, or raise its --max-elements"
+            )
         name = phase.activation_codec
         return wire.pack(place, self._chooser.encode(codec(name), sent, NOTHING), sent.shape, name)
 
@@ -276,7 +282,7 @@ class RemoteTail(Connection):
     def _begin_evaluation(
         self, count: int, subset: pb.Subset, classes: tuple[str, ...], phase: Phase, draft: Draft, step: int = 0
     ) -> Stream:
-        stream = Stream(self._stub.Evaluate, self.server)
+        stream = self._open_stream(self._stub.Evaluate)
         begin = pb.Begin(
             session=self.opened.session, samples=count, classes=classes, subset=subset, width=phase.width, step=step
         )

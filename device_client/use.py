@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from common import halves, weights
-from common.errors import MismatchError
+from common.errors import BusyError, MismatchError
 from common.halves import Head
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
@@ -20,10 +24,16 @@ from device_client.data import Dataset, Part, load_picture
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import sent_batches
 
+T = TypeVar("T")
+
+# How often a server that has no room is asked: about a minute in all, with the pause that ours asks for.
+TRIES = 12
+
 
 def open_finished(
-    remote: RemoteTail, folder: RunFolder | None, allowed: tuple[str, ...], width: int | None = None
-) -> Head:
+    remote: RemoteTail, folder: RunFolder | None, allowed: tuple[str, ...], width: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Head:  # fmt: skip
     """Open a session with the server of a finished run and return its head, ready to use at `width`.
 
     The head is this folder's; without a folder, the one that was published to the server. Without a width, it is the
@@ -31,11 +41,11 @@ def open_finished(
     """
     if folder:
         recipe, _, manifest = folder.read()
-        opened = remote.open(trains=False, run_id=manifest.run_id)
+        opened = patiently(lambda: remote.open(trains=False, run_id=manifest.run_id), say)
         if opened.recipe.digest() != recipe.digest():
             raise MismatchError(f"the server's recipe is not the one in {folder.path}; only halves of one run fit")
     else:
-        opened = remote.open(trains=False)
+        opened = patiently(lambda: remote.open(trains=False), say)
     head = halves.build(opened.recipe, allowed).head
     if folder:
         folder.fill_half("head", head)
@@ -62,24 +72,47 @@ def _phase(remote: RemoteTail, width: int | None) -> Phase:
     return replace(phase, width=width or phase.width)
 
 
-def evaluate(remote: RemoteTail, head: Head, data: Dataset) -> pb.Verdict:
+def patiently(attempt: Callable[[], T], say: Callable[[str], None]) -> T:
+    """What `attempt` comes to; where the server has no room now and says when it may, tried again then."""
+    for left in reversed(range(TRIES)):
+        try:
+            return attempt()
+        except BusyError as error:
+            if error.retry_after_s is None or not left:
+                raise
+            say(f"{error}; waiting, {left} more tries")
+            # Jitter, so that devices which were refused together do not come back together.
+            time.sleep(error.retry_after_s * random.uniform(1.0, 1.5))
+    raise AssertionError("the last try answers or raises")
+
+
+def evaluate(remote: RemoteTail, head: Head, data: Dataset, say: Callable[[str], None]) -> pb.Verdict:
     """Judge the test part."""
     opened = remote.opened
     phase = _phase(remote, head.bottleneck.width)
-    return remote.evaluate(
-        lambda: sent_batches(head, data.test, opened.recipe), len(data.test), pb.TEST, phase, data.classes
-    )
+
+    def attempt() -> pb.Verdict:
+        batches = functools.partial(sent_batches, head, data.test, opened.recipe)
+        return remote.evaluate(batches, len(data.test), pb.TEST, phase, data.classes)
+
+    return patiently(attempt, say)
 
 
-def predict(remote: RemoteTail, head: Head, paths: Sequence[Path]) -> Iterator[tuple[Path, str, float]]:
+def predict(
+    remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None]
+) -> Iterator[tuple[Path, str, float]]:
     """Class and probability of each picture file."""
     opened = remote.opened
     recipe: Recipe = opened.recipe
     channels, height, width = recipe.model.input
     pictures = np.stack([load_picture(path, (channels, height, width)) for path in paths])
     part = Part(pictures, np.zeros(len(pictures), np.int64))
-    sent = (batch for batch, _ in sent_batches(head, part, recipe))
-    logits = np.concatenate(list(remote.predict(sent, len(part), _phase(remote, head.bottleneck.width))))
+
+    def attempt() -> np.ndarray:
+        sent = (batch for batch, _ in sent_batches(head, part, recipe))
+        return np.concatenate(list(remote.predict(sent, len(part), _phase(remote, head.bottleneck.width))))
+
+    logits = patiently(attempt, say)
     chances = torch.from_numpy(logits).softmax(1)
     for path, chance in zip(paths, chances, strict=True):
         best = int(chance.argmax())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -21,7 +22,9 @@ from common.progress import size
 from common.run import RunFolder
 from common.tokens import exposed
 from edge_server import certs as certificates
+from edge_server import limit_options
 from edge_server.host import Host
+from edge_server.limits import Limits
 from edge_server.server import Server, run
 
 console = Console(soft_wrap=True)
@@ -33,7 +36,7 @@ def cli() -> None:
     """The server's side of split learning: owns the recipe, runs the tail of the network."""
 
 
-@cli.command()
+@cli.command(cls=limit_options.Grouped)
 @click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--listen",
@@ -72,14 +75,6 @@ def cli() -> None:
     help="Let in only devices with a token from this file, a line `NAME TOKEN` for each; default: of DEPRUNE_TOKEN.",
 )
 @click.option(
-    "--store-limit",
-    default=4096,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="MB",
-    help="Disk that a run may take for what its device sends with the head frozen.",
-)
-@click.option(
     "--checkpoint-every",
     default=EVERY,
     show_default=True,
@@ -88,10 +83,11 @@ def cli() -> None:
     help="Steps between two checkpoints, on both sides; more are kept where a phase or a validation begins.",
 )
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS.")
+@limit_options.limits
 def serve(
     recipe: Path | None, listen: str, run_path: Path, overwrite: bool, once: bool, allowed: tuple[str, ...],
     threads: int | None, tls_cert: Path | None, tls_key: Path | None, tls_client_ca: Path | None,
-    token_file: Path | None, store_limit: int, checkpoint_every: int, insecure: bool,
+    token_file: Path | None, checkpoint_every: int, insecure: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the run in --run.
 
@@ -110,11 +106,11 @@ def serve(
         parsed, text = recipes.load(recipe)
     # The same command goes on serving a run that it has finished: a service may be restarted at any time.
     if recipe and (overwrite or not folder.holds_finished(parsed.digest())):
-        host = Host.to_train(parsed, text, folder, console, allowed, overwrite)
+        host = Host.to_train(parsed, text, folder, console, allowed, overwrite, Limits(**limits))
         assert host.run
-        host.run.store_limit, host.run.every = store_limit * 1_000_000, checkpoint_every
+        host.run.every = checkpoint_every
     else:
-        host = Host.to_serve(folder, console, allowed)
+        host = Host.to_serve(folder, console, allowed, Limits(**limits))
     tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
     server = Server(host, listen, tls, insecure, token_file)
     address = f"{listen.rpartition(':')[0]}:{server.port}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from edge_server.incoming import Incoming
 from edge_server.session import Judgement, Training, judge, logits_of
 
 
-def evaluate(host: Host, receive: Incoming, training: Training | None) -> Iterator[pb.Frame]:
+def evaluate(host: Host, receive: Incoming, training: Training | None) -> Generator[pb.Frame, None, None]:
     """What is sent down; `training` is that of the run which the device trains, None where a finished run is used."""
     draft, begin = receive.draft, receive.begin
     draft.frame(UP, receive.first)
@@ -81,15 +81,14 @@ def _batch(
     recipe: Recipe,
 ) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
     """What was sent of one batch [B, width, ...], and its labels [B] where they came."""
-    labels = None
-    if frame.part.tensor.dtype != "float32":
-        labels = wire.unpack_labels(frame, receive, place, None, recipe.model.classes)
-        frame = receive()
-    count = (wire.announced(frame) or (0,))[0]
-    if not 1 <= count <= recipe.data.evaluation_batch or (labels is not None and len(labels) != count):
+    labels, count = None, (wire.announced(frame) or (0,))[0]
+    if not 1 <= count <= recipe.data.evaluation_batch:
         raise TooLargeError(
-            f"an evaluation batch of {count} pictures came; 1 to {recipe.data.evaluation_batch} fit, as many as labels"
+            f"an evaluation batch of {count:,} pictures came; 1 to {recipe.data.evaluation_batch:,} fit"
         )
+    if frame.part.tensor.dtype != "float32":
+        labels = wire.unpack_labels(frame, receive, place, count, recipe.model.classes)
+        frame = receive()
     return wire.unpack(frame, receive, place, halves.sent_shape(count, width), phase.activation_codec), labels
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 
 from common import halves as halves_module
 from common import weights
@@ -32,13 +35,12 @@ from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
 from common.tcp_info import Kernel, find_peer
-from common.wire import MAX_TENSOR_ELEMENTS
+from edge_server.callers import Callers
 from edge_server.initial import Initial, initial_weights
+from edge_server.limits import Limits
 from edge_server.live import LiveRun, Stream
+from edge_server.watch import Watch
 
-MAX_SESSIONS = 64
-# A session that was opened and never begun, or left behind, makes room after this long.
-_FORGET_S = 600.0
 # Between the handshake and the first stream a device reads its data; it keeps its place so long at least.
 _GRACE_S = 60.0
 
@@ -50,20 +52,31 @@ class Session:
     name: str
     trains: bool
     identity: str = ""  # of the caller who opened it, and who alone may use it
+    caller: str = ""  # whose share of the server it takes: the identity, or an address where none is asked for
     meter: Meter = field(default_factory=Meter)
     kernel: Kernel = field(default_factory=Kernel)
     peer: str = ""  # gRPC's name of the device's end of the connection
     run: LiveRun | None = None  # which it has begun or taken up
     streams: int = 0  # open at the moment
+    begun: bool = False  # it has had one
     head_sent: bool = False
     joined: bool = False  # it has had a stream for the run
     touched: float = field(default_factory=time.monotonic)
 
     def seen(self, peer: str) -> None:
-        """The device calls from `peer`: a connection that is new is counted too."""
-        if peer != self.peer:
+        """The device calls from `peer`: a connection that is new is counted too, where it trains."""
+        if self.trains and peer != self.peer:
             self.peer = peer
             self.kernel.add(find_peer(peer))
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        self.streams += 1
+        self.begun = True
+        try:
+            yield
+        finally:
+            self.streams -= 1
 
     def take_up(self, run: LiveRun) -> None:
         """Go on with a run: its books are this visit's."""
@@ -82,8 +95,14 @@ class Served:
 
 
 class Host:
-    def __init__(self, recipe: Recipe, text: str, folder: RunFolder, console: Console) -> None:
+    def __init__(
+        self, recipe: Recipe, text: str, folder: RunFolder, console: Console, limits: Limits | None = None
+    ) -> None:
         self.recipe, self.text, self.folder, self.console = recipe, text, folder, console
+        self.limits = limits or Limits()
+        self.callers = Callers(self.limits)
+        self.watch = Watch(self.limits, self.note)
+        self._evaluations = 0  # streams that use the finished run at the moment
         self._lock = threading.Lock()
         self._beginning = threading.Lock()  # held while a stream takes the place of another
         self._sessions: dict[str, Session] = {}
@@ -98,12 +117,13 @@ class Host:
 
     @classmethod
     def to_train(
-        cls, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str], overwrite: bool
-    ) -> Host:
+        cls, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str], overwrite: bool,
+        limits: Limits | None = None,
+    ) -> Host:  # fmt: skip
         """A host that trains `recipe` in `folder`, from where it was left; what could fail later is tried now."""
-        host = cls(recipe, text, folder, console)
+        host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed)
-        _check_sizes(recipe, halves)
+        _check_sizes(recipe, halves, host.limits.elements)
         saved = None if overwrite else folder.unfinished()
         if saved and saved["digest"] != recipe.digest():
             raise RunFolderError(
@@ -119,15 +139,19 @@ class Host:
             # The tail and three checkpoints of it with its optimiser.
             folder.prepare(overwrite, 10 * size)
         host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved)
+        host.run.store_limit = host.limits.store
         host.run_id = host.run.run_id
         return host
 
     @classmethod
-    def to_serve(cls, folder: RunFolder, console: Console, allowed: Collection[str]) -> Host:
+    def to_serve(
+        cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits | None = None
+    ) -> Host:
         """A host that serves the finished run in `folder`."""
         recipe, text, manifest = folder.read()
-        host = cls(recipe, text, folder, console)
+        host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed)
+        _check_sizes(recipe, halves, host.limits.elements)
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"
         host._serve(halves, manifest, published.read_bytes() if published.is_file() else b"")
@@ -140,23 +164,37 @@ class Host:
         self.run_id = manifest.run_id
         self.served = Served(halves, manifest, head)
 
+    def note(self, sentence: str) -> None:
+        """Tell the operator."""
+        self.console.print(f"[yellow]Note[/yellow]: {escape(sentence)}.", highlight=False)
+
+    def tend(self) -> None:
+        """End what is silent and forget what was left behind; called a few times a second."""
+        now = time.monotonic()
+        self.watch.tend(now)
+        with self._lock:
+            self._forget_idle(now)
+
     # Sessions
 
-    def open(self, trains: bool, run_id: str, kept: Sequence[int], identity: str) -> tuple[Session, int]:
+    def open(
+        self, trains: bool, run_id: str, kept: Sequence[int], identity: str, caller: str = ""
+    ) -> tuple[Session, int]:
         """A new session of `identity`'s, and the step that it goes on from (0 unless it takes up a run).
 
+        `caller`: whose share of the server it takes, if that is not the identity's.
         BusyError without room, ForbiddenError where the run is another's, MismatchError where the device's half is of
         another run or cannot go on.
         """
         if self.stopping:
             raise StoppedError("the server is being stopped; try again later")
-        session, step = Session(secrets.token_hex(16), trains, identity), 0
+        session, step = Session(secrets.token_hex(16), trains, identity, caller or identity), 0
         if trains:
             step = self._open_training(session, run_id, kept)
         else:
             self._check_use(run_id)
         with self._lock:
-            self._make_room()
+            self._make_room(session.caller)
             self._sessions[session.name] = session
         return session, step
 
@@ -201,16 +239,40 @@ class Host:
         session.touched = time.monotonic()
         return session
 
-    def _make_room(self) -> None:
-        """Forget sessions without an open stream: those idle for long, and where all places are taken the oldest."""
-        now = time.monotonic()
-        idle = sorted((s for s in self._sessions.values() if not s.streams), key=lambda session: session.touched)
-        for session in idle:
-            full = len(self._sessions) >= MAX_SESSIONS and now - session.touched > _GRACE_S
-            if full or now - session.touched > _FORGET_S:
-                self._forget(session)
-        if len(self._sessions) >= MAX_SESSIONS:
-            raise BusyError(f"the server already has {MAX_SESSIONS} sessions; try again in a minute")
+    def _make_room(self, caller: str) -> None:
+        """A place for one more session of `caller`'s, another's if need be; BusyError where there is none.
+
+        A place is only taken from sessions without an open stream: from those that are idle, or from the caller that
+        has the most, so that no one's opens keep others out.
+        """
+        now, limits = time.monotonic(), self.limits
+        self._forget_idle(now)
+        held = Counter(session.caller for session in self._sessions.values())
+        own = [session for session in self._sessions.values() if session.caller == caller]
+        if len(own) >= limits.sessions_each:
+            if not self._give_way(own, now - _GRACE_S):
+                raise BusyError(
+                    f"this device already has {limits.sessions_each} sessions here; try again in a minute",
+                    limits.retry_s,
+                )
+        elif len(self._sessions) >= limits.sessions and not self._give_way(self._sessions.values(), now - _GRACE_S):
+            greedy, most = held.most_common(1)[0]
+            theirs = [session for session in self._sessions.values() if session.caller == greedy]
+            if most <= held[caller] + 1 or not self._give_way(theirs, now):
+                raise BusyError(
+                    f"the server already has {limits.sessions} sessions; try again in a minute", limits.retry_s
+                )
+
+    def _forget_idle(self, now: float) -> None:
+        for session in [s for s in self._sessions.values() if not s.streams and now - s.touched > self.limits.idle_s]:
+            self._forget(session)
+
+    def _give_way(self, sessions: Iterable[Session], before: float) -> bool:
+        """Forget one of `sessions` that was last heard of `before`, rather one that never began; whether there was."""
+        idle = [session for session in sessions if not session.streams and session.touched <= before]
+        if idle:
+            self._forget(min(idle, key=lambda session: (session.begun, session.touched)))
+        return bool(idle)
 
     def _forget(self, session: Session) -> None:
         if self._sessions.pop(session.name, None) is not None and not session.run:
@@ -221,6 +283,22 @@ class Host:
         with self._lock:
             if not session.streams:
                 self._forget(session)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A place among the streams that use the finished run; BusyError where all are taken."""
+        with self._lock:
+            if self._evaluations >= self.limits.queue:
+                raise BusyError(
+                    f"the server is already judging for {self._evaluations} devices; "
+                    f"try again in {self.limits.retry_s:g} s", self.limits.retry_s,
+                )  # fmt: skip
+            self._evaluations += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._evaluations -= 1
 
     # Training
 
@@ -282,13 +360,13 @@ class Host:
         return self._first_head
 
 
-def _check_sizes(recipe: Recipe, halves: Halves) -> None:
+def _check_sizes(recipe: Recipe, halves: Halves, most: int) -> None:
     channels = halves.channels
     largest = elements(halves.sent_shape(max(recipe.data.batch, recipe.data.evaluation_batch), channels))
-    if largest > MAX_TENSOR_ELEMENTS:
+    if largest > most:
         raise ModelError(
-            f"an activation of {largest:,} elements would cross the link; at most {MAX_TENSOR_ELEMENTS:,} may: "
-            f"lower data.batch or data.evaluation_batch, or cut later"
+            f"an activation of {largest:,} elements would cross the link; at most {most:,} may: lower data.batch or "
+            f"data.evaluation_batch, cut later, or raise --max-elements"
         )
     largest_shift = max((phase.shift for phase in recipe.schedule.phases), default=0)
     moves = largest_shift or any(phase.flip for phase in recipe.schedule.phases)

@@ -28,6 +28,14 @@ class Guard:
         token = self._token(context, self._tokens()) if self._tokens else ""
         return self._certificate(context) if self._certificates else token
 
+    def caller(self, context: grpc.ServicerContext) -> str:
+        """Whose share of the server a call takes: the identity's, or its address's where there is none to be had."""
+        try:
+            name = self.identity(context)
+        except AuthError:
+            name = ""
+        return name or f"address {context.peer().rpartition(':')[0]}"
+
     @staticmethod
     def _certificate(context: grpc.ServicerContext) -> str:
         # The name and not the key: a renewed certificate of the same device is the same identity.

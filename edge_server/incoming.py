@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from common import wire
 from common.errors import FrameError, StoppedError
 from common.meter import UP, Draft
 from common.rpc import split_pb2 as pb
+from edge_server.callers import Caller
 from edge_server.host import Host, Session
+from edge_server.watch import Watched
+
+# While a device that sends too fast is held up, it is looked so often whether the stream has ended.
+_NAP_S = 0.25
 
 STOPPED = "the server was stopped by its operator; the run is not finished and goes on when the server is back"
 
@@ -20,20 +26,23 @@ class Incoming:
     They wait in `draft` until what they belong to is done, and the caller says so.
     """
 
-    def __init__(self, frames: Iterator[pb.Frame], host: Host, peer: str, identity: str) -> None:
-        self._frames, self._host = frames, host
+    def __init__(self, frames: Iterator[pb.Frame], host: Host, stream: Watched, identity: str, caller: Caller) -> None:
+        self._frames, self._host, self._stream, self._caller = frames, host, stream, caller
         self.wait_s = 0.0
-        first = next(frames, None)
+        first = self._next()
         if first is None or not wire.opened(first).HasField("begin"):
             raise FrameError("a stream starts with Begin")
         self.first, self.begin = first, first.begin
         self.session: Session = host.session(self.begin.session, identity)
-        self.session.seen(peer)
+        stream.session = self.session
+        self.session.seen(stream.context.peer())
         self.draft = Draft(self.session.meter)
 
     def __call__(self) -> pb.Frame:
         started = time.perf_counter()
-        frame = next(self._frames, None)
+        frame = self._next()
+        if frame is not None:
+            hold_up(self._caller.bytes.take(frame.ByteSize()), self._stream.context, self._host)
         self.wait_s += time.perf_counter() - started
         if frame is None:
             raise StoppedError("the device closed the stream without a Leave")
@@ -41,6 +50,17 @@ class Incoming:
             raise StoppedError(STOPPED)
         return self.draft.frame(UP, wire.opened(frame))
 
+    def _next(self) -> pb.Frame | None:
+        with self._stream.waiting():
+            return next(self._frames, None)
+
     def drained(self) -> bool:
         """Wait until the device has closed its side, having read all of ours; whether it has."""
-        return next(self._frames, None) is None
+        return self._next() is None
+
+
+def hold_up(seconds: float, context: Any, host: Host) -> None:
+    """Let a caller wait that is over its rate: what it sends meanwhile stays on its side, by gRPC's flow control."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and context.is_active() and not host.stopping:
+        time.sleep(min(left, _NAP_S))

@@ -26,10 +26,9 @@ from common.run import Manifest, RunFolder
 from common.tcp_info import Kernel, KernelBytes
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.initial import Initial
+from edge_server.limits import Limits
 from edge_server.session import Training
 
-# Bytes that one run may keep of what its device sent while the head was frozen.
-STORE_LIMIT = 4 << 30
 # An older stream of the same run gets this long to end, which it does at once unless a step is being computed.
 _TAKE_OVER_S = 20.0
 
@@ -50,7 +49,7 @@ class LiveRun:
         """`saved`: head of the newest checkpoint in the folder, where the run is to go on from there."""
         self.recipe, self.text, self.folder, self.console = recipe, text, folder, console
         self.initial, self._allowed = initial, allowed
-        self.every, self.store_limit = EVERY, STORE_LIMIT
+        self.every, self.store_limit = EVERY, Limits().store
         self.run_id: str = saved["run_id"] if saved else secrets.token_hex(8)
         self.owner: str | None = saved["state"]["owner"] if saved else None  # identity of the device that began it
         self.training: Training | None = None

@@ -12,15 +12,14 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from rich.markup import escape
 
 from common import tokens
 from common.channel import SERVER_OPTIONS, ServerTls, is_loopback, parse_address, server_credentials
 from common.errors import DepruneError
 from common.rpc import split_pb2, split_pb2_grpc
-from edge_server.host import MAX_SESSIONS, Host
+from edge_server.host import Host
 from edge_server.identity import Guard
-from edge_server.servicer import Servicer
+from edge_server.servicer import Door, Servicer
 
 # A device in the middle of a step gets this long to be told that the server stops.
 _GRACE_S = 5.0
@@ -43,7 +42,7 @@ class Server:
                 f"or --insecure where the network itself is trusted"
             )
         self.host = host
-        known = tokens.known(token_file, self._tell)
+        known = tokens.known(token_file, host.note)
         if known and not tls:
             raise DepruneError(
                 f"tokens are only taken over TLS: give --tls-cert and --tls-key too, or leave out --token-file and "
@@ -51,9 +50,11 @@ class Server:
             )
         _check_free(address)
         guard = Guard(bool(tls and tls.client_ca), known)
-        # A stream holds its thread as long as it lives: two for each session, and some for handshakes.
-        pool = ThreadPoolExecutor(2 * MAX_SESSIONS + 8, thread_name_prefix="rpc")
-        self._grpc = grpc.server(pool, options=SERVER_OPTIONS)
+        # A stream holds its thread as long as it lives. What finds none is refused: the queue would have no end.
+        calls = host.limits.calls
+        pool = ThreadPoolExecutor(calls, thread_name_prefix="rpc")
+        door = Door(host, guard)
+        self._grpc = grpc.server(pool, interceptors=[door], options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls)
         split_pb2_grpc.add_SplitServicer_to_server(Servicer(host, guard), self._grpc)
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -61,14 +62,11 @@ class Server:
         reflection.enable_server_reflection(names, self._grpc)
         try:
             if tls:
-                self.port = self._grpc.add_secure_port(address, server_credentials(tls, self._tell))
+                self.port = self._grpc.add_secure_port(address, server_credentials(tls, host.note))
             else:
                 self.port = self._grpc.add_insecure_port(address)
         except RuntimeError as error:
             raise DepruneError(f"cannot listen on {address}: is another program using that port?") from error
-
-    def _tell(self, sentence: str) -> None:
-        self.host.console.print(f"[yellow]Note[/yellow]: {escape(sentence)}.", highlight=False)
 
     def start(self) -> None:
         self._grpc.start()
@@ -111,6 +109,7 @@ def run(server: Server, once: bool) -> str:
     server.start()
     host = server.host
     while not wake.wait(0.2):
+        host.tend()
         since = host.finished_at
         if once and since and (host.ended.is_set() or time.monotonic() - since > _LINGER_S):
             break

@@ -12,17 +12,19 @@ import grpc
 from rich.markup import escape
 
 from common import wire
-from common.errors import DepruneError, FrameError, VersionError, abort
+from common.errors import BusyError, DepruneError, FrameError, VersionError, abort
 from common.meter import DOWN, UP
 from common.phase_message import phase_message
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.wire import Place
+from edge_server.bucket import Bucket
 from edge_server.evaluate_stream import evaluate
 from edge_server.host import Host
 from edge_server.identity import Guard
-from edge_server.incoming import Incoming
+from edge_server.incoming import Incoming, hold_up
 from edge_server.train_stream import TrainStream
+from edge_server.watch import Watched
 
 
 def _unary(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,15 +54,29 @@ def _streaming(method: Callable[..., Iterator[pb.Frame]]) -> Callable[..., Itera
 class Servicer(split_pb2_grpc.SplitServicer):
     def __init__(self, host: Host, guard: Guard | None = None) -> None:
         self.host = host
-        self._identity = (guard or Guard()).identity
+        self._guard = guard or Guard()
+        self._identity = self._guard.identity
+        # The log is for a person, and on a disk: a flood of refusals must not become one of lines.
+        self._lines, self._untold = Bucket(1.0, 30.0), 0
+        self._faults = Bucket(0.1, 10.0)
 
     def fail(self, context: grpc.ServicerContext, error: Exception) -> None:
         """End the RPC: an error of ours with its own sentence, a fault with a traceback for the operator alone."""
         if isinstance(error, DepruneError):
-            self.host.console.print(f"[yellow]Refused[/yellow]: {escape(str(error))}", highlight=False)
+            self._tell(error)
             abort(context, error)
-        self.host.console.print("".join(traceback.format_exception(error)), markup=False)
+        if self._faults.spare(1.0):
+            self.host.console.print("".join(traceback.format_exception(error)), markup=False)
         context.abort(grpc.StatusCode.INTERNAL, "the server met a fault of its own; its log has the details")
+
+    def _tell(self, error: DepruneError) -> None:
+        if not self._lines.spare(1.0):
+            self._untold += 1
+            return
+        untold, self._untold = self._untold, 0
+        more = f" (and {untold:,} more since the last of these lines)" if untold else ""
+        # A sentence may quote what came, which may be long.
+        self.host.console.print(f"[yellow]Refused[/yellow]{more}: {escape(str(error)[:500])}", highlight=False)
 
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
@@ -73,7 +89,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if wire.opened(request).purpose not in (pb.TRAIN, pb.USE):
             raise FrameError(f"Open has purpose {request.purpose}; TRAIN (1) or USE (2) was expected")
         host, trains = self.host, request.purpose == pb.TRAIN
-        session, step = host.open(trains, request.run_id, tuple(request.kept), identity)
+        session, step = host.open(trains, request.run_id, tuple(request.kept), identity, self._guard.caller(context))
         session.seen(context.peer())
         back = trains and bool(request.run_id)
         reply = pb.OpenReply(
@@ -83,7 +99,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             digest=host.recipe.digest(),
             run_id=host.run_id,
             phase=phase_message(host.served.manifest.phase) if host.served else None,
-            limits=pb.Limits(max_frame_bytes=wire.FRAME_BYTES, max_tensor_elements=wire.MAX_TENSOR_ELEMENTS),
+            limits=pb.Limits(max_frame_bytes=wire.FRAME_BYTES, max_tensor_elements=host.limits.elements),
             head_size=0 if request.run_id else len(host.head_weights(session)),
             init_run_id=host.run.initial.run_id if host.run and trains and not back else "",
             classes=host.served.manifest.classes if host.served else (),
@@ -105,40 +121,95 @@ class Servicer(split_pb2_grpc.SplitServicer):
         frames = list(wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), self.host.head_weights(session)))
         for frame in frames:
             (meter.again if again else meter.frame)(DOWN, frame)
-        yield from frames
+        with self.host.watch.over(context) as stream:
+            stream.session = session
+            yield from stream.sending(frame for frame in frames)
 
     @_streaming
     def Train(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        receive = Incoming(frames, self.host, context.peer(), self._identity(context))
-        session = receive.session
-        begun = self.host.begin(session, receive.begin, context)
-        assert session.run
-        session.streams += 1
-        try:
-            yield from TrainStream(self.host, session.run, receive).frames(begun)
-        finally:
-            receive.draft.drop()
-            session.streams -= 1
-            session.run.part(context)
+        with self.host.watch.over(context) as stream:
+            receive = self._incoming(frames, stream)
+            session = receive.session
+            begun = self.host.begin(session, receive.begin, context)
+            assert session.run
+            try:
+                with session.streaming():
+                    yield from stream.sending(TrainStream(self.host, session.run, receive).frames(begun))
+            finally:
+                receive.draft.drop()
+                session.run.part(context)
 
     @_streaming
     def Evaluate(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        receive = Incoming(frames, self.host, context.peer(), self._identity(context))
-        session, served = receive.session, self.host.served
-        run = None if served else session.run
-        if run is None and served is None:
-            raise FrameError("Evaluate needs a training session, or a server with a finished run")
-        if run:
-            run.join(context)
-        session.streams += 1
-        try:
-            training = run.training if run else None
-            with training.lock if training else contextlib.nullcontext():
-                yield from evaluate(self.host, receive, training)
-        finally:
-            receive.draft.drop()
-            session.streams -= 1
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(self.host.watch.over(context))
+            receive = self._incoming(frames, stream)
+            session, served = receive.session, self.host.served
+            run = None if served else session.run
+            if run is None and served is None:
+                raise FrameError("Evaluate needs a training session, or a server with a finished run")
             if run:
-                run.part(context)
-            elif not session.trains:
-                self.host.leave(session)
+                stack.callback(run.part, context)
+                run.join(context)
+            else:
+                stack.enter_context(self.host.evaluating())
+                if not session.trains:
+                    stack.callback(self.host.leave, session)
+            stack.enter_context(session.streaming())
+            stack.callback(receive.draft.drop)
+            training = run.training if run else None
+            if training:
+                stack.enter_context(training.lock)
+            yield from stream.sending(evaluate(self.host, receive, training))
+
+    def _incoming(self, frames: Iterator[pb.Frame], stream: Watched) -> Incoming:
+        context = stream.context
+        caller = self.host.callers[self._guard.caller(context)]
+        return Incoming(frames, self.host, stream, self._identity(context), caller)
+
+
+class Door(grpc.ServerInterceptor):
+    """Every call comes in here, those of health and reflection too: it takes a place of its caller's while it lasts,
+    and waits in it where the caller calls too often.
+    """
+
+    def __init__(self, host: Host, guard: Guard) -> None:
+        self._host, self._guard = host, guard
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = continuation(details)
+        if handler is None or details.method.endswith("Health/Watch"):  # which takes no thread, and none can be put in
+            return handler
+        if handler.response_streaming:
+            wrap, make = self._streamed, (
+                grpc.stream_stream_rpc_method_handler if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )  # fmt: skip
+            behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        else:
+            wrap, make, behaviour = self._single, grpc.unary_unary_rpc_method_handler, handler.unary_unary
+        return make(wrap(behaviour), handler.request_deserializer, handler.response_serializer)
+
+    def _single(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(request: Any, context: grpc.ServicerContext) -> Any:
+            with self._place(context):
+                return behaviour(request, context)
+
+        return counted
+
+    def _streamed(self, behaviour: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def counted(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            with self._place(context):
+                yield from behaviour(request, context)
+
+        return counted
+
+    @contextlib.contextmanager
+    def _place(self, context: grpc.ServicerContext) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            try:
+                caller = stack.enter_context(self._host.callers.call(self._guard.caller(context)))
+            except BusyError as error:
+                abort(context, error)
+            hold_up(caller.often.take(1), context, self._host)
+            yield

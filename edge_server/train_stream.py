@@ -7,15 +7,15 @@ any moment leaves the run at a whole step.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 from rich.markup import escape
 
-from common import wire
+from common import weights, wire
 from common.chooser import Chooser
 from common.codecs import Aside, codec
-from common.errors import FrameError, StoppedError
+from common.errors import FrameError, StoppedError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_message
 from common.progress import Live
@@ -35,7 +35,7 @@ class TrainStream:
         self.host, self.run, self.training, self.receive = host, run, run.training, receive
         receive.draft = Draft(run.meter)  # the run's books, not those of the visit before it was begun
 
-    def frames(self, begun: bool) -> Iterator[pb.Frame]:
+    def frames(self, begun: bool) -> Generator[pb.Frame, None, None]:
         """What is sent down, from Ready to the end; not `begun`: the run goes on where an older stream ended."""
         run, receive, training, meter = self.run, self.receive, self.training, self.run.meter
         count = meter.frame if begun else meter.again
@@ -148,6 +148,10 @@ class TrainStream:
         wire.check_place(frame, Place(pb.CONTROL, training.step, training.phase.index))
         if training.phase.kind != RECALL or not frame.recall.steps:
             raise FrameError(f"Recall of {frame.recall.steps} steps came in a phase of kind {training.phase.kind}")
+        if frame.recall.steps > self.host.limits.recall:
+            raise TooLargeError(
+                f"Recall of {frame.recall.steps:,} steps came; the server makes {self.host.limits.recall:,} at once"
+            )
         clock, phase = time.perf_counter, training.phase
         self.receive.draft.keep()
         training.answers = []
@@ -209,6 +213,9 @@ class TrainStream:
         receive, training, head = self.receive, self.training, b""
         if not frame.HasField("leave"):
             size = wire.announced(frame)[0] if wire.announced(frame) else 0
+            most = weights.room(training.halves.head)
+            if size > most:
+                raise TooLargeError(f"a head of {size:,} bytes came; one of this model takes up to {most:,}")
             head = wire.unpack_bytes(frame, receive, Place(pb.WEIGHTS, training.step, training.phase.index), size)
             if not receive().HasField("leave"):
                 raise FrameError("after the published head Leave was expected")

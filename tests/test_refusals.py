@@ -24,6 +24,7 @@ from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.wire import Place
 from device_client.remote_tail import RemoteTail
+from edge_server.limits import Limits
 from tests.conftest import Run, recipe_text
 
 CLASSES = tuple("0123456789")
@@ -296,10 +297,8 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
 
 def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: Path) -> None:
     """More evaluations, one after the other, than the server has places for sessions."""
-    from edge_server.host import MAX_SESSIONS
-
     with pair.server("--run", deprune_run.path / "server", log=tmp_path / "log") as (_, address):
-        for _ in range(MAX_SESSIONS + 5):
+        for _ in range(Limits().sessions + 5):
             remote = RemoteTail(address)
             opened = remote.open(trains=False)
             assert opened.phase

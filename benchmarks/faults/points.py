@@ -89,6 +89,25 @@ def bulk(way: str, size: int) -> Moment:
     return lambda chunk: Span(0, len(chunk.data)) if chunk.way == way and len(chunk.data) >= size else None
 
 
+# Kinds of HTTP/2 frames, and how long one is that is to be hit whole: its header, and what follows where that is fixed.
+DATA, WINDOW_UPDATE = 0, 8
+_HIT = {DATA: 9, WINDOW_UPDATE: 13}
+
+
+def http2(way: str, kind: int, step: int = -1) -> Moment:
+    """When a HTTP/2 frame of `kind` goes this way: its header, not our message in it. Not under TLS."""
+
+    def find(chunk: Chunk) -> Span | None:
+        place = 0  # gRPC writes whole frames, so most chunks start with one
+        while chunk.way == way and chunk.step >= step and place + _HIT[kind] <= len(chunk.data):
+            if chunk.data[place + 3] == kind and chunk.data[place + 5] == 0:
+                return Span(place, place + _HIT[kind])
+            place += 9 + int.from_bytes(chunk.data[place : place + 3], "big")
+        return None
+
+    return find
+
+
 def widened(find: Moment) -> Moment:
     """The same moment, but all bytes that pass together with the message instead of its own alone."""
     return lambda chunk: Span(0, len(chunk.data)) if find(chunk) else None

@@ -1,0 +1,68 @@
+"""The options of `edge-server serve` for what a server allows, one for each field of Limits that operators set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from edge_server.limits import Limits
+
+_USUAL = Limits()
+_COUNT, _AMOUNT = click.IntRange(1), click.FloatRange(0, min_open=True)
+_MB = 1_000_000
+
+
+class Grouped(click.Command):
+    """A command whose help lists the limits apart from its other options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Options": [], "Limits (docs/limits.md)": []}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                limit = isinstance(parameter, _Limit)
+                groups["Limits (docs/limits.md)" if limit else "Options"].append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class _Limit(click.Option):
+    pass
+
+
+def _limit(name: str, field: str, kind: click.ParamType, metavar: str, text: str, unit: int = 1) -> Any:
+    """The option `name` for a field that is counted in bytes, `unit` of them to one of the option's."""
+    usual = getattr(_USUAL, field)
+    free = math.isinf(usual)  # no limit, unless one is given
+
+    def scaled(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float:
+        return math.inf if value is None else value * unit
+
+    default = None if free else usual // unit if isinstance(usual, int) else usual / unit
+    return click.option(
+        name, field, cls=_Limit, default=default, show_default="no limit" if free else True, type=kind,
+        metavar=metavar, callback=scaled, help=text,
+    )  # fmt: skip
+
+
+def limits(function: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options; they come as the keywords of Limits."""
+    options = [
+        _limit("--max-sessions", "sessions", _COUNT, "N", "Devices at once."),
+        _limit("--max-sessions-each", "sessions_each", _COUNT, "N",
+               "Sessions at once of one identity, or of one address where identities are not asked for."),
+        _limit("--max-calls", "calls_a_second", _AMOUNT, "N", "Calls a second of one identity; more wait."),
+        _limit("--max-rate", "rate", _AMOUNT, "MB/S", "Bytes a second from one identity; more waits.", _MB),
+        _limit("--max-queue", "queue", _COUNT, "N", "Devices that evaluate or predict at once; more try again later."),
+        _limit("--max-elements", "elements", _COUNT, "N", "Elements of one tensor."),
+        _limit("--max-recall", "recall", _COUNT, "N", "Steps that a device may ask for at once with the head frozen."),
+        _limit("--idle-time", "idle_s", _AMOUNT, "SECONDS", "End the stream of a device that is silent for so long."),
+        _limit("--store-limit", "store", _COUNT, "MB",
+               "Disk that a run may take for what its device sends with the head frozen.", _MB),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
