@@ -77,6 +77,12 @@ def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[s
     return result
 
 
+def is_wanted(name: str, only: Sequence[str] | None) -> bool:
+    """Whether a row is among those asked for: by its name, or by a part of it that is no other row's name."""
+    names = {case.name for case in CASES}
+    return not only or any(name == part if part in names else part in name for part in only)
+
+
 def is_current(row: dict[str, Any], quick: bool) -> bool:
     """Whether a row's recipe is still that of its case; the arithmetic is the machine's and may differ."""
     if row["name"] not in {case.name for case in CASES}:
@@ -108,14 +114,18 @@ def main() -> None:
     parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
     parser.add_argument("--quick", action="store_true", help="a few rows on few pictures, under 15 minutes")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--only", default="", help="rows whose name contains this, and what they start from")
+    parser.add_argument(
+        "--only", action="append", help="a row, and what it starts from; or rows whose names contain it"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has no width of its own, and 80 columns are too few for the table
     result = RESULTS / ("learning-quick.json" if options.quick else "learning.json")
     rows = json.loads(result.read_text()) if result.is_file() else []
     seeds = QUICK_SEEDS if options.quick else SEEDS
-    chosen = [case for case in CASES if (case.quick or not options.quick) and options.only in case.name]
+    chosen = [case for case in CASES if (case.quick or not options.quick) and is_wanted(case.name, options.only)]
     done = {(row["name"], row["seed"], row["model"]) for row in rows if is_current(row, options.quick)}
     jobs = waves(chosen, seeds, options.model, options.quick, done)
     started, count = time.monotonic(), 0

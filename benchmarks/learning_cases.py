@@ -30,6 +30,7 @@ mean = [0.49, 0.48, 0.45]
 std = [0.25, 0.24, 0.26]
 [bottleneck]
 kind = "{kind}"
+start = "{basis}"
 [codec]
 activation = "{up}"
 gradient = "{down}"
@@ -63,6 +64,7 @@ class Case:
     kind: str = "none"
     up: str = "fp32"
     down: str = "fp32"
+    basis: str = "auto"  # what a linear bottleneck starts from
     part: str = ALL
     start: str = ""
     lr: float = 0.1
@@ -76,14 +78,22 @@ class Case:
         method = self.method if self.method in METHODS else "plain"
         return RECIPE.format(
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
-            init=f"run:{init}" if init else "", kind=self.kind, up=self.up, down=self.down, phases=self.phases,
-            lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(), precision=precision(),
+            init=f"run:{init}" if init else "", kind=self.kind, basis=self.basis, up=self.up, down=self.down,
+            phases=self.phases, lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(),
+            precision=precision(),
         )  # fmt: skip
 
 
 def _linear(name: str, width: int, up: int = 15, down: int = 10, quick: bool = False, part: str = ALL) -> Case:
     return Case(
-        name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"context:{up}", f"context:{down}", part=part, quick=quick
+        name,
+        "fixed",
+        f"[{width}, {EPOCHS}]",
+        "linear",
+        up=f"context:{up}",
+        down=f"context:{down}",
+        part=part,
+        quick=quick,
     )
 
 
@@ -94,6 +104,14 @@ def _five(name: str, method: str, phase: str, kind: str = "none", **more: Any) -
     """On five classes, or from a network that was trained on the other five."""
     part = FIRST_FIVE if method == "pretrained" else LAST_FIVE
     return Case(name, method, phase, kind, part=part, **more)
+
+
+def _from_scratch(name: str, method: str, *phases: tuple[int, int], db: int, quick: bool = False) -> Case:
+    """The head stays as it was drawn, and each picture crosses once in a phase: (width, epochs) of each."""
+    written = ", ".join(
+        f"{{ width = {width}, epochs = {epochs}, views = 1, flip = true, shift = 2 }}" for width, epochs in phases
+    )
+    return Case(name, method, written, "linear", f"context:{db}", basis="principal", quick=quick)
 
 
 def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
@@ -124,14 +142,21 @@ CASES = [
         "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "context:20",
         start=KNOWN, lr=0.05, warmup=0, quick=True,
     ),
+    Case(
+        "prune to 8, head frozen at first", "prune",
+        "{ width = 8, epochs = 2, views = 1 }, { width = 8, epochs = 0.75, lr = 0.02 }", "linear",
+        up="context:20", down="context:10", start=KNOWN, lr=0.05, warmup=0, quick=True,
+    ),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
-    _stored("prune to 32 of 64, later cut", 32, "context:8.3", later=True),
+    _stored("prune to 24 of 64, later cut", 24, "context:10", later=True),
     _linear("fixed width 1", 1, quick=True),
     Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "context:10", "context:5", warmup=50, quick=True),
+    _from_scratch("deprune 4 then 8, head frozen", "deprune", (4, 6), (8, 14), db=8),
+    _from_scratch("fixed width 8, head frozen", "fixed", (8, 20), db=10, quick=True),
     Case(
-        "deprune 1, then 8 with the head frozen", "deprune",
-        "[1, 4], { width = 8, epochs = 16, views = 1, lr = 0.05, flip = true, shift = 2 }", "linear", "context:10",
-        "context:5", warmup=50, restart=True, quick=True,
+        "deprune 8 frozen, then 16", "deprune",
+        "{ width = 8, epochs = 10, views = 1, flip = true, shift = 2 }, { width = 16, epochs = 3 }", "linear",
+        "context:10", "context:5", "principal",
     ),
     Case("paper's deprune 2, 4, 8", "deprune", THIRDS, "channels"),
     Case("paper's fixed width 8", "fixed", f"[8, {EPOCHS}]", "channels"),
