@@ -103,7 +103,7 @@ def show(console: Console, title: str, ways: dict[str, dict[str, int]]) -> None:
         ("payload", lambda c: c["payload"]),
         ("+ protobuf", lambda c: c["message"] - c["payload"]),
         ("+ HTTP/2 and TLS", lambda c: c["kernel"] - c["message"]),
-        ("  of it sent again", lambda c: c["retransmitted"]),
+        ("  of it retransmitted by TCP", lambda c: c["retransmitted"]),
         ("= kernel", lambda c: c["kernel"]),
         ("+ Ethernet, IP, TCP", lambda c: c["packets"] * netns.HEADERS),
         ("interface", lambda c: c["interface"]),

@@ -28,7 +28,7 @@ _PING_EVERY_MS = 10_000
 # minute unless set; `keepalive_timeout` is the kernel's patience with what isn't confirmed (TCP_USER_TIMEOUT).
 _PATIENCE_MS = 120_000 if sys.platform.startswith("linux") else 10_000
 # Deadline of the unary handshake; streams have keepalive instead, for on a slow link a step may take minutes.
-HANDSHAKE_S = 30.0
+HANDSHAKE_S = 25.0
 
 _SHARED: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
@@ -93,6 +93,17 @@ class Access:
             raise AuthError("--tls-cert and --tls-key go together")
         if self.tls_cert and not self.tls_ca:
             raise AuthError("--tls-cert needs --tls-ca as well: the authority that the server's certificate is from")
+
+    @property
+    def doubt(self) -> str:
+        """What may be amiss with it where a server closes the connection at once, which TLS itself doesn't tell."""
+        if not self.tls_ca:
+            return "if it speaks TLS, pass --tls-ca"
+        if not self.tls_cert:
+            return "it may want a certificate: pass --tls-cert and --tls-key"
+        return (
+            f"it may not accept {self.tls_cert}: is that a device certificate of the authority that the server trusts?"
+        )
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """Of a connection that is made now; None: in the clear."""

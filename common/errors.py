@@ -161,7 +161,7 @@ def _reason(details: str) -> str:
     return details
 
 
-def _handshake(details: str, server: str) -> DepruneError | None:
+def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
     """What it means where a connection ended in its first moments; TLS says little to the other side by design."""
     if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
         return AuthError(
@@ -172,10 +172,8 @@ def _handshake(details: str, server: str) -> DepruneError | None:
         return LinkError(f"the server at {server} does not use TLS; start it with --tls-cert, or leave out --tls-ca")
     # Words of a connection that was never made: where one breaks later, gRPC does not say so.
     if "failed to connect" in details and "Socket closed" in details:
-        return LinkError(
-            f"the server at {server} closed the connection before anything was said: it may be stopping, or it wants "
-            f"TLS (--tls-ca), or a certificate (--tls-cert) of an authority that it trusts"
-        )
+        what = f"the server at {server} closed the connection before anything was said: it may be stopping"
+        return LinkError(f"{what}; {doubt}" if doubt else what)
     return None
 
 
@@ -183,15 +181,18 @@ def _retry_after(milliseconds: str) -> float | None:
     return min(int(milliseconds) / 1000, _RETRY_MOST_S) if milliseconds.isdecimal() else None
 
 
-def from_rpc(error: grpc.RpcError, server: str) -> DepruneError:
-    """The error that `error` stands for, seen from a device connected to `server` (HOST:PORT)."""
+def from_rpc(error: grpc.RpcError, server: str, doubt: str = "") -> DepruneError:
+    """The error that `error` stands for, seen from a device connected to `server` (HOST:PORT).
+
+    `doubt`: what may be amiss with how the device reaches it (Access.doubt), for where the server itself can't say.
+    """
     code, details = error.code(), error.details() or ""
     metadata: dict[str, str] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
     if metadata.get(_METADATA_KEY) == BusyError.__name__:
         return BusyError(details, _retry_after(metadata.get(_RETRY_KEY, "")))
     if metadata.get(_METADATA_KEY) in _BY_NAME:
         return _BY_NAME[metadata[_METADATA_KEY]](details)
-    if code == grpc.StatusCode.UNAVAILABLE and (handshake := _handshake(details, server)):
+    if code == grpc.StatusCode.UNAVAILABLE and (handshake := _handshake(details, server, doubt)):
         return handshake
     if code == grpc.StatusCode.UNAVAILABLE:
         return LinkError(

@@ -230,12 +230,27 @@ class Recipe:
         # Width 0 means all channels, wider than any number.
         sizes = [width or 2**31 for width in widths]
         if self.method == "deprune":
+            _demand(
+                sizes == sorted(sizes),
+                f'method "deprune" widens a bottleneck; the schedule has {list(widths)}: put the widths in rising '
+                f'order (0 is all), or take method "prune"',
+            )
             # With all channels from the start it can still grow in the SNR of its codecs, phase by phase.
-            grows = sizes == sorted(sizes) and (kind != "none" or len(widths) > 1)
-            _demand(grows, f'method "deprune" widens a bottleneck; the schedule has {list(widths)} with kind "{kind}"')
+            _demand(
+                kind != "none" or len(widths) > 1,
+                'method "deprune" widens a bottleneck, and bottleneck.kind is "none": choose channels or linear, or '
+                "give phases with better and better codecs",
+            )
         if self.method == "prune":
-            shrinks = kind != "none" and sizes == sorted(sizes, reverse=True)
-            _demand(shrinks, f'method "prune" narrows a bottleneck; the schedule has {list(widths)} with kind "{kind}"')
+            _demand(
+                kind != "none",
+                'method "prune" narrows a bottleneck, and bottleneck.kind is "none": choose channels or linear',
+            )
+            _demand(
+                sizes == sorted(sizes, reverse=True),
+                f'method "prune" narrows a bottleneck; the schedule has {list(widths)}: put the widths in falling '
+                f'order (0 is all), or take method "deprune"',
+            )
 
     @property
     def principal(self) -> bool:

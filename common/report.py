@@ -111,15 +111,13 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     widths = " → ".join(str(phase["width"]) for phase in summary["phases"])
     console.print(
         f"\n[bold]{summary['accuracy']:.2%}[/bold] of the test pictures named rightly "
-        f"(loss {summary['loss']:.3f}) after {summary['steps']:,} steps, {summary['epochs']:g} epochs, "
-        f"in {duration(summary['wall_s'])}; method {summary['method']}, width {widths}.",
+        f"(loss {summary['loss']:.3f}) after {_count(summary['steps'], 'step{}')}, "
+        f"{_count(summary['epochs'], 'epoch{}')}, in {duration(summary['wall_s'])}; "
+        f"method {summary['method']}, width {widths}.",
         highlight=False,
     )
-    if any((faults := summary["faults"]).values()):
-        console.print(
-            f"On the way: {faults['reconnects']} reconnects, {faults['resumed']} times resumed from a checkpoint, "
-            f"{faults['steps_again']} steps made again; the result is that of a run without them.", highlight=False,
-        )  # fmt: skip
+    if parts := _told(summary["faults"]):
+        console.print(f"On the way: {parts}; the result is that of an undisturbed run.", highlight=False)
     table = Table(title="Bytes on the link", title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("")
     for name in ("up", "down", "both"):
@@ -141,11 +139,27 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     if again := summary["retransmitted"]:
         # A side knows what it sent twice itself, not what the other one did.
         cells = (_cell(again), "-") if summary["side"] == "device" else ("-", _cell(again))
-        table.add_row("of it sent again", *cells, _cell(again), end_section=True)
+        table.add_row("of it retransmitted by TCP", *cells, _cell(again), end_section=True)
     row("this run's training steps", _trained(bytes_, "up"), _trained(bytes_, "down"))
     row("plain split learning, same steps", plain["up"], plain["down"])
     table.add_row("times fewer", *(f"{fewer[key]:.2f}" for key in ("up", "down", "total")), style="bold")
     console.print(table)
+
+
+def _told(faults: dict[str, int]) -> str:
+    """What went wrong, in words; "" where nothing did."""
+    words = {
+        "reconnects": "reconnect{}",
+        "resumed": "time{} resumed from a checkpoint",
+        "steps_again": "step{} made again",
+    }
+    return ", ".join(_count(number, words[name]) for name, number in faults.items() if number)
+
+
+def _count(number: float, noun: str) -> str:
+    """`number` of what `noun` says, where {} stands for the s of more than one."""
+    figure = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{figure} {noun.format('' if number == 1 else 's')}"
 
 
 def _cell(value: int | None) -> str:

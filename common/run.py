@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from common.recipe import Recipe
 from common.schedule import Phase, phase_from
 
 _OURS = ("recipe.toml", "run.json", "metrics.jsonl", "summary.json", "head.safetensors", "tail.safetensors")
+_LOCK = ".lock"
 # Room for weights twice over (the temporary copy) is asked for, and this for metrics and summary.
 _SPARE_BYTES = 8 << 20
 
@@ -98,11 +101,43 @@ class RunFolder:
     path: Path
     metrics: MetricsLog | None = field(default=None, repr=False)
 
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; RunFolderError where one does. Leaves nothing behind in a
+        folder that was not made yet and stays empty."""
+        try:
+            missing = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / _LOCK).open("a+")
+        except OSError as error:
+            raise RunFolderError(f"run folder {self.path} cannot be used: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel, however the process ends
+                if not os.path.samestat(os.fstat(file.fileno()), (self.path / _LOCK).stat()):
+                    raise BlockingIOError  # its last holder took it away just now
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise RunFolderError(
+                    f"run folder {self.path} is in use by {holder}; stop that first, or choose another --run"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                (self.path / _LOCK).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # something lies there
+                    for place in missing:
+                        place.rmdir()
+
     def prepare(self, overwrite: bool, needed_bytes: int = 0) -> None:
         """Make sure that a run can be written here; RunFolderError where another lies here or space is short."""
         try:
             # Made only when the run starts, so that one that never did leaves nothing behind.
-            present = [name for name in _OURS if (self.path / name).exists()]
+            present = [] if self._untrained() else [name for name in _OURS if (self.path / name).exists()]
             nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
             if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, f"{nearest} is no folder that can be written to")
@@ -111,12 +146,20 @@ class RunFolder:
             raise RunFolderError(f"run folder {self.path} cannot be used: {error.strerror}") from error
         if present and not overwrite:
             kind = "a finished" if "summary.json" in present else "an unfinished"
-            raise RunFolderError(f"{self.path} already holds {kind} run; choose another --run, or pass --overwrite")
+            raise RunFolderError(
+                f"{self.path} already holds {kind} run; choose another --run, or pass --overwrite to replace it"
+            )
         if free < needed_bytes + _SPARE_BYTES:
             raise RunFolderError(
                 f"{self.path} has {free / 1e6:.0f} MB of free disk; "
                 f"this run needs {(needed_bytes + _SPARE_BYTES) / 1e6:.0f}"
             )
+
+    def _untrained(self) -> bool:
+        """Whether the run that lies here made no step: there is nothing of it to lose."""
+        metrics = self.path / "metrics.jsonl"
+        more = [name for name in _OURS if name not in ("recipe.toml", metrics.name) and (self.path / name).exists()]
+        return not more and metrics.is_file() and not metrics.stat().st_size and not self.unfinished()
 
     @property
     def checkpoints(self) -> Path:

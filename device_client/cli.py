@@ -15,7 +15,7 @@ from common import cli as common_cli
 from common import report
 from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
-from common.errors import RunFolderError
+from common.errors import AuthError, RunFolderError
 from common.meter import DOWN, UP
 from common.progress import size
 from common.pulse import STALLED_S
@@ -52,7 +52,6 @@ _SHARED = [
 _DATA = [
     click.option("--data", "source", required=True, metavar="SOURCE", help="digits, folder:PATH or npz:PATH."),
     click.option("--skip-unreadable", is_flag=True, help="Leave unreadable pictures out instead of stopping."),
-    click.option("--limit", type=click.IntRange(1), help="Use only so many training pictures."),
 ]
 
 
@@ -77,6 +76,10 @@ def _connect(
 ) -> RemoteTail:  # fmt: skip
     if threads:
         torch.set_num_threads(threads)
+    try:
+        access = Access(tls_ca, tls_cert, tls_key, token_file)
+    except AuthError as error:  # options that don't go together
+        raise click.UsageError(str(error)) from error
     host, _ = parse_address(server)
     if not tls_ca and not is_loopback(host):
         console.print(
@@ -84,7 +87,7 @@ def _connect(
         )
     for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
         console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
-    return RemoteTail(server, Access(tls_ca, tls_cert, tls_key, token_file), give_up_s=give_up_s, stalled_s=stalled_s)
+    return RemoteTail(server, access, give_up_s=give_up_s, stalled_s=stalled_s)
 
 
 def _say(sentence: str) -> None:
@@ -101,7 +104,7 @@ def _finished(run_path: Path | None) -> RunFolder | None:
 
 
 def _load(
-    remote: RemoteTail, source: str, skip: bool, limit: int | None, parts: tuple[str, ...]
+    remote: RemoteTail, source: str, skip: bool, parts: tuple[str, ...], limit: int | None = None
 ) -> data_module.Dataset:
     recipe = remote.opened.recipe
     channels, height, width = recipe.model.input
@@ -117,6 +120,7 @@ def _load(
 
 @cli.command()
 @_with(_SHARED + _OWN_RUN + _DATA)
+@click.option("--limit", type=click.IntRange(1), help="Use only so many training pictures.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder.")
 @click.option(
     "--head",
@@ -160,6 +164,7 @@ def train(
     """
     check_source(source)
     folder = RunFolder(run_path)
+    click.get_current_context().with_resource(folder.claimed())
     saved = None if overwrite else folder.unfinished()
     kept: list[int] = []
     if saved:
@@ -172,8 +177,10 @@ def train(
     try:
         opened = remote.open(trains=True, run_id=saved["run_id"] if saved else "", kept=kept, wait_s=wait)
         going = f", going on at step {opened.step:,}" if opened.step else ""
+        if opened.step == 0:
+            going = ", beginning again: no later checkpoint had been taken"
         console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {server}{going}.", highlight=False)
-        loaded = _load(remote, source, skip_unreadable, limit, ("train", "validation", "test"))
+        loaded = _load(remote, source, skip_unreadable, ("train", "validation", "test"), limit)
         console.print(
             f"{len(loaded.train):,} training and {len(loaded.test):,} test pictures in {len(loaded.classes)} classes.",
             highlight=False,
@@ -191,14 +198,14 @@ def train(
 def evaluate(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
     tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
-    width: int | None, source: str, skip_unreadable: bool, limit: int | None,
+    width: int | None, source: str, skip_unreadable: bool,
 ) -> None:  # fmt: skip
     """Judge the trained halves on the test part of SOURCE."""
     check_source(source)
     remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file)
     try:
         head = use.open_finished(remote, _finished(run_path), allowed, width, _say)
-        loaded = _load(remote, source, skip_unreadable, limit, ("test",))
+        loaded = _load(remote, source, skip_unreadable, ("test",))
         verdict = use.evaluate(remote, head, loaded, _say)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
     finally:

@@ -13,7 +13,16 @@ from typing import Any, TypeVar
 import grpc
 
 from common import channel, recipe, wire
-from common.errors import FrameError, LinkError, MismatchError, RolledBackError, SessionError, VersionError, from_rpc
+from common.errors import (
+    CodecError,
+    FrameError,
+    LinkError,
+    MismatchError,
+    RolledBackError,
+    SessionError,
+    VersionError,
+    from_rpc,
+)
 from common.meter import DOWN, UP, Draft, Meter
 from common.phase_message import phase_of
 from common.pulse import STALLED_S
@@ -131,15 +140,20 @@ class Connection:
             reply = self._stub.Open(wire.seal(request), timeout=channel.HANDSHAKE_S)
         except grpc.RpcError as error:
             self.meter.control(UP, request, again=True)
-            raise from_rpc(error, self.server) from error
-        self.meter.control(UP, request, again)
+            raise from_rpc(error, self.server, self._access.doubt) from error
         if reply.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the server speaks protocol version {reply.protocol_version}, this device {wire.PROTOCOL_VERSION}; "
                 f"install the same release of deprune on both"
             )
         self._find_connection()
-        self.meter.control(DOWN, wire.opened(reply), again)
+        try:
+            sound = wire.opened(reply)
+        except CodecError:
+            self.meter.control(UP, request, again=True)  # it will be asked anew
+            raise
+        self.meter.control(UP, request, again)
+        self.meter.control(DOWN, sound, again)
         return reply
 
     def _find_connection(self) -> None:

@@ -89,10 +89,11 @@ def load(
         wanted["test"] = (opened.test, np.arange(len(opened.test.labels)))
 
     total = sum(len(chosen) for _, chosen in wanted.values())
+    fewer = "pass --limit to train on fewer pictures, or " if "train" in parts else ""
     check_memory(
         total * math.prod(input_shape),
         f"{total:,} pictures of {'x'.join(map(str, input_shape))}",
-        "pass --limit to train on fewer pictures, or choose a model with a smaller input",
+        f"{fewer}choose a model with a smaller input",
     )
 
     read: dict[str, Part] = {}

@@ -16,7 +16,7 @@ from common import models
 from common import recipe as recipes
 from common.channel import ServerTls
 from common.checkpoint import EVERY
-from common.errors import DepruneError, ModelError
+from common.errors import ModelError
 from common.partition import describe_cuts
 from common.progress import size
 from common.run import RunFolder
@@ -53,7 +53,7 @@ def cli() -> None:
     help="Folder of the run: written when RECIPE is given, else a finished run to serve.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder.")
-@click.option("--once", is_flag=True, help="Exit when the run is finished, instead of serving it.")
+@click.option("--once", is_flag=True, help="Exit when the run is finished, or was before, instead of serving it.")
 @click.option(
     "--allow-model",
     "allowed",
@@ -89,7 +89,10 @@ def serve(
     threads: int | None, tls_cert: Path | None, tls_key: Path | None, tls_client_ca: Path | None,
     token_file: Path | None, checkpoint_every: int, insecure: bool, **limits: Any,
 ) -> None:  # fmt: skip
-    """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the run in --run.
+    """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the finished run in --run.
+
+    RECIPE is a TOML file that says what is trained and how: model and cut, codecs, schedule and optimiser. There are
+    some in recipes/; a run folder holds its own as recipe.toml.
 
     A run in --run that was not finished goes on where its newest checkpoint was taken.
     """
@@ -106,10 +109,15 @@ def serve(
         parsed, text = recipes.load(recipe)
     # The same command goes on serving a run that it has finished: a service may be restarted at any time.
     if recipe and (overwrite or not folder.holds_finished(parsed.digest())):
+        click.get_current_context().with_resource(folder.claimed())
         host = Host.to_train(parsed, text, folder, console, allowed, overwrite, Limits(**limits))
         assert host.run
         host.run.every = checkpoint_every
     else:
+        if once and folder.read():
+            what = f"The run in {run_path} is complete already; to serve it, leave out --once."
+            console.print(what, highlight=False, markup=False)
+            return
         host = Host.to_serve(folder, console, allowed, Limits(**limits))
     tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
     server = Server(host, listen, tls, insecure, token_file)
@@ -125,13 +133,21 @@ def serve(
         doing = f"waiting for its device to go on with {parsed.name} at step {host.run.step:,}"
     console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.", highlight=False)
     caught = run(server, once)
-    if caught and not host.served:
-        assert host.run
-        raise DepruneError(
-            f"stopped by {caught} at step {host.run.step:,}; the run is not finished and goes on from there when it is "
-            f"started again with the same recipe and --run"
-        )
-    console.print(f"Stopped{f' by {caught}' if caught else ''}; the run in {run_path} is complete.", highlight=False)
+    console.print(f"Stopped{f' by {caught}' if caught else ''}{_left(host)}", highlight=False, markup=False)
+
+
+def _left(host: Host) -> str:
+    """What a server that was stopped leaves behind, to go after "Stopped"."""
+    if host.served:
+        return f"; the run in {host.folder.path} is complete."
+    assert host.run
+    if not host.run.checkpoints.written:
+        begun = f" at step {host.run.step:,};" if host.run.training else "; no device had begun, and"
+        return f"{begun} nothing was kept."
+    return (
+        f" at step {host.run.step:,}; the run is not finished and goes on from there when it is started again with the "
+        f"same recipe and --run."
+    )
 
 
 @cli.command()

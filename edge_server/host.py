@@ -148,6 +148,11 @@ class Host:
         cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits | None = None
     ) -> Host:
         """A host that serves the finished run in `folder`."""
+        if saved := folder.unfinished():
+            raise RunFolderError(
+                f"{folder.path} holds an unfinished run, at step {saved['step']:,}: to go on with it, give its recipe "
+                f"too, of which {folder.path / 'recipe.toml'} is a copy"
+            )
         recipe, text, manifest = folder.read()
         host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed)
@@ -155,7 +160,6 @@ class Host:
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"
         host._serve(halves, manifest, published.read_bytes() if published.is_file() else b"")
-        host.finished_at = time.monotonic()
         return host
 
     def _serve(self, halves: Halves, manifest: Manifest, head: bytes) -> None:
@@ -209,7 +213,8 @@ class Host:
             self.run.check_free(session.identity)
             return 0
         self.run.check_owner(session.identity)
-        step = self.run.resume(run_id, kept)
+        with self._beginning:  # no stream begins while the run is put back: it would go on from what is given up
+            step = self.run.resume(run_id, kept)
         session.take_up(self.run)
         self.console.print(f"The device of run {run_id} is back; it goes on at step {step}.", highlight=False)
         return step

@@ -21,7 +21,9 @@ class Grouped(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Options": [], "Limits (docs/limits.md)": []}
         for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
+            # Newer releases of click have a record of an argument too, which the description speaks of.
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record:
                 limit = isinstance(parameter, _Limit)
                 groups["Limits (docs/limits.md)" if limit else "Options"].append(record)
         for title, records in groups.items():

@@ -12,7 +12,7 @@ import grpc
 from rich.markup import escape
 
 from common import wire
-from common.errors import BusyError, DepruneError, FrameError, VersionError, abort
+from common.errors import BusyError, DepruneError, FrameError, StoppedError, VersionError, abort
 from common.meter import DOWN, UP
 from common.phase_message import phase_message
 from common.rpc import split_pb2 as pb
@@ -63,7 +63,9 @@ class Servicer(split_pb2_grpc.SplitServicer):
     def fail(self, context: grpc.ServicerContext, error: Exception) -> None:
         """End the RPC: an error of ours with its own sentence, a fault with a traceback for the operator alone."""
         if isinstance(error, DepruneError):
-            self._tell(error)
+            # Its own stopping is no refusal: the operator who stopped it knows, and the device is told.
+            if not (self.host.stopping and isinstance(error, StoppedError)):
+                self._tell(error)
             abort(context, error)
         if self._faults.spare(1.0):
             self.host.console.print("".join(traceback.format_exception(error)), markup=False)

@@ -50,7 +50,8 @@ class TrainStream:
         if begun:
             what = (
                 f"{escape(receive.session.identity) or 'A device'} trains [bold]{escape(training.recipe.name)}[/bold]: "
-                f"{training.coordinator.steps:,} steps of {training.batch} pictures, {training.samples:,} an epoch."
+                f"{training.coordinator.steps:,} steps of {training.batch} pictures, "
+                f"{training.samples:,} pictures an epoch."
             )
         run.console.print(what, highlight=False)
         with Live(run.console, training.coordinator.steps, training.step) as live:

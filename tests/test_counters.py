@@ -34,7 +34,7 @@ def test_what_is_sent_again_is_counted_and_shown(tmp_path: Path) -> None:
     ways = counters.measure(tmp_path, "fp32", 0.3, rate="40mbit", limit="20kb")
     assert ways["up"]["retransmitted"] > 1000
     assert ways["up"]["kernel"] - ways["up"]["retransmitted"] > ways["up"]["message"]
-    assert "of it sent again" in (tmp_path / "output").read_text()
+    assert "of it retransmitted by TCP" in (tmp_path / "output").read_text()
 
 
 class Proxy:

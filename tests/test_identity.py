@@ -130,15 +130,19 @@ def test_only_certificates_of_the_one_authority_get_in(mutual: tuple[str, Path],
     address, _ = mutual
     untrusted = refusal(address, as_device(ours, "pi", tls_ca=theirs / "ca.pem"))
     assert isinstance(untrusted, AuthError) and "must be of the authority in --tls-ca" in str(untrusted)
-    for access in (
-        as_device(ours, "pi", tls_cert=None, tls_key=None),
-        as_device(ours, "pi", tls_cert=theirs / "pi.pem", tls_key=theirs / "pi.key"),
-        as_device(ours, "server"),  # a server's certificate is no device's
-        Access(),
-    ):
+    whose = "is that a device certificate of the authority that the server trusts?"
+    for access, doubt in (
+        (as_device(ours, "pi", tls_cert=None, tls_key=None),
+         "it may want a certificate: pass --tls-cert and --tls-key"),
+        (as_device(ours, "pi", tls_cert=theirs / "pi.pem", tls_key=theirs / "pi.key"),
+         f"it may not accept {theirs / 'pi.pem'}: {whose}"),
+        # A server's certificate is no device's.
+        (as_device(ours, "server"), f"it may not accept {ours / 'server.pem'}: {whose}"),
+        (Access(), "if it speaks TLS, pass --tls-ca"),
+    ):  # fmt: skip
         error = refusal(address, access)
         assert isinstance(error, LinkError), error
-        assert "TLS (--tls-ca), or a certificate (--tls-cert)" in str(error)
+        assert str(error).endswith(f"it may be stopping; {doubt}"), error
 
 
 def test_a_device_takes_no_other_device_for_its_server(ours: Path) -> None:
@@ -361,6 +365,17 @@ def test_certificate_files_that_cannot_be_used(
     (tmp_path / "recipe.toml").write_text(recipe_text())
     serve = (server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run", "--listen", "127.0.0.1:0")
     assert "ran out on" in failed(*serve, *tls(tmp_path / "old"))
+
+
+@pytest.mark.parametrize("side", ["device", "server"])
+def test_either_side_wants_a_certificate_and_its_key_together(side: str, ours: Path, tmp_path: Path) -> None:
+    command, start = server_cli.cli, ("serve",)
+    if side == "device":
+        command, start = device_cli.cli, ("train", "127.0.0.1:9", "--data", "digits")
+    line = [*start, "--run", tmp_path / "run", "--tls-cert", ours / "pi.pem"]
+    result = CliRunner().invoke(command, [str(word) for word in line])
+    assert result.exit_code == 2 and "Usage: " in result.output, result.output
+    assert "--tls-cert and --tls-key go together" in result.output
 
 
 def test_certs_keeps_what_is_there(tmp_path: Path) -> None:

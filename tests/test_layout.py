@@ -40,3 +40,10 @@ def test_only_the_edges_know_grpc() -> None:
         for module in sorted((ROOT / package).rglob("*.py")):
             if "rpc" not in module.parts and "grpc" in imported(module):
                 assert module.stem in allowed, module
+
+
+@pytest.mark.parametrize("name", [".gitignore", ".dockerignore"])
+def test_what_a_user_makes_in_a_checkout_stays_out(name: str) -> None:
+    """Keys, tokens and pictures where README.md and docs/security.md have them made: neither committed nor sent on."""
+    left_out = {line.rstrip("/") for line in (ROOT / name).read_text().splitlines()}
+    assert {"runs", "keys", "token", "tokens", "cifar", "pictures"} <= left_out

@@ -171,6 +171,9 @@ def test_classes_that_do_not_match(server: str, tmp_path: Path) -> None:
     source = f"npz:{tmp_path / 'three.npz'}"
     done = pair.device("train", server, "--data", source, "--run", tmp_path / "run", capture_output=True)
     assert done.returncode == 1 and "3 classes, the recipe test-plain has 10" in done.stderr.replace("\n", " ")
+    # The command put right may use the same folder.
+    again = pair.device("train", server, "--data", source, "--run", tmp_path / "run", capture_output=True)
+    assert "3 classes" in again.stderr
 
 
 def test_no_server_and_no_traceback(tmp_path: Path) -> None:
@@ -205,6 +208,15 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
             "codec.activation is 'jpeg': there is no codec 'jpeg'; there are fp32, fp16, int8",
         ),
         ({"schedule": "phases = [[0, 1, 2]]"}, "schedule.phases[0] has 3 items; give [width, epochs]"),
+        (
+            {
+                "top": 'name = "x"\nmethod = "deprune"',
+                "bottleneck": 'kind = "linear"',
+                "schedule": "phases = [[16, 1], [8, 1]]",
+            },
+            'the schedule has [16, 8]: put the widths in rising order (0 is all), or take method "prune"',
+        ),
+        ({"top": 'name = "x"\nmethod = "deprune"'}, 'bottleneck.kind is "none": choose channels or linear'),
         ({"schedule": "phases = [[4, 1]]"}, 'bottleneck.kind "none" sends all channels'),
         ({"schedule": 'kind = "plateau"\nwidths = [0]'}, "needs data.validation above 0"),
         ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
@@ -282,17 +294,33 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
         server_process.terminate()
         server_process.wait(timeout=30)
     log = (tmp_path / "log").read_text()
-    assert device.returncode != 0 and server_process.returncode != 0
+    assert device.returncode != 0 and server_process.returncode == 0
+    assert "Error" not in log and "Refused: the server was stopped" not in log
     assert "Traceback" not in out + err + log, out + err + log
     steps = {path.name for side in ("device", "server") for path in (tmp_path / side / "checkpoints").glob("step-*")}
     assert steps
     if side == "device":
         assert "Stopping after this step" in out and "The device left at step" in log
+        # A server without the recipe has nothing to do with the run, and says what to give it.
+        line = pair.command("edge-server", "serve", "--run", tmp_path / "server")
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=pair.environment())
+        assert done.returncode == 1 and "holds an unfinished run, at step " in done.stderr
+        assert f"{tmp_path / 'server' / 'recipe.toml'} is a copy" in " ".join(done.stderr.split())
     else:
         words = " ".join((out + err).split())
         # A step that outlasts the server's grace, on a crowded machine, is cut off instead of told.
         assert "reconnecting, attempt 1 (" in words and "gave up after" in words
-        assert f"stopped by {number.name} at step" in log
+        assert f"Stopped by {number.name} at step" in log and "goes on from there" in log
+
+
+def test_a_server_that_is_stopped_before_a_device_came(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_text())
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "run", "--threads", 1)
+    with pair.server(*arguments, log=tmp_path / "log") as (process, _):
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+    assert "Stopped by SIGTERM; no device had begun, and nothing was kept." in (tmp_path / "log").read_text()
+    assert not (tmp_path / "run").exists()
 
 
 def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -19,6 +21,7 @@ from rich.console import Console
 from benchmarks.inprocess import Stub
 from common.checkpoint import Checkpoints
 from common.recipe import parse
+from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from device_client.data import Dataset, load
 from device_client.remote_tail import RemoteTail
@@ -149,3 +152,31 @@ def test_other_pictures_are_not_gone_on_with(digits: Dataset, tmp_path: Path) ->
         leg(tmp_path, text, digits)
     (tmp_path / "away").rename(tmp_path / "server")
     assert leg(tmp_path, text, digits)
+
+
+def test_no_stream_begins_while_the_run_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would go on from what is given up, and write its steps behind the end of the log that was cut back."""
+    text = recipe_text("plain", schedule="phases = [[0, 1]]")
+    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    assert host.run
+    session, _ = host.open(True, "", (), "")
+    putting_back, begun, met = threading.Event(), threading.Event(), []
+
+    def resume(run_id: str, kept: object) -> int:
+        putting_back.set()
+        met.append(begun.wait(3))
+        return 0
+
+    def begin() -> None:
+        host.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)]), Mock())
+        begun.set()
+
+    monkeypatch.setattr(host.run, "resume", resume)
+    threads = [threading.Thread(target=host.open, args=(True, host.run_id, (), "")), threading.Thread(target=begin)]
+    threads[0].start()
+    assert putting_back.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert begun.is_set() and met == [False]
+    host.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,39 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be used"):
         RunFolder(tmp_path / "file" / "run").prepare(overwrite=False)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "run"
+    code = (
+        f"from pathlib import Path; from common.run import RunFolder\nwith RunFolder(Path({str(path)!r})).claimed(): "
+    )
+
+    def other(what: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", code + what], stdin=-1, stdout=-1, stderr=-1, text=True)
+
+    with other("print('in', flush=True); input()") as holder:
+        assert holder.stdout and holder.stdout.readline() == "in\n"
+        with pytest.raises(RunFolderError, match=f"in use by process {holder.pid} on"), RunFolder(path).claimed():
+            pass
+        holder.kill()
+    with RunFolder(path).claimed():  # the dead hold nothing
+        assert other("pass").communicate()[1].count("in use by process") == 1
+        (path / "kept").touch()
+    assert [file.name for file in path.iterdir()] == ["kept"]
+    (path / "kept").unlink()
+    path.rmdir()
+    path.parent.rmdir()
+    with RunFolder(path).claimed():
+        pass
+    assert not path.parent.exists()
+
+
+def test_a_run_that_made_no_step_is_no_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.start("name = 'refused at once'")
+    folder.close()
+    folder.prepare(overwrite=False)
+    (folder.path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(RunFolderError, match="already holds an unfinished run"):
+        folder.prepare(overwrite=False)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from benchmarks import pair
+from common import report
 from device_client import data
 from device_client.remote_tail import RemoteTail
 from tests.conftest import Run, recipe_text, train
@@ -115,6 +119,25 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
     assert (rows["3.png"][2], rows["7.png"][2]) == ("3", "7"), named.stdout + named.stderr
     assert "3.png" in text
     assert mistyped.returncode == 1 and "holds no finished run; check --run" in mistyped.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_once_on_a_finished_run_ends_at_once(plain_run: Run, given: bool) -> None:
+    recipe = (plain_run.recipe,) if given else ()
+    line = pair.command("edge-server", "serve", *recipe, "--run", plain_run.path / "server", "--once")
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30, env=pair.environment())
+    assert done.returncode == 0 and "is complete already" in done.stdout and "listens" not in done.stdout, done
+
+
+def test_what_went_wrong_is_told_in_words(plain_run: Run) -> None:
+    def shown(**faults: int) -> str:
+        console = Console(record=True, width=200, file=io.StringIO())
+        report.show(console, plain_run.summary("device") | {"faults": asdict(report.Faults(**faults))})
+        return console.export_text()
+
+    assert "On the way: 1 reconnect, 2,000 steps made again; the result" in shown(reconnects=1, steps_again=2000)
+    assert "On the way: 2 times resumed from a checkpoint; the result" in shown(resumed=2)
+    assert "On the way" not in shown()
 
 
 @pytest.mark.parametrize("kind", ["channels", "linear"])

@@ -29,8 +29,8 @@ _DOUBTS = 1 << 12  # more than any doubt
 _LEVELS, _GROUPS = 6, 12
 # Magnitudes of signed symbols are predicted in eighths.
 _FINER = 8
-# From so many symbols on tables are worth what they cost; an entry takes about so many bits.
-_PLENTY, _TABLE_BITS = 1 << 19, 10
+# From so many symbols on tables are worth what they cost; an entry takes about so many bits; what it is judged by.
+_PLENTY, _TABLE_BITS, _SAMPLE = 1 << 19, 10, 1 << 15
 _CHANNELS, _SMALLEST = 128, 16
 # Elements of a channel that pay for weights of its own: of activations, and of gradients, which are less alike.
 _WORTHWHILE = {False: 1 << 12, True: 1 << 14}
@@ -126,7 +126,9 @@ def _model(
     sent, all_values, all_doubts = (np.concatenate([parts[at] for parts in found]) for at in (0, 1, 2))
     sizes = most
     if len(sent) < _PLENTY:
-        sizes = min(_fewer(*most), key=lambda sizes: _cost(sent, all_values, all_doubts, sizes))
+        thin = max(1, len(sent) // _SAMPLE)
+        some = sent[::thin], all_values[::thin], all_doubts[::thin]
+        sizes = min(_fewer(*most), key=lambda sizes: _cost(*some, sizes, thin))
     between, within = _grouped(all_values, all_doubts, sizes)
     contexts = _Contexts(between, within)
     batches = [
@@ -153,11 +155,11 @@ def _fewer(levels: int, groups: int) -> list[tuple[int, int]]:
     return list(dict.fromkeys((max(1, levels >> at), max(1, groups >> at)) for at in range(0, 6)))
 
 
-def _cost(symbols: Symbols, values: Array, doubts: Array, sizes: tuple[int, int]) -> float:
-    """About how many bits symbols and tables take; the numbers drawn are left out."""
+def _cost(symbols: Symbols, values: Array, doubts: Array, sizes: tuple[int, int], thin: int) -> float:
+    """About how many bits symbols, of which one in `thin` is given, and tables take; the numbers drawn are left out."""
     contexts = _Contexts(*_grouped(values, doubts, sizes))
     counts = _counts([(symbols, contexts.of(values, doubts, None))], contexts.number)
-    return _entropy(counts) + _TABLE_BITS * 2 * np.count_nonzero(counts)
+    return thin * _entropy(counts) + _TABLE_BITS * 2 * np.count_nonzero(counts)
 
 
 def _counts(batches: list[tuple[Array, Array]], tables: int) -> Array:
