@@ -55,8 +55,11 @@ def rows_table(rows: Rows) -> str:
 
 
 def _curve(group: Rows, key: str) -> tuple[list[float], list[float]]:
-    """Mean over the seeds of `key` and of the accuracy in percent, point by point."""
+    """Mean over the seeds of `key` and of the accuracy in percent, point by point, to the end of the run."""
+    ends = [row | {"bytes": row["bytes_up"] + row["bytes_down"], "step": row["steps"]} for row in group]
     points = list(zip(*(row["curve"] for row in group), strict=False))
+    if not points or points[-1][0]["step"] < ends[0]["step"] - 1:
+        points.append(tuple(ends))
     return (
         [statistics.mean(point[key] for point in at) for at in points],
         [100 * statistics.mean(point["accuracy"] for point in at) for at in points],
@@ -105,7 +108,8 @@ def plots(rows: Rows) -> None:
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy, %", title=f"accuracy against {name}, tiny")
         axes.set_xlim(right=axes.get_xlim()[1] * 3)  # room for the names
         for method, colour in COLOURS.items():
-            axes.plot([], [], color=colour, label=method)
+            if method in {row["method"] for row in tiny}:
+                axes.plot([], [], color=colour, label=method)
         axes.legend(loc="lower right", fontsize=8)
         axes.grid(alpha=0.3)
         figure.tight_layout()
