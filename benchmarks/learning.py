@@ -14,6 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.learning_cases import CASES, Case
-from benchmarks.learning_runs import run, start
+from benchmarks.learning_runs import Job, is_kept, recipe_of, run, start
+from common import recipe
 
 RESULTS = Path("benchmarks/results")
 PICTURES, QUICK_PICTURES = 20_000, 4_000
@@ -75,41 +77,66 @@ def grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[s
     return result
 
 
+def is_wanted(name: str, only: Sequence[str] | None) -> bool:
+    """Whether a row is among those asked for: by its name, or by a part of it that is no other row's name."""
+    names = {case.name for case in CASES}
+    return not only or any(name == part if part in names else part in name for part in only)
+
+
+def is_current(row: dict[str, Any], quick: bool) -> bool:
+    """Whether a row's recipe is still that of its case; the arithmetic is the machine's and may differ."""
+    if row["name"] not in {case.name for case in CASES}:
+        return False
+    texts = row["recipe"], recipe_of((row["name"], row["seed"], row["model"], quick))
+    old, new = (replace(recipe.parse(text), precision="fp32") for text in texts)
+    return old == new
+
+
+def waves(
+    chosen: Sequence[Case], seeds: Sequence[int], model: str, quick: bool, done: set[tuple[str, int, str]]
+) -> tuple[list[Job], list[Job]]:
+    """The runs that have no row yet, in two waves: the second starts from the networks of the first.
+
+    Rows outlive the networks they trained (runs/ is nobody's to keep): one that is started from and gone is trained
+    again.
+    """
+    todo = [
+        (case.name, seed, model, quick) for case in chosen for seed in seeds if (case.name, seed, model) not in done
+    ]
+    starts = {case.name: case.start for case in chosen}
+    needed = dict.fromkeys((starts[job[0]], *job[1:]) for job in todo if starts[job[0]])
+    first = [job for job in needed if job in todo or not is_kept(job)]
+    return first, [job for job in todo if job not in first]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
     parser.add_argument("--quick", action="store_true", help="a few rows on few pictures, under 15 minutes")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--only", default="", help="rows whose name contains this, and what they start from")
+    parser.add_argument(
+        "--only", action="append", help="a row, and what it starts from; or rows whose names contain it"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has no width of its own, and 80 columns are too few for the table
     result = RESULTS / ("learning-quick.json" if options.quick else "learning.json")
     rows = json.loads(result.read_text()) if result.is_file() else []
-    chosen = [case for case in CASES if (case.quick or not options.quick) and options.only in case.name]
-    starts = [case for case in CASES if case.name in {case.start for case in chosen}]
-    done = {(row["name"], row["seed"], row["model"]) for row in rows}
-    started, count = time.monotonic(), 0
     seeds = QUICK_SEEDS if options.quick else SEEDS
-    known = {name for name in (case.start for case in chosen) if all((name, s, options.model) in done for s in seeds)}
-    waves: list[list[Case]] = [[], []]  # the second waits for the networks that it starts from
-    for case in dict.fromkeys([*starts, *chosen]):
-        waves[bool(case.start) and case.start not in known].append(case)
-    jobs = [
-        [
-            (case.name, seed, options.model, options.quick)
-            for case in wave
-            for seed in seeds
-            if (case.name, seed, options.model) not in done
-        ]
-        for wave in waves
-    ]
+    chosen = [case for case in CASES if (case.quick or not options.quick) and is_wanted(case.name, options.only)]
+    done = {(row["name"], row["seed"], row["model"]) for row in rows if is_current(row, options.quick)}
+    jobs = waves(chosen, seeds, options.model, options.quick, done)
+    started, count = time.monotonic(), 0
     total = sum(map(len, jobs))
     pictures = QUICK_PICTURES if options.quick else PICTURES
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(options.workers, start, (options.source, pictures)) as pool:
         for wave in jobs:
             for row in pool.imap_unordered(run, wave):
+                same = [row[key] for key in ("name", "seed", "model")]
+                rows = [other for other in rows if [other[key] for key in ("name", "seed", "model")] != same]
                 rows.append(row)
                 count += 1
                 add_targets(rows)

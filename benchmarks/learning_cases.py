@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from common.recipe import METHODS
 
 EPOCHS = 20
@@ -13,7 +15,7 @@ RECIPE = """
 name = "{name}"
 method = "{method}"
 seed = {seed}
-precision = "bf16"
+precision = "{precision}"
 [model]
 name = "{model}"
 input = [3, 32, 32]
@@ -28,6 +30,7 @@ mean = [0.49, 0.48, 0.45]
 std = [0.25, 0.24, 0.26]
 [bottleneck]
 kind = "{kind}"
+start = "{basis}"
 [codec]
 activation = "{up}"
 gradient = "{down}"
@@ -38,6 +41,14 @@ lr = {lr}
 warmup = {warmup}
 restart = {restart}
 """
+
+
+def precision() -> str:
+    """bf16 where the processor multiplies it; where it must imitate it, fp32 is twice as fast."""
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
+
+
 CUTS = {"tiny": ("stage1_relu2", "stage2_1_relu2")}  # the cut of all rows, and a later one
 # Which pictures a row trains on: a half of those that are read, all classes or five of them.
 ALL, OTHERS, LAST_FIVE, FIRST_FIVE = "all", "others", "last five", "first five"
@@ -53,6 +64,7 @@ class Case:
     kind: str = "none"
     up: str = "fp32"
     down: str = "fp32"
+    basis: str = "auto"  # what a linear bottleneck starts from
     part: str = ALL
     start: str = ""
     lr: float = 0.1
@@ -66,14 +78,22 @@ class Case:
         method = self.method if self.method in METHODS else "plain"
         return RECIPE.format(
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
-            init=f"run:{init}" if init else "", kind=self.kind, up=self.up, down=self.down, phases=self.phases,
-            lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(),
+            init=f"run:{init}" if init else "", kind=self.kind, basis=self.basis, up=self.up, down=self.down,
+            phases=self.phases, lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(),
+            precision=precision(),
         )  # fmt: skip
 
 
 def _linear(name: str, width: int, up: int = 15, down: int = 10, quick: bool = False, part: str = ALL) -> Case:
     return Case(
-        name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"context:{up}", f"context:{down}", part=part, quick=quick
+        name,
+        "fixed",
+        f"[{width}, {EPOCHS}]",
+        "linear",
+        up=f"context:{up}",
+        down=f"context:{down}",
+        part=part,
+        quick=quick,
     )
 
 
@@ -86,11 +106,23 @@ def _five(name: str, method: str, phase: str, kind: str = "none", **more: Any) -
     return Case(name, method, phase, kind, part=part, **more)
 
 
+def _from_scratch(name: str, method: str, *phases: tuple[int, int], db: int, quick: bool = False) -> Case:
+    """The head stays as it was drawn, and each picture crosses once in a phase: (width, epochs) of each."""
+    written = ", ".join(
+        f"{{ width = {width}, epochs = {epochs}, views = 1, flip = true, shift = 2 }}" for width, epochs in phases
+    )
+    return Case(name, method, written, "linear", f"context:{db}", basis="principal", quick=quick)
+
+
 def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
-    """From the trained network, its head frozen: each picture crosses once, 12 epochs. Width 0: without compression."""
-    phase = f"{{ width = {width}, epochs = 12, views = 1, flip = true, shift = {1 if later else 2} }}"
+    """From the trained network, its head frozen: each picture crosses once. Width 0: without compression.
+
+    What was kept is flipped when it is recalled and not shifted: a place of an 8x8 map is four pixels.
+    """
+    more = "epochs = 8, views = 1, flip = true" if later else "epochs = 12, views = 1, flip = true, shift = 2"
     method, kind = ("prune", "linear") if width else ("fine-tuned", "none")
-    return Case(name, method, phase, kind, up, start=KNOWN, lr=0.05, warmup=0, later=later)
+    phase, lr = f"{{ width = {width}, {more} }}", 0.02 if later else 0.05
+    return Case(name, method, phase, kind, up, start=KNOWN, lr=lr, warmup=0, later=later)
 
 
 KNOWN, KNOWN_FIVE = "plain on other pictures", "plain on five other classes"
@@ -110,14 +142,21 @@ CASES = [
         "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "context:20",
         start=KNOWN, lr=0.05, warmup=0, quick=True,
     ),
+    Case(
+        "prune to 8, head frozen at first", "prune",
+        "{ width = 8, epochs = 2, views = 1 }, { width = 8, epochs = 0.75, lr = 0.02 }", "linear",
+        up="context:20", down="context:10", start=KNOWN, lr=0.05, warmup=0, quick=True,
+    ),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
-    _stored("prune to 32 of 64, later cut", 32, "context:8", later=True),
+    _stored("prune to 24 of 64, later cut", 24, "context:10", later=True),
     _linear("fixed width 1", 1, quick=True),
     Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "context:10", "context:5", warmup=50, quick=True),
+    _from_scratch("deprune 4 then 8, head frozen", "deprune", (4, 6), (8, 14), db=8),
+    _from_scratch("fixed width 8, head frozen", "fixed", (8, 20), db=10, quick=True),
     Case(
-        "deprune 1, then 8 with the head frozen", "deprune",
-        "[1, 4], { width = 8, epochs = 16, views = 1, lr = 0.05, flip = true, shift = 2 }", "linear", "context:10",
-        "context:5", warmup=50, restart=True, quick=True,
+        "deprune 8 frozen, then 16", "deprune",
+        "{ width = 8, epochs = 10, views = 1, flip = true, shift = 2 }, { width = 16, epochs = 3 }", "linear",
+        "context:10", "context:5", "principal",
     ),
     Case("paper's deprune 2, 4, 8", "deprune", THIRDS, "channels"),
     Case("paper's fixed width 8", "fixed", f"[8, {EPOCHS}]", "channels"),

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 
 from benchmarks.learning import RESULTS, grouped
 from benchmarks.tables import table
@@ -54,15 +55,20 @@ def rows_table(rows: Rows) -> str:
 
 
 def _curve(group: Rows, key: str) -> tuple[list[float], list[float]]:
-    """Mean over the seeds of `key` and of the accuracy in percent, point by point."""
+    """Mean over the seeds of `key` and of the accuracy in percent, point by point, to the end of the run."""
+    ends = [row | {"bytes": row["bytes_up"] + row["bytes_down"], "step": row["steps"]} for row in group]
     points = list(zip(*(row["curve"] for row in group), strict=False))
+    if not points or points[-1][0]["step"] < ends[0]["step"] - 1:
+        points.append(tuple(ends))
     return (
         [statistics.mean(point[key] for point in at) for at in points],
         [100 * statistics.mean(point["accuracy"] for point in at) for at in points],
     )
 
 
-def _lines(axes: Axes, rows: Rows, key: str, scale: float) -> None:
+def _lines(axes: Axes, rows: Rows, key: str, scale: float) -> list[tuple[str, str, float, float]]:
+    """A line for each row of the benchmark; their names, colours and ends."""
+    ends = []
     for (name, _), group in grouped(rows).items():
         method = group[0]["method"]
         if method not in COLOURS:
@@ -70,7 +76,24 @@ def _lines(axes: Axes, rows: Rows, key: str, scale: float) -> None:
         x, y = _curve(group, key)
         axes.plot([value / scale for value in x], y, color=COLOURS[method], linewidth=1, alpha=0.8)
         axes.plot(x[-1] / scale, y[-1], "o", color=COLOURS[method], markersize=3)
-        axes.annotate(name, (x[-1] / scale, y[-1]), fontsize=6, xytext=(3, 0), textcoords="offset points", va="center")
+        ends.append((name, COLOURS[method], x[-1] / scale, y[-1]))
+    return ends
+
+
+def _names(axes: Axes, ends: list[tuple[str, str, float, float]]) -> None:
+    """Write each name beside the end of its line, from the top down, lower where it would cover another or an end."""
+    axes.figure.canvas.draw()
+    at = axes.transData.transform([end[2:] for end in ends])
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in at]
+    for name, colour, x, y in sorted(ends, key=lambda end: -end[3]):
+        text = axes.annotate(
+            name, (x, y), fontsize=6, color=colour, xytext=(4, 0), textcoords="offset points", va="center"
+        )
+        below = 0
+        while any(text.get_window_extent().overlaps(box) for box in taken):
+            below -= 2
+            text.set_position((4, below))
+        taken.append(text.get_window_extent())
 
 
 def plots(rows: Rows) -> None:
@@ -78,26 +101,45 @@ def plots(rows: Rows) -> None:
     tiny = [row for row in rows if row["model"] == "tiny"]
     for name, key, scale, label in (
         ("bytes", "bytes", 1e6, "MB on the link, both ways"),
-        ("seconds", "wall_s", 1.0, "seconds, device and server on one thread, no link"),
+        ("seconds", "wall_s", 1.0, "seconds, device and server in turn on one thread, no link"),
     ):
-        figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
-        _lines(axes, tiny, key, scale)
+        figure, axes = plt.subplots(figsize=(10, 6), dpi=110)
+        ends = _lines(axes, tiny, key, scale)
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy, %", title=f"accuracy against {name}, tiny")
+        axes.set_xlim(right=axes.get_xlim()[1] * 3)  # room for the names
         for method, colour in COLOURS.items():
-            axes.plot([], [], color=colour, label=method)
+            if method in {row["method"] for row in tiny}:
+                axes.plot([], [], color=colour, label=method)
         axes.legend(loc="lower right", fontsize=8)
         axes.grid(alpha=0.3)
-        figure.savefig(IMAGES / f"learning-{name}.png", dpi=110)
-    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    for (name, _), group in grouped(tiny).items():
-        phases, steps = group[0]["phases"], group[0]["steps"]
-        if group[0]["method"] in ("deprune", "prune") and phases:
-            x = [phase["from_step"] for phase in phases] + [steps]
-            axes.step(x, [phase["width"] for phase in phases] + [phases[-1]["width"]], where="post", label=name)
-    axes.set(xlabel="step", ylabel="width, channels sent", yscale="log", title="width over steps, tiny")
-    axes.set_yticks([1, 2, 4, 8, 16, 32], labels=["1", "2", "4", "8", "16", "32"])
-    axes.legend(fontsize=7)
+        figure.tight_layout()
+        _names(axes, ends)
+        figure.savefig(IMAGES / f"learning-{name}.png")
+    figure, both = plt.subplots(2, 1, figsize=(9, 8), layout="constrained")
+    for axes, method in zip(both, ("deprune", "prune"), strict=True):
+        _widths(axes, [row for row in tiny if row["method"] == method], f"width over steps, {method}, tiny")
     figure.savefig(IMAGES / "learning-widths.png", dpi=110)
+
+
+def _widths(axes: Axes, rows: Rows, title: str) -> None:
+    """Channels sent at each step; dotted where nothing is sent and the server recalls what it has kept."""
+    for number, ((name, _), group) in enumerate(grouped(rows).items()):
+        phases = group[0]["phases"]
+        ends = [*(phase["from_step"] for phase in phases[1:]), group[0]["steps"]]
+        colour, lift = f"C{number}", 1 + 0.025 * number  # lines of the same width lie beside each other
+        axes.plot([], [], color=colour, label=name)
+        last = None
+        for phase, end in zip(phases, ends, strict=True):
+            start, width = phase["from_step"], phase["width"] * lift
+            style = ":" if phase["kind"] == "recall" else "-"
+            if last:
+                axes.plot([start, start], [last, width], color=colour, linewidth=1)
+            axes.plot([start, end], [width, width], style, color=colour)
+            last = width
+    axes.set(xlabel="step", ylabel="width, channels sent", yscale="log", title=title)
+    axes.set_yticks([1, 2, 4, 8, 16, 32, 64], labels=["1", "2", "4", "8", "16", "32", "64"])
+    axes.minorticks_off()
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import inprocess, whole
-from benchmarks.learning_cases import ALL, CASES, EPOCHS, LAST_FIVE, OTHERS, Case
+from benchmarks.learning_cases import ALL, CASES, EPOCHS, LAST_FIVE, OTHERS, Case, precision
 from common import optim, recipe
 from common.codecs import codec
 from common.halves import Head
@@ -114,7 +114,13 @@ def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]
         head.bottleneck.resize(phase.width)
         total, name = Judgement(), codec(phase.activation_codec)
         for sent, labels in sent_batches(head, data.test, training.recipe):
-            total += judge(training.halves, name.decode(name.encode(sent), sent.shape), labels, phase.width, "bf16")
+            total += judge(
+                training.halves,
+                name.decode(name.encode(sent), sent.shape),
+                labels,
+                phase.width,
+                training.recipe.precision,
+            )
         head.train(not phase.frozen)
         training.halves.tail.train()
         training.halves.tail.resize(training.phase.width, training.phase.order)
@@ -173,17 +179,37 @@ def _whole(case: Case, text: str, data: Dataset) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(job: Job) -> dict[str, Any]:
+def _case(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def recipe_of(job: Job) -> str:
     name, seed, model, quick = job
-    case = next(case for case in CASES if case.name == name)
-    init = str(_network(case.start, seed, model, quick)) if case.start else ""
-    text = case.recipe(model, seed, init)
+    start = _case(name).start
+    return _case(name).recipe(model, seed, str(_network(start, seed, model, quick)) if start else "")
+
+
+def run(job: Job) -> dict[str, Any]:
+    name, seed, model, _ = job
+    case, text = _case(name), recipe_of(job)
     data = _pictures.part(case.part)
     whole = case.method in ("federated", "jpeg")
-    found = _whole(case, text, data) if whole else _split(case, text, data, _network(name, seed, model, quick))
+    found = _whole(case, text, data) if whole else _split(case, text, data, _network(*job))
     head = {"name": name, "method": case.method, "model": model, "seed": seed, "pictures": len(data.train)}
-    return {**head, **found, "recipe": text, "machine": f"{platform.machine()}, one thread", "date": str(date.today())}
+    return {
+        **head,
+        **found,
+        "recipe": text,
+        "machine": f"{platform.machine()}, one thread, {precision()}",
+        "date": str(date.today()),
+    }
 
 
 def _network(name: str, seed: int, model: str, quick: bool) -> Path:
+    """Where the run folders of a job are."""
     return NETWORKS / ("quick" if quick else "full") / model / f"{name.replace(' ', '-')}-{seed}"
+
+
+def is_kept(job: Job) -> bool:
+    """Whether the network that this job trained is on the disk, for others to start from."""
+    return (_network(*job) / "device" / "head.safetensors").is_file()

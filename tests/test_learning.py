@@ -92,3 +92,27 @@ def test_bytes_to_target_are_those_of_the_first_time_it_was_met() -> None:
     learning.add_targets(rows)
     assert np.isclose(rows[0]["target"], 0.805)
     assert [row["bytes_to_target"] for row in rows] == [None, 200, 20, None]
+
+
+def test_a_network_that_others_start_from_is_trained_again_when_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [case for case in CASES if case.name in ("plain", "prune to 8, head frozen")]
+    start, kept = "plain on other pictures", [True]
+    monkeypatch.setattr(learning, "is_kept", lambda _job: kept[0])
+    done = {("plain", 0, "tiny"), (start, 0, "tiny")}
+    prune, network = ("prune to 8, head frozen", 0, "tiny", False), (start, 0, "tiny", False)
+    assert learning.waves(chosen, [0], "tiny", False, done) == ([], [prune])
+    kept[0] = False
+    assert learning.waves(chosen, [0], "tiny", False, done) == ([network], [prune])
+    assert learning.waves(chosen, [0], "tiny", False, done | {prune[:3]}) == ([], [])
+
+
+def test_a_row_is_trained_again_when_its_case_has_changed_and_not_when_the_machine_has() -> None:
+    job = ("prune to 8, head frozen", 0, "tiny", False)
+    text = learning.recipe_of(job)
+    other = text.replace('precision = "fp32"', 'precision = "bf16"')
+    other = text.replace('precision = "bf16"', 'precision = "fp32"') if other == text else other
+    row = dict(zip(("name", "seed", "model"), job, strict=False))
+    assert learning.is_current({**row, "recipe": text}, quick=False)
+    assert other != text and learning.is_current({**row, "recipe": other}, quick=False)
+    assert not learning.is_current({**row, "recipe": text.replace("lr = 0.05", "lr = 0.02")}, quick=False)
+    assert not learning.is_current({**row, "name": "a case that was dropped", "recipe": text}, quick=False)
