@@ -52,7 +52,9 @@ def at_random(found: dict[str, Any]) -> str:
     restarts = " and ".join(f"the {side} {number} times" for side, number in found["restarts"].items())
     runs_ = "one run" if found["runs"] == 1 else f"{found['runs']} runs"
     ended = f"; a server told to stop was gone within {drain:.1f} s" if drain else ""
-    verdict = "weights equal" if found["weights_equal"] and not found["problems"] else "**weights not equal**"
+    verdict = "weights equal, and losses, steps and books" if found["weights_equal"] else "**weights not equal**"
+    if found["problems"]:
+        verdict = f"{'weights equal' if found['weights_equal'] else verdict}, but {'; '.join(found['problems'])}"
     return (
         f"**{found['count']} faults at random in {runs_}**, `make faults COUNT={found['count']} "
         f"ARGS='--random --seed {found['seed']}'`, {_where(found)}, {duration(found['took_s'])}: {by_kind}. "
