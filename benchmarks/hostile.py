@@ -21,12 +21,11 @@ from collections.abc import Callable, Iterator
 import grpc
 import numpy as np
 
+from benchmarks.recipes import CLASSES
 from common import channel, wire
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.wire import Place
-
-CLASSES = tuple("0123456789")
 
 
 def random_bytes(address: str) -> None:

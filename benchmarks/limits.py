@@ -21,46 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import psutil
 
 from benchmarks import pair
 from benchmarks.machine import machine
+from benchmarks.recipes import BATCH, CLASSES, PHASE, recipe_text
 from common import channel, wire
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
-from common.schedule import Phase
 from device_client.remote_tail import RemoteTail
 
 RESULT = Path("benchmarks/results/limits.json")
-CLASSES = tuple("0123456789")
-RECIPE = """
-name = "limits"
-method = "plain"
-[model]
-name = "tiny"
-input = [1, 16, 16]
-classes = 10
-cut = "stage1_relu2"
-[data]
-batch = 32
-[bottleneck]
-kind = "none"
-[codec]
-activation = "fp32"
-gradient = "fp32"
-[schedule]
-phases = [[0, 1000]]
-"""
-PHASE = Phase(0, 0, 32, "fp32", "fp32", 0.05, 0, 1)
 _ROUNDS, _STEPS, _WARM = 40, 25, 20
 _AT_ONCE = 16  # opens on one connection
 
 
-def _server(folder: Path, *options: object) -> contextlib.AbstractContextManager[Any]:
+def server(folder: Path, *options: object, **where: Any) -> contextlib.AbstractContextManager[Any]:
+    """As pair.server, for more steps than anyone takes; its log is `folder`/log."""
     recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE)
-    return pair.server(recipe, "--run", folder / "run", "--threads", 1, *options, log=folder / "log")
+    recipe.write_text(recipe_text(schedule="phases = [[0, 1000]]"))
+    return pair.server(recipe, "--run", folder / "run", "--threads", 1, *options, log=folder / "log", **where)
 
 
 def size(process: psutil.Process) -> tuple[int, int, int]:
@@ -70,8 +50,7 @@ def size(process: psutil.Process) -> tuple[int, int, int]:
 
 def beside(folder: Path, rounds: int = _ROUNDS, steps: int = _STEPS) -> dict[str, Any]:
     """A device's median seconds of a step alone and beside a hostile one; the server's size, round by round."""
-    sent, labels = np.ones((32, 32, 8, 8), np.float32), np.zeros(32, np.int64)
-    with _server(folder) as (process, address), contextlib.ExitStack() as stack:
+    with server(folder) as (process, address), contextlib.ExitStack() as stack:
         remote = RemoteTail(address)
         stack.callback(remote.close)
         remote.open(trains=True)
@@ -83,7 +62,7 @@ def beside(folder: Path, rounds: int = _ROUNDS, steps: int = _STEPS) -> dict[str
             times = []
             for _ in range(count):
                 started = time.perf_counter()
-                remote.learn(step, PHASE, sent, labels, None)
+                remote.learn(step, PHASE, *BATCH, None)
                 times.append(time.perf_counter() - started)
                 step += 1
             return times
@@ -122,7 +101,7 @@ def beside(folder: Path, rounds: int = _ROUNDS, steps: int = _STEPS) -> dict[str
 def opens(folder: Path, count: int) -> dict[str, Any]:
     """`count` handshakes as fast as they come: the server's size before, every tenth of the way, and at the end."""
     request = wire.seal(pb.OpenRequest(protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN))
-    with _server(folder, "--max-calls", 1e9) as (process, address):
+    with server(folder, "--max-calls", 1e9) as (process, address):
         watched, sizes, refused = psutil.Process(process.pid), [], 0
         started = time.perf_counter()
         with grpc.insecure_channel(address, options=channel.DEVICE_OPTIONS) as link:

@@ -18,13 +18,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import netns, pair
 from benchmarks.faults import points, proxy
 from benchmarks.faults.proxy import Fault, Proxy
-from benchmarks.limits import CLASSES, PHASE, RECIPE
+from benchmarks.limits import server
 from benchmarks.machine import machine
+from benchmarks.recipes import BATCH, CLASSES, PHASE
 from common.meter import DOWN, UP
 from common.pulse import STALLED_S
 from common.rpc import split_pb2 as pb
@@ -36,7 +35,6 @@ SLOW = ("60kbit", "25kbit")
 _QUEUE = "2mb"
 _HEADER_BITS = 72
 _STUCK_S = 5.0  # in place of STALLED_S, for 144 flips
-_BATCH = np.ones((32, 32, 8, 8), np.float32), np.zeros(32, np.int64)
 
 
 @contextlib.contextmanager
@@ -44,9 +42,7 @@ def _server(prefix: tuple[str, ...] = (), listen: str = "127.0.0.1:0") -> Iterat
     """Its address, and its log."""
     with tempfile.TemporaryDirectory() as name:
         folder, extra = Path(name), ("--insecure",) if prefix else ()
-        (folder / "recipe.toml").write_text(RECIPE)
-        arguments = (folder / "recipe.toml", "--run", folder / "run", "--threads", 1, "--max-calls", 1e6, *extra)
-        with pair.server(*arguments, log=folder / "log", listen=listen, prefix=prefix) as (_, address):
+        with server(folder, "--max-calls", 1e6, *extra, listen=listen, prefix=prefix) as (_, address):
             yield address, folder / "log"
 
 
@@ -62,13 +58,13 @@ class Device:
     def step(self, count: int = 1) -> float:
         started = time.monotonic()
         for _ in range(count):
-            self.remote.learn(self._step, PHASE, *_BATCH, None)
+            self.remote.learn(self._step, PHASE, *BATCH, None)
             self._step += 1
         return round(time.monotonic() - started, 1)
 
     def evaluate(self) -> float:
         started = time.monotonic()
-        batches = [_BATCH] * 3
+        batches = [BATCH] * 3
         self.remote.evaluate(lambda: batches, 96, pb.SUBSET_UNSPECIFIED, PHASE, CLASSES, self._step)
         return round(time.monotonic() - started, 1)
 

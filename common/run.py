@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,14 +137,15 @@ class RunFolder:
         """Make sure that a run can be written here; RunFolderError where another lies here or space is short."""
         try:
             # Made only when the run starts, so that one that never did leaves nothing behind.
-            present = [] if self._untrained() else [name for name in _OURS if (self.path / name).exists()]
+            present = [name for name in _OURS if (self.path / name).exists()]
+            untrained = self._untrained(present)
             nearest = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
             if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, f"{nearest} is no folder that can be written to")
             free = shutil.disk_usage(nearest).free
         except OSError as error:
             raise RunFolderError(f"run folder {self.path} cannot be used: {error.strerror}") from error
-        if present and not overwrite:
+        if present and not untrained and not overwrite:
             kind = "a finished" if "summary.json" in present else "an unfinished"
             raise RunFolderError(
                 f"{self.path} already holds {kind} run; choose another --run, or pass --overwrite to replace it"
@@ -155,11 +156,11 @@ class RunFolder:
                 f"this run needs {(needed_bytes + _SPARE_BYTES) / 1e6:.0f}"
             )
 
-    def _untrained(self) -> bool:
-        """Whether the run that lies here made no step: there is nothing of it to lose."""
+    def _untrained(self, present: Sequence[str]) -> bool:
+        """Whether the run that lies here, of which these are `present`, made no step: there is nothing to lose."""
         metrics = self.path / "metrics.jsonl"
-        more = [name for name in _OURS if name not in ("recipe.toml", metrics.name) and (self.path / name).exists()]
-        return not more and metrics.is_file() and not metrics.stat().st_size and not self.unfinished()
+        only = {"recipe.toml", metrics.name}.issuperset(present)
+        return only and metrics.is_file() and not metrics.stat().st_size and not self.unfinished()
 
     @property
     def checkpoints(self) -> Path:

@@ -79,20 +79,20 @@ class Stream:
         ended = threading.Event()
         if not self._incoming.add_callback(ended.set):
             return
-        connection: Connection | None = None
-        pulse = Pulse(time.monotonic(), stalled_s=self._stalled_s)
+        link: tuple[Connection, Pulse] | None = None
         try:
             while not ended.wait(_LOOK_S):
-                if connection is None:
-                    connection = find_server(self._server)
-                    pulse = Pulse(time.monotonic(), stalled_s=self._stalled_s)
-                elif wrong := pulse.look(time.monotonic(), connection.moved(), self._due):
+                now = time.monotonic()
+                if link is None:
+                    if found := find_server(self._server):
+                        link = found, Pulse(now, stalled_s=self._stalled_s)
+                elif wrong := link[1].look(now, link[0].moved(), self._due):
                     self._lost = wrong
                     self._incoming.cancel()
                     return
         finally:
-            if connection:
-                connection.close()
+            if link:
+                link[0].close()
 
     def close(self) -> None:
         """End our side; the server has said its last."""

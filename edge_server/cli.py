@@ -114,11 +114,11 @@ def serve(
         assert host.run
         host.run.every = checkpoint_every
     else:
-        if once and folder.read():
+        host = Host.to_serve(folder, console, allowed, Limits(**limits))
+        if once:
             what = f"The run in {run_path} is complete already; to serve it, leave out --once."
             console.print(what, highlight=False, markup=False)
             return
-        host = Host.to_serve(folder, console, allowed, Limits(**limits))
     tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
     server = Server(host, listen, tls, insecure, token_file)
     address = f"{listen.rpartition(':')[0]}:{server.port}"

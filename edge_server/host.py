@@ -104,7 +104,7 @@ class Host:
         self.watch = Watch(self.limits, self.note)
         self._evaluations = 0  # streams that use the finished run at the moment
         self._lock = threading.Lock()
-        self._beginning = threading.Lock()  # held while a stream takes the place of another
+        self._beginning = threading.Lock()  # held while a stream takes another's place, and while the run is put back
         self._sessions: dict[str, Session] = {}
         self.run: LiveRun | None = None
         self.run_id = ""
@@ -138,8 +138,7 @@ class Host:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
             # The tail and three checkpoints of it with its optimiser.
             folder.prepare(overwrite, 10 * size)
-        host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved)
-        host.run.store_limit = host.limits.store
+        host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved, host.limits.store)
         host.run_id = host.run.run_id
         return host
 

@@ -26,7 +26,6 @@ from common.run import Manifest, RunFolder
 from common.tcp_info import Kernel, KernelBytes
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.initial import Initial
-from edge_server.limits import Limits
 from edge_server.session import Training
 
 # An older stream of the same run gets this long to end, which it does at once unless a step is being computed.
@@ -44,12 +43,13 @@ class LiveRun:
 
     def __init__(
         self, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str],
-        initial: Initial, saved: Mapping[str, Any] | None,
+        initial: Initial, saved: Mapping[str, Any] | None, store_limit: int,
     ) -> None:  # fmt: skip
-        """`saved`: head of the newest checkpoint in the folder, where the run is to go on from there."""
+        """`saved`: head of the newest checkpoint in the folder, where the run is to go on from there. `store_limit`:
+        bytes on disk for what its device sends while the head is frozen."""
         self.recipe, self.text, self.folder, self.console = recipe, text, folder, console
         self.initial, self._allowed = initial, allowed
-        self.every, self.store_limit = EVERY, Limits().store
+        self.every, self.store_limit = EVERY, store_limit
         self.run_id: str = saved["run_id"] if saved else secrets.token_hex(8)
         self.owner: str | None = saved["state"]["owner"] if saved else None  # identity of the device that began it
         self.training: Training | None = None

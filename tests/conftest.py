@@ -1,4 +1,4 @@
-"""What the tests share: small recipes, and whole runs of the two real processes, each trained once."""
+"""What the tests share: whole runs of the two real processes, each trained once; links, where they can be made."""
 
 from __future__ import annotations
 
@@ -9,21 +9,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import pair
+from benchmarks import netns, pair
+from benchmarks.recipes import recipe_text
 
-
-def recipe_text(method: str = "plain", **changes: str) -> str:
-    """A small recipe for the digits; `changes` replace whole tables or top keys by TOML text."""
-    parts = {
-        "top": f'name = "test-{method}"\nmethod = "{method}"\nseed = 3',
-        "model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"',
-        "data": "batch = 32\ncrop = 1\nflip = true",
-        "bottleneck": 'kind = "none"',
-        "codec": 'activation = "fp32"\ngradient = "fp32"',
-        "schedule": "phases = [[0, 0.5]]",
-        "optimiser": "lr = 0.05",
-    } | changes
-    return parts.pop("top") + "\n" + "".join(f"\n[{name}]\n{body}\n" for name, body in parts.items())
+needs_link = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
 
 
 @dataclass(frozen=True)

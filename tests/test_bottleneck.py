@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.recipes import recipe_text
 from common import bottleneck, schedule
 from common.recipe import parse
 from common.schedule import Plateau
-from tests.conftest import recipe_text
 
 
 @pytest.mark.parametrize("kind", ["none", "channels", "linear"])

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import counters, netns
+from benchmarks import counters
 from common.chooser import Chooser
 from common.codecs import NOTHING, Aside, codec
 from common.codecs.base import Buffer
 from common.tcp_info import Flow
+from tests.conftest import needs_link
 from tests.test_codecs import activation, gradient
 
 
@@ -74,7 +75,7 @@ def test_other_codecs_are_left_alone() -> None:
     assert Chooser(Link(1.0).read).encode(codec("step:15"), tensor, NOTHING) == codec("step:15").encode(tensor)
 
 
-@pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
+@needs_link
 def test_on_a_shaped_link_fewer_bytes_cross_and_training_is_the_same(tmp_path: Path) -> None:
     """Through tbf at 0.4 Mbit/s the rate is what TCP measured, and the sender changes over by itself."""
     counters.measure(tmp_path / "step", "step:15", 0.13, side=32)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import counters, netns, pair
+from benchmarks import counters, pair
+from benchmarks.recipes import recipe_text
 from common.tcp_info import Kernel, find
 from device_client.remote_tail import RemoteTail
-from tests.conftest import recipe_text
-
-needs_link = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
+from tests.conftest import needs_link
 
 
 @needs_link

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
+from benchmarks.recipes import recipe_text
 from common import halves, schedule, wire
 from common.codecs import codec
 from common.errors import FrameError, ModelError, StoreError
@@ -25,7 +26,7 @@ from common.wire import Place
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
 from edge_server.store import Store
-from tests.conftest import Run, recipe_text, train
+from tests.conftest import Run, train
 
 PER_EPOCH = 1438 // 32
 SHAPE = (4, 2, 3, 3)

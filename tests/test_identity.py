@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from benchmarks import pair
+from benchmarks.recipes import CLASSES, recipe_text
 from common import tokens, wire
 from common.channel import Access, ServerTls, connect, server_credentials
 from common.errors import AuthError, DepruneError, ForbiddenError, LinkError, SessionError, from_rpc
@@ -34,9 +35,7 @@ from device_client.remote_tail import RemoteTail
 from edge_server import certs
 from edge_server import cli as server_cli
 from edge_server.identity import Guard
-from tests.conftest import recipe_text
 
-CLASSES = tuple("0123456789")
 TOKENS = {"alice": "alice-" + "a" * 26, "bob": "bob-" + "b" * 28}
 
 

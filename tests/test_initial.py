@@ -8,12 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from benchmarks.recipes import recipe_text
 from common import halves, models
 from common.errors import ModelError, RunFolderError
 from common.recipe import load, parse
 from common.run import RunFolder
 from edge_server.initial import initial_weights
-from tests.conftest import Run, recipe_text
+from tests.conftest import Run
 
 
 def test_whole_model_weights_are_split(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks import inprocess, tensors
+from benchmarks.recipes import recipe_text
 from device_client.data import load
-from tests.conftest import recipe_text, train
+from tests.conftest import train
 
 SCHEDULES = {
     "all": "phases = [[0, 0.5]]",

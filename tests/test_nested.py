@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks import pair
+from benchmarks.recipes import recipe_text
 from common import recipe as recipes
 from common.errors import RecipeError
 from common.norms import Norms
-from tests.conftest import Run, recipe_text, train
+from tests.conftest import Run, train
 
 
 @pytest.fixture(scope="module")

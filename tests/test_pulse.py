@@ -15,22 +15,17 @@ import pytest
 from benchmarks import pair
 from benchmarks.faults import points, proxy
 from benchmarks.faults.proxy import Fault, Moment, Proxy
+from benchmarks.recipes import BATCH, CLASSES, PHASE, recipe_text
 from common import channel
 from common.meter import DOWN, UP
 from common.pulse import SILENT_S, STALLED_S, Pulse
 from common.rpc import split_pb2 as pb
-from common.schedule import Phase
 from common.tcp_info import Moved
 from device_client import link
 from device_client.remote_tail import RemoteTail
 from edge_server import watch
 from edge_server.limits import Limits
 from edge_server.watch import Watch
-from tests.conftest import recipe_text
-
-CLASSES = tuple("0123456789")
-PLAIN = Phase(0, 0, 32, "fp32", "fp32", 0.05, 0, 1)
-STEP = np.ones((32, 32, 8, 8), np.float32), np.zeros(32, np.int64)
 
 
 def judged(moved: Callable[[int], Moved | None], due: float | None = 0.0, seconds: int = 700) -> tuple[int, str]:
@@ -137,7 +132,7 @@ def device(address: str) -> Iterator[tuple[RemoteTail, Proxy, list[str]]]:
         remote.say = said.append
         remote.open(trains=True)
         remote.begin(1438, CLASSES)
-        remote.learn(0, PLAIN, *STEP, None)
+        remote.learn(0, PHASE, *BATCH, None)
         yield remote, between, said
         remote.close()
 
@@ -147,12 +142,12 @@ def steps_over(device: tuple[RemoteTail, Proxy, list[str]], fault: Fault) -> lis
     remote, between, said = device
     remote._lose()  # the next stream is looked at with the times of this test
     first = between.step + 1
-    remote.learn(first, PLAIN, *STEP, None)
+    remote.learn(first, PHASE, *BATCH, None)
     said.clear()
     reconnects = remote.faults.reconnects
     between.arm(fault)
     for step in (first + 1, first + 2):
-        _, result, _ = remote.learn(step, PLAIN, *STEP, None)
+        _, result, _ = remote.learn(step, PHASE, *BATCH, None)
         assert np.isfinite(result.loss)
     assert fault.fired.is_set() and remote.faults.reconnects > reconnects
     return said
@@ -170,8 +165,8 @@ def test_a_black_hole_in_an_evaluation(device: Any, monkeypatch: pytest.MonkeyPa
     remote, between, said = device
     said.clear()
     fault = between.arm(Fault(proxy.HOLE, points.moment(points.EVALUATION), 0.5))
-    batches = [STEP] * 3
-    verdict = remote.evaluate(lambda: batches, 96, pb.SUBSET_UNSPECIFIED, PLAIN, CLASSES, between.step + 1)
+    batches = [BATCH] * 3
+    verdict = remote.evaluate(lambda: batches, 96, pb.SUBSET_UNSPECIFIED, PHASE, CLASSES, between.step + 1)
     assert verdict.count == 96 and fault.fired.is_set()
     assert len(said) == 1 and "the link is dead" in said[0]
 

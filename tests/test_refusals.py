@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks import pair
+from benchmarks.recipes import recipe_text
 from common import wire
 from common.errors import DepruneError, FrameError, RecipeError, TooLargeError, VersionError, from_rpc
 from common.meter import Draft
@@ -25,7 +26,7 @@ from common.rpc import split_pb2_grpc
 from common.wire import Place
 from device_client.remote_tail import RemoteTail
 from edge_server.limits import Limits
-from tests.conftest import Run, recipe_text
+from tests.conftest import Run
 
 CLASSES = tuple("0123456789")
 

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.inprocess import Stub
+from benchmarks.recipes import recipe_text
 from common.checkpoint import Checkpoints
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
@@ -28,7 +29,6 @@ from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.host import Host
 from edge_server.servicer import Servicer
-from tests.conftest import recipe_text
 
 EVERY = 4
 CODEC = 'activation = "step:15"\ngradient = "step:10"'

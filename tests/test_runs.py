@@ -14,10 +14,11 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import pair
+from benchmarks.recipes import recipe_text
 from common import report
 from device_client import data
 from device_client.remote_tail import RemoteTail
-from tests.conftest import Run, recipe_text, train
+from tests.conftest import Run, train
 
 
 @pytest.mark.parametrize("fixture", ["plain_run", "deprune_run"])

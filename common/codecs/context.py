@@ -22,9 +22,8 @@ from common.errors import CodecError
 
 Array = NDArray[Any]
 
-_HEADER = struct.Struct(
-    "<BBBI"
-)  # levels of doubt, of predictions in each; parents of a channel; bytes of the frame with all but the symbols
+# Levels of doubt, groups of predictions in each; parents of a channel; bytes of the frame with all but the symbols.
+_HEADER = struct.Struct("<BBBI")
 _DOUBTS = 1 << 12  # more than any doubt
 _LEVELS, _GROUPS = 6, 12
 # Magnitudes of signed symbols are predicted in eighths.
@@ -124,11 +123,7 @@ def _model(
         found.append(tuple(_taken(part, chosen) for part in parts))
     most = _most(maps.size, signed)
     sent, all_values, all_doubts = (np.concatenate([parts[at] for parts in found]) for at in (0, 1, 2))
-    sizes = most
-    if len(sent) < _PLENTY:
-        thin = max(1, len(sent) // _SAMPLE)
-        some = sent[::thin], all_values[::thin], all_doubts[::thin]
-        sizes = min(_fewer(*most), key=lambda sizes: _cost(*some, sizes, thin))
+    sizes = most if len(sent) >= _PLENTY else _cheapest(most, sent, all_values, all_doubts)
     between, within = _grouped(all_values, all_doubts, sizes)
     contexts = _Contexts(between, within)
     batches = [
@@ -150,9 +145,12 @@ def _grouped(values: Array, doubts: Array, sizes: tuple[int, int]) -> tuple[Arra
     return between, np.stack([_borders(row, groups) for row in histograms.reshape(levels, MOST + 1)])
 
 
-def _fewer(levels: int, groups: int) -> list[tuple[int, int]]:
-    """Numbers of levels and groups to try where tables may cost more than they save."""
-    return list(dict.fromkeys((max(1, levels >> at), max(1, groups >> at)) for at in range(0, 6)))
+def _cheapest(most: tuple[int, int], symbols: Symbols, values: Array, doubts: Array) -> tuple[int, int]:
+    """How many levels and groups come to the fewest bytes, by a sample: tables may cost more than they save."""
+    thin = max(1, len(symbols) // _SAMPLE)
+    some = symbols[::thin], values[::thin], doubts[::thin]
+    fewer = dict.fromkeys((max(1, most[0] >> at), max(1, most[1] >> at)) for at in range(6))
+    return min(fewer, key=lambda sizes: _cost(*some, sizes, thin))
 
 
 def _cost(symbols: Symbols, values: Array, doubts: Array, sizes: tuple[int, int], thin: int) -> float:

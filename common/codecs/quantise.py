@@ -2,9 +2,8 @@
 
 Two kinds. *Unsigned* (no element negative, as behind a ReLU): symbol 0 is exact zero and nothing else, symbol k lies
 from k-1 to k steps and is decoded to where such elements lie on average, near the middle; so the receiver knows which
-elements are zero. *Signed*: symbol 127
-is zero, 127 + q stands for q steps, rounded to nearest or with dither. Symbol 255 is an outlier in both, whose number
-of steps stands in a list of its own. Pure numpy; called by codecs/step.py.
+elements are zero. *Signed*: symbol 127 is zero, 127 + q stands for q steps, rounded to nearest or with dither. Symbol
+255 is an outlier in both, whose number of steps stands in a list of its own. Pure numpy; called by codecs/step.py.
 """
 
 from __future__ import annotations

@@ -25,9 +25,8 @@ from common.errors import CodecError
 _SMALL = 256
 # Steps outside are not safe to divide by, or to multiply with, in float32: such a tensor goes as it is.
 _LEAST, _MOST, _FURTHEST = 1e-36, 1e28, 2.0**30
-_HEADER = struct.Struct(
-    "<BfBII"
-)  # form and flags, step, level of unsigned elements in it, outliers, checksum of the support
+# Form and flags, step, level of unsigned elements in it, outliers, checksum of the support.
+_HEADER = struct.Struct("<BfBII")
 _RAW, _ZEROS, _PACKED, _CONTEXT = range(4)
 _SIGNED, _DITHERED, _SUPPORTED = 4, 8, 16
 _UNCODED = Fp32()

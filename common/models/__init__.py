@@ -30,11 +30,6 @@ MODELS: dict[str, Factory] = {
 }
 
 
-def is_builtin(name: str) -> bool:
-    """Whether `name` is a network of this package, which needs nobody's permission."""
-    return name in MODELS
-
-
 def build(name: str, input_shape: tuple[int, int, int], classes: int, allowed: Collection[str] = ()) -> nn.Module:
     """The network `name` with fresh weights, in training mode, from torch's global random state.
 
