@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator
 
 import numpy as np
@@ -57,19 +58,20 @@ def evaluate(host: Host, receive: Incoming, training: Training | None) -> Genera
             number += 1
         verdict = pb.Verdict(count=total.count, loss=total.mean_loss, accuracy=total.accuracy)
         again = False
-        if training and begin.subset in (pb.VALIDATION, pb.TEST):
-            on_test = begin.subset == pb.TEST
-            again = (training.step, on_test) in training.evaluated
-            decision = training.judged(total, on_test)
-            verdict.finished = decision.then == pb.FINISH
-            if decision.phase:
-                verdict.next.CopyFrom(phase_message(decision.phase))
-        last = draft.frame(DOWN, wire.seal(Place(pb.EVALUATION, number, phase.index).frame(verdict=verdict)))
-        if not again:
-            draft.keep()  # one whose verdict was lost is in the books already
-            if training and host.run:
-                # The device may go on from here without judging again: a server that is lost now must know the outcome.
-                host.run.keep(anew=True)
+        with host.run.keeping if training and host.run else contextlib.nullcontext():
+            if training and begin.subset in (pb.VALIDATION, pb.TEST):
+                on_test = begin.subset == pb.TEST
+                again = (training.step, on_test) in training.evaluated
+                decision = training.judged(total, on_test)
+                verdict.finished = decision.then == pb.FINISH
+                if decision.phase:
+                    verdict.next.CopyFrom(phase_message(decision.phase))
+            last = draft.frame(DOWN, wire.seal(Place(pb.EVALUATION, number, phase.index).frame(verdict=verdict)))
+            if not again:
+                draft.keep()  # one whose verdict was lost is in the books already
+                if training and host.run:
+                    # The device may go on from here without judging again: a server that is lost now must know it.
+                    host.run.keep(anew=True)
         yield last
     finally:
         if training:

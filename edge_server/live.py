@@ -56,6 +56,9 @@ class LiveRun:
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.checkpoints = Checkpoints(folder.checkpoints, self.run_id, recipe.digest())
         self._at = 0  # step of the newest checkpoint, where `saved`
+        # Held while a checkpoint is taken, and while an evaluation's outcome and its bytes are noted down, so that no
+        # checkpoint has the one and not the other.
+        self.keeping = threading.RLock()
         self._streams: set[Stream] = set()
         self._changed = threading.Condition()
         if saved:
@@ -189,6 +192,10 @@ class LiveRun:
 
         `anew`: in place of the one that there is.
         """
+        with self.keeping:
+            self._keep(decision, anew)
+
+    def _keep(self, decision: Decision | None, anew: bool) -> None:
         training = self.training
         assert training
         turn = decision is None or bool(decision.phase) or decision.then != pb.STEP

@@ -27,8 +27,11 @@ from common.run import RunFolder
 from device_client.data import Dataset, load
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
+from edge_server.coordinator import Decision
 from edge_server.host import Host
+from edge_server.live import LiveRun
 from edge_server.servicer import Servicer
+from edge_server.session import Training
 
 EVERY = 4
 CODEC = 'activation = "step:15"\ngradient = "step:10"'
@@ -180,3 +183,36 @@ def test_no_stream_begins_while_the_run_is_put_back(tmp_path: Path, monkeypatch:
         thread.join(30)
     assert begun.is_set() and met == [False]
     host.close()
+
+
+def test_no_checkpoint_has_the_outcome_of_an_evaluation_without_its_bytes(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training stream may be taking one while the device is judged already; nobody would count the bytes again."""
+    judged, runs, order = Training.judged, [], []
+    keep, begin = LiveRun.keep, LiveRun.begin
+
+    def begun(run: LiveRun, *arguments: Any) -> None:
+        runs.append(run)
+        begin(run, *arguments)
+
+    def kept(run: LiveRun, decision: Decision | None = None, anew: bool = False) -> None:
+        keep(run, decision, anew)
+        order.append("by the evaluation" if anew else "by another")
+
+    def slowly(training: Training, *arguments: Any) -> Decision:
+        decision = judged(training, *arguments)
+        order.clear()
+        threads.append(threading.Thread(target=runs[0].keep))
+        threads[-1].start()
+        threads[-1].join(0.2)
+        assert not order
+        return decision
+
+    threads: list[threading.Thread] = []
+    for owner, name, new in ((LiveRun, "begin", begun), (LiveRun, "keep", kept), (Training, "judged", slowly)):
+        monkeypatch.setattr(owner, name, new)
+    leg(tmp_path, CASES["plateau"], digits)
+    for thread in threads:
+        thread.join(30)
+    assert threads and {"by another", "by the evaluation"} == set(order)
