@@ -154,6 +154,10 @@ CASES = [
     _from_scratch("deprune 4 then 8, head frozen", "deprune", (4, 6), (8, 14), db=8),
     _from_scratch("fixed width 8, head frozen", "fixed", (8, 20), db=10, quick=True),
     Case(
+        "deprune 8, then 16 with the head frozen", "deprune",
+        "[8, 6], { width = 16, epochs = 14, views = 6, flip = true, shift = 1 }", "linear", "context:10", "context:5",
+    ),
+    Case(
         "deprune 8 frozen, then 16", "deprune",
         "{ width = 8, epochs = 10, views = 1, flip = true, shift = 2 }, { width = 16, epochs = 3 }", "linear",
         "context:10", "context:5", "principal",
