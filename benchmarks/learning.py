@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.learning_cases import CASES, Case
+from benchmarks.learning_cases import CASES, CUTS, Case
 from benchmarks.learning_runs import Job, is_kept, recipe_of, run, start
 from common import recipe
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
     parser.add_argument("--quick", action="store_true", help="a few rows on few pictures, under 15 minutes")
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="tiny", choices=CUTS, help="the larger ones have fewer rows and epochs")
     parser.add_argument(
         "--only", action="append", help="a row, and what it starts from; or rows whose names contain it"
     )
@@ -125,7 +125,12 @@ def main() -> None:
     result = RESULTS / ("learning-quick.json" if options.quick else "learning.json")
     rows = json.loads(result.read_text()) if result.is_file() else []
     seeds = QUICK_SEEDS if options.quick else SEEDS
-    chosen = [case for case in CASES if (case.quick or not options.quick) and is_wanted(case.name, options.only)]
+    larger = options.model != "tiny" and not options.only
+    chosen = [
+        case
+        for case in CASES
+        if (case.quick or not options.quick) and (case.main or not larger) and is_wanted(case.name, options.only)
+    ]
     done = {(row["name"], row["seed"], row["model"]) for row in rows if is_current(row, options.quick)}
     jobs = waves(chosen, seeds, options.model, options.quick, done)
     started, count = time.monotonic(), 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +51,15 @@ def precision() -> str:
     return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
 
 
-CUTS = {"tiny": ("stage1_relu2", "stage2_1_relu2")}  # the cut of all rows, and a later one
+# The cut of most rows, and a later one: 32 channels of 16x16, then 64 of 8x8 (vgg11: 128 of 8x8, 256 of 4x4).
+CUTS = {
+    "tiny": ("stage1_relu2", "stage2_1_relu2"),
+    "resnet20": ("stage2_0_relu2", "stage3_0_relu2"),
+    "mobilenetv2": ("stage3_0_out", "stage4_0_out"),
+    "vgg11": ("stage2_pool", "stage3_pool"),
+}
+# Epochs as a share of a row's own where it starts from nothing: a step of these takes a processor several times longer.
+SHARES = {"resnet20": 0.3, "mobilenetv2": 0.3, "vgg11": 0.3}
 # Which pictures a row trains on: a half of those that are read, all classes or five of them.
 ALL, OTHERS, LAST_FIVE, FIRST_FIVE = "all", "others", "last five", "first five"
 
@@ -72,29 +82,36 @@ class Case:
     restart: bool = False
     later: bool = False  # cut later, where the device computes more and less crosses
     quick: bool = False  # in the quick benchmark too
+    main: bool = False  # of the larger networks too
 
-    def recipe(self, model: str, seed: int, init: str, shorten: float = 1) -> str:
+    def recipe(self, model: str, seed: int, init: str) -> str:
         classes = 10 if self.part in (ALL, OTHERS) else 5
         method = self.method if self.method in METHODS else "plain"
+        phases = self.phases if self.start else shortened(self.phases, SHARES.get(model, 1))
         return RECIPE.format(
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
             init=f"run:{init}" if init else "", kind=self.kind, basis=self.basis, up=self.up, down=self.down,
-            phases=self.phases, lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(),
+            phases=phases, lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(),
             precision=precision(),
         )  # fmt: skip
 
 
-def _linear(name: str, width: int, up: int = 15, down: int = 10, quick: bool = False, part: str = ALL) -> Case:
-    return Case(
-        name,
-        "fixed",
-        f"[{width}, {EPOCHS}]",
-        "linear",
-        up=f"context:{up}",
-        down=f"context:{down}",
-        part=part,
-        quick=quick,
-    )
+def shortened(phases: str, share: float) -> str:
+    """TOML phases with so much of their epochs."""
+    if share == 1:
+        return phases
+    result = []
+    for phase in tomllib.loads(f"phases = [{phases}]")["phases"]:
+        if isinstance(phase, list):
+            result.append(json.dumps([phase[0], phase[1] * share]))
+        else:
+            whole = phase | {"epochs": phase["epochs"] * share}
+            result.append("{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in whole.items()) + " }")
+    return ", ".join(result)
+
+
+def _linear(name: str, width: int, up: int = 15, down: int = 10, **more: bool) -> Case:
+    return Case(name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"context:{up}", f"context:{down}", **more)
 
 
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
@@ -127,17 +144,17 @@ def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
 
 KNOWN, KNOWN_FIVE = "plain on other pictures", "plain on five other classes"
 CASES = [
-    Case("plain", "plain", quick=True),
-    Case(KNOWN, "pretrained", part=OTHERS, quick=True),
+    Case("plain", "plain", quick=True, main=True),
+    Case(KNOWN, "pretrained", part=OTHERS, quick=True, main=True),
     Case(
         "deprune 8 then 16", "deprune", "[8, 18], { width = 16, epochs = 8, activation = 'context:15' }", "linear",
-        "context:10", "context:5", quick=True,
+        "context:10", "context:5", quick=True, main=True,
     ),
     Case(
         "deprune 8 then 16, longer", "deprune", "[8, 20], { width = 16, epochs = 12, activation = 'context:15' }",
         "linear", "context:10", "context:5",
     ),
-    _linear("fixed width 8", 8, quick=True),
+    _linear("fixed width 8", 8, quick=True, main=True),
     Case(
         "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "context:20",
         start=KNOWN, lr=0.05, warmup=0, quick=True,
@@ -145,7 +162,7 @@ CASES = [
     Case(
         "prune to 8, head frozen at first", "prune",
         "{ width = 8, epochs = 2, views = 1 }, { width = 8, epochs = 0.75, lr = 0.02 }", "linear",
-        up="context:20", down="context:10", start=KNOWN, lr=0.05, warmup=0, quick=True,
+        up="context:20", down="context:10", start=KNOWN, lr=0.05, warmup=0, quick=True, main=True,
     ),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
     _stored("prune to 24 of 64, later cut", 24, "context:10", later=True),

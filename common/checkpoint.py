@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from common import memory
 from common.errors import RunFolderError
 from common.files import write_atomically
 
@@ -64,6 +65,7 @@ class Checkpoints:
         write_atomically(self._path(step), data)
         self.written.add(step)
         self._prune()
+        memory.give_back()
 
     def confirm(self, step: int) -> None:
         """The other side has said that this is its newest."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ import torch
 from torch import nn
 
 from benchmarks import learning, whole
-from benchmarks.learning_cases import CASES
-from common import weights
+from benchmarks.learning_cases import CASES, CUTS, shortened
+from common import halves, weights
 from common.meter import DOWN, UP, Meter
 from common.recipe import parse
 from device_client.data import Dataset, load
@@ -36,6 +38,20 @@ def digits() -> Dataset:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_is_a_legal_recipe(case: Any) -> None:
     parse(case.recipe("tiny", 0, "somewhere" if case.start else ""))
+
+
+@pytest.mark.parametrize("model", CUTS)
+def test_every_model_can_be_cut_where_the_benchmark_cuts_it(model: str) -> None:
+    for later in (False, True):
+        case = replace(CASES[0], later=later)
+        assert halves.build(parse(case.recipe(model, 0, ""))).channels in (32, 64, 128, 256)
+
+
+def test_larger_networks_have_a_share_of_the_epochs_and_all_else_alike() -> None:
+    whole = "[8, 18], { width = 16, epochs = 8, flip = true, activation = 'context:15' }"
+    assert shortened(whole, 1) == whole
+    short = tomllib.loads(f"phases = [{shortened(whole, 0.5)}]")["phases"]
+    assert short == [[8, 9.0], {"width": 16, "epochs": 4.0, "flip": True, "activation": "context:15"}]
 
 
 def test_federated_averaging_moves_all_weights_both_ways(digits: Dataset) -> None:
