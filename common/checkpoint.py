@@ -56,7 +56,7 @@ class Checkpoints:
     def write(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Keep a checkpoint and drop those that are needed no more; RunFolderError, and none lost, without room."""
         head = json.dumps({"step": step, "run_id": self.run_id, "digest": self.digest, "state": state})
-        whole = {name: value.detach().contiguous() for name, value in tensors.items()}
+        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         data = safetensors.torch.save(whole, {"deprune": head, "sha256": _digest(head, whole)})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

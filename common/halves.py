@@ -56,12 +56,16 @@ class Tail(nn.Module):
         return self.layers(self.bottleneck(sent)).float()
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Halves:
     head: Head
     tail: Tail
     cut: tuple[int, ...]  # shape of one picture's activation at the cut, channels first
     gate: Gate
+    processor: torch.device = _CPU  # where the tail is; the head is always on the processor
     # Held while the tail computes for devices that are served at the same time.
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -73,9 +77,9 @@ class Halves:
         return (batch, width, *self.cut[1:])
 
 
-def build(recipe: Recipe, allowed: Collection[str] = ()) -> Halves:
-    """Both halves with the recipe's random weights (a function of its seed); ModelError, CutError as models and
-    partition raise them. The caller drops the half that it doesn't need."""
+def build(recipe: Recipe, allowed: Collection[str] = (), processor: torch.device = _CPU) -> Halves:
+    """Both halves with the recipe's random weights (a function of its seed), the tail on `processor`; ModelError,
+    CutError as models and partition raise them. The caller drops the half that it doesn't need."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
@@ -86,7 +90,9 @@ def build(recipe: Recipe, allowed: Collection[str] = ()) -> Halves:
     gate = Gate(recipe.bottleneck.kind != "linear" and rectified(head))
     nested = {width or shape[0] for phase in recipe.schedule.phases if phase.nested
               for width in (*phase.nested, phase.width)}  # fmt: skip
-    return Halves(Head(head, encoder), Tail(tail, decoder, sorted(nested)), shape, gate)
+    # Moved before the norms are made: their sets are buffers beside the layers', not copies from elsewhere.
+    tail, decoder = tail.to(processor), decoder.to(processor)
+    return Halves(Head(head, encoder), Tail(tail, decoder, sorted(nested)), shape, gate, processor)
 
 
 def reseed(seed: int, step: int, side: str) -> None:

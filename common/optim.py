@@ -70,8 +70,8 @@ def restore(optimiser: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def arithmetic(precision: str) -> contextlib.AbstractContextManager[object]:
-    """The context in which a half computes: nothing for fp32, autocast for bf16."""
+def arithmetic(precision: str, kind: str = "cpu") -> contextlib.AbstractContextManager[object]:
+    """The context in which a half computes on a `kind` of processor: nothing for fp32, autocast for bf16."""
     if precision == "bf16":
-        return torch.autocast("cpu", dtype=torch.bfloat16)
+        return torch.autocast(kind, dtype=torch.bfloat16)
     return contextlib.nullcontext()

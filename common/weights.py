@@ -15,7 +15,8 @@ from common.errors import ModelError
 
 def to_bytes(module: nn.Module) -> bytes:
     """safetensors bytes of the module's whole state (parameters and buffers)."""
-    return safetensors.torch.save({name: value.detach().contiguous() for name, value in module.state_dict().items()})
+    state = module.state_dict()
+    return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in state.items()})
 
 
 def room(module: nn.Module) -> int:

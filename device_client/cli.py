@@ -185,6 +185,9 @@ def train(
             f"{len(loaded.train):,} training and {len(loaded.test):,} test pictures in {len(loaded.classes)} classes.",
             highlight=False,
         )
+        if loaded.scaled and source != "digits":
+            _, height, width = opened.recipe.model.input
+            _say(f"pictures are scaled to the model's {width}x{height}, not cropped; {loaded.scaled}.")
         init = RunFolder(head_path) if head_path else None
         summary = train_run(remote, loaded, folder, console, allowed, init, publish_head)
     finally:

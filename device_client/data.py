@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Dataset:
     validation: Part
     test: Part
     skipped: tuple[str, ...]  # "train/cat/a.jpg (empty file)", only with skip_unreadable
+    scaled: str = ""  # "train/cat/b.jpg was 640x480", of the first picture if it had another size than the model's
 
 
 def load(
@@ -115,7 +117,8 @@ def load(
             raise DataError(f"none of the {len(chosen):,} {name} pictures of {source} can be read: {some(unreadable)}")
     empty = Part(np.empty((0, *input_shape), dtype=np.uint8), np.empty(0, dtype=np.int64))
     train_part, validation_part, test_part = (read.get(name, empty) for name in ("train", "validation", "test"))
-    return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable))
+    scaled = _scaled(*next(iter(wanted.values())), input_shape)
+    return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled)
 
 
 def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> Pictures:
@@ -127,6 +130,15 @@ def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> Pictures:
             return decode(Path(path), input_shape)
     except Exception as error:  # noqa: BLE001 as in _read
         raise DataError(f"the picture {path} cannot be read ({reason(error)}); give another file") from error
+
+
+def _scaled(side: Side, chosen: NDArray[np.int64], shape: Shape) -> str:
+    """What was scaled first, if the first picture that can be read was; empty otherwise."""
+    for index in chosen:
+        with suppress(Exception), bombs_are_errors():  # one that cannot be read was reported, or left out, by `_read`
+            width, height = side.size(int(index))
+            return "" if (height, width) == shape[1:] else f"{side.name(int(index))} was {width}x{height}"
+    return ""
 
 
 def _split(

@@ -25,6 +25,12 @@ def _formats() -> tuple[str, ...]:
     return ("JPEG", "PNG", *(name for name in Image.ID if name not in {"JPEG", "PNG", "EPS"}))
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture file, from its header alone."""
+    with Image.open(path, formats=_formats()) as image:
+        return image.size
+
+
 def decode(path: Path, shape: Shape) -> Pictures:
     """A picture file as uint8 [C,H,W], turned upright as its EXIF says; of an animation, the first frame."""
     try:

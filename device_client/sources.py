@@ -21,7 +21,7 @@ from PIL import Image
 from common.draw import SPLIT, generator
 from common.errors import DataError
 from device_client.batches import Pictures
-from device_client.pictures import MODES, Shape, decode, fit
+from device_client.pictures import MODES, Shape, decode, fit, size_of
 
 _NAMED = 5  # how many names an error lists
 _THREADS_FROM = 8_192  # bytes of a file, about 150x150 pixels; see _bytes_each
@@ -35,6 +35,7 @@ class Side:
     labels: NDArray[np.int64]
     read: Callable[[int], Pictures]
     name: Callable[[int], str]
+    size: Callable[[int], tuple[int, int]]  # width and height before they are the model's
     threads: int | None = 1  # None: as many as the machine is good for
 
 
@@ -134,6 +135,7 @@ def _folder_side(root: Path, folders: list[Path], classes: tuple[str, ...], shap
         np.array(labels, dtype=np.int64),
         read=lambda index: decode(files[index], shape),
         name=lambda index: str(files[index].relative_to(root)),
+        size=lambda index: size_of(files[index]),
         threads=None if _bytes_each(files) >= _THREADS_FROM else 1,
     )
 
@@ -264,7 +266,8 @@ def _array_side(name: str, pictures: Pictures, labels: NDArray[Any], shape: Shap
     def read(index: int) -> Pictures:
         return fit(Image.fromarray(np.ascontiguousarray(pictures[index])), shape)
 
-    return Side(labels.astype(np.int64), read, name=lambda index: f"{name}_x[{index}]")
+    height, width = pictures.shape[1:3]
+    return Side(labels.astype(np.int64), read, lambda index: f"{name}_x[{index}]", lambda _: (width, height))
 
 
 # --- sizes and words ---

@@ -25,6 +25,7 @@ from edge_server import certs as certificates
 from edge_server import limit_options
 from edge_server.host import Host
 from edge_server.limits import Limits
+from edge_server.processor import AUTO, choose
 from edge_server.server import Server, run
 
 console = Console(soft_wrap=True)
@@ -62,6 +63,14 @@ def cli() -> None:
     help="Code that a recipe may name as its model; can be repeated.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores.")
+@click.option(
+    "--device",
+    "processor",
+    default=AUTO,
+    show_default=True,
+    metavar="NAME",
+    help="Where the tail computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one.",
+)
 @click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificate (PEM).")
 @click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its key (PEM).")
 @click.option(
@@ -86,7 +95,7 @@ def cli() -> None:
 @limit_options.limits
 def serve(
     recipe: Path | None, listen: str, run_path: Path, overwrite: bool, once: bool, allowed: tuple[str, ...],
-    threads: int | None, tls_cert: Path | None, tls_key: Path | None, tls_client_ca: Path | None,
+    threads: int | None, processor: str, tls_cert: Path | None, tls_key: Path | None, tls_client_ca: Path | None,
     token_file: Path | None, checkpoint_every: int, insecure: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the finished run in --run.
@@ -104,17 +113,18 @@ def serve(
         console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
     if threads:
         torch.set_num_threads(threads)
+    chosen = choose(processor)
     folder = RunFolder(run_path)
     if recipe:
         parsed, text = recipes.load(recipe)
     # The same command goes on serving a run that it has finished: a service may be restarted at any time.
     if recipe and (overwrite or not folder.holds_finished(parsed.digest())):
         click.get_current_context().with_resource(folder.claimed())
-        host = Host.to_train(parsed, text, folder, console, allowed, overwrite, Limits(**limits))
+        host = Host.to_train(parsed, text, folder, console, allowed, overwrite, Limits(**limits), chosen)
         assert host.run
         host.run.every = checkpoint_every
     else:
-        host = Host.to_serve(folder, console, allowed, Limits(**limits))
+        host = Host.to_serve(folder, console, allowed, Limits(**limits), chosen)
         if once:
             what = f"The run in {run_path} is complete already; to serve it, leave out --once."
             console.print(what, highlight=False, markup=False)
@@ -131,7 +141,8 @@ def serve(
         doing = f"waiting for a device to train {parsed.name}"
     if host.run and host.run.step:
         doing = f"waiting for its device to go on with {parsed.name} at step {host.run.step:,}"
-    console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.", highlight=False)
+    where = f" The tail computes on {torch.cuda.get_device_name(chosen)}." if chosen.type == "cuda" else ""
+    console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.{where}", highlight=False)
     caught = run(server, once)
     console.print(f"Stopped{f' by {caught}' if caught else ''}{_left(host)}", highlight=False, markup=False)
 

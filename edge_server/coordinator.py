@@ -45,7 +45,7 @@ class Coordinator:
 
     def observe(self, activation: torch.Tensor, gradient: torch.Tensor) -> None:
         """Take the channels' worth from a step of a ranking phase: activation and gradient, both [B, C, ...]."""
-        self._scores += rank_channels(activation, gradient)
+        self._scores += rank_channels(activation, gradient).to(self._scores.device)
 
     def after_step(self, step: int) -> Decision:
         """What follows `step`."""

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -41,6 +42,7 @@ from edge_server.limits import Limits
 from edge_server.live import LiveRun, Stream
 from edge_server.watch import Watch
 
+CPU = torch.device("cpu")
 # Between the handshake and the first stream a device reads its data; it keeps its place so long at least.
 _GRACE_S = 60.0
 
@@ -118,9 +120,10 @@ class Host:
     @classmethod
     def to_train(
         cls, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str], overwrite: bool,
-        limits: Limits | None = None,
+        limits: Limits | None = None, processor: torch.device = CPU,
     ) -> Host:  # fmt: skip
-        """A host that trains `recipe` in `folder`, from where it was left; what could fail later is tried now."""
+        """A host that trains `recipe` in `folder`, from where it was left, with the tail on `processor`; what could
+        fail later is tried now."""
         host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed)
         _check_sizes(recipe, halves, host.limits.elements)
@@ -138,15 +141,16 @@ class Host:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
             # The tail and three checkpoints of it with its optimiser.
             folder.prepare(overwrite, 10 * size)
-        host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved, host.limits.store)
+        host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved, host.limits.store, processor)
         host.run_id = host.run.run_id
         return host
 
     @classmethod
     def to_serve(
-        cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits | None = None
-    ) -> Host:
-        """A host that serves the finished run in `folder`."""
+        cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits | None = None,
+        processor: torch.device = CPU,
+    ) -> Host:  # fmt: skip
+        """A host that serves the finished run in `folder`, with the tail on `processor`."""
         if saved := folder.unfinished():
             raise RunFolderError(
                 f"{folder.path} holds an unfinished run, at step {saved['step']:,}: to go on with it, give its recipe "
@@ -154,7 +158,7 @@ class Host:
             )
         recipe, text, manifest = folder.read()
         host = cls(recipe, text, folder, console, limits)
-        halves = halves_module.build(recipe, allowed)
+        halves = halves_module.build(recipe, allowed, processor)
         _check_sizes(recipe, halves, host.limits.elements)
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"

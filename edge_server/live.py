@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 
 from common import halves as halves_module
@@ -43,12 +44,12 @@ class LiveRun:
 
     def __init__(
         self, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str],
-        initial: Initial, saved: Mapping[str, Any] | None, store_limit: int,
+        initial: Initial, saved: Mapping[str, Any] | None, store_limit: int, processor: torch.device,
     ) -> None:  # fmt: skip
         """`saved`: head of the newest checkpoint in the folder, where the run is to go on from there. `store_limit`:
-        bytes on disk for what its device sends while the head is frozen."""
+        bytes on disk for what its device sends while the head is frozen. `processor`: where the tail computes."""
         self.recipe, self.text, self.folder, self.console = recipe, text, folder, console
-        self.initial, self._allowed = initial, allowed
+        self.initial, self._allowed, self._processor = initial, allowed, processor
         self.every, self.store_limit = EVERY, store_limit
         self.run_id: str = saved["run_id"] if saved else secrets.token_hex(8)
         self.owner: str | None = saved["state"]["owner"] if saved else None  # identity of the device that began it
@@ -141,7 +142,7 @@ class LiveRun:
         self.training, self.owner = training, identity
 
     def _new(self, samples: int, classes: tuple[str, ...]) -> Training:
-        halves = halves_module.build(self.recipe, self._allowed)
+        halves = halves_module.build(self.recipe, self._allowed, self._processor)
         coordinator = Coordinator(self.recipe, halves.channels, max(1, samples // self.recipe.data.batch))
         return Training(self.recipe, halves, coordinator, classes, samples, self.checkpoints.folder, self.store_limit)
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from common import optim, weights
 from common.bottleneck import LinearDecoder
 from common.checkpoint import Checkpoint, part
-from common.errors import DivergedError, FrameError
+from common.errors import DivergedError, FrameError, TooLargeError
 from common.halves import Halves, reseed
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
@@ -47,9 +47,9 @@ class Judgement:
 def logits_of(halves: Halves, sent: np.ndarray, width: int, precision: str) -> torch.Tensor:
     """Logits [B, classes] for what a device sent [B, width, ...], in eval mode and without gradient."""
     # Devices that are served at the same time may have different widths.
-    with halves.lock, torch.no_grad(), optim.arithmetic(precision):
+    with halves.lock, torch.no_grad(), optim.arithmetic(precision, halves.processor.type):
         halves.tail.resize(width)
-        return halves.tail(torch.from_numpy(sent))
+        return halves.tail(torch.from_numpy(sent).to(halves.processor)).cpu()
 
 
 def judge(halves: Halves, sent: np.ndarray, labels: np.ndarray, width: int, precision: str) -> Judgement:
@@ -117,7 +117,8 @@ class Training:
         """Start from the device's principal components: `basis` [w + 1, w], components as rows, then the mean."""
         decoder = self.halves.tail.bottleneck
         assert isinstance(decoder, LinearDecoder)
-        decoder.rotate(torch.from_numpy(basis[:-1].copy()), torch.from_numpy(basis[-1].copy()))
+        moved = torch.from_numpy(basis.copy()).to(self.halves.processor)
+        decoder.rotate(moved[:-1], moved[-1])
         self.rotated = True
 
     def switch(self, phase: Phase) -> None:
@@ -164,24 +165,31 @@ class Training:
         """
         reseed(self.recipe.seed, self.step, "tail")
         self.halves.tail.resize(self.phase.width_at(self.recipe.seed, self.step))
-        activation = torch.from_numpy(sent).requires_grad_(not self.phase.frozen)
-        truth = torch.from_numpy(labels)
-        with optim.arithmetic(self.recipe.precision):
-            logits = self.halves.tail(activation)
-            loss = functional.cross_entropy(logits, truth)
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"the loss of step {self.step} is not finite: training has diverged; lower optimiser.lr "
-                f"(now {self.recipe.optimiser.lr}) or choose a finer codec"
-            )
-        self._optimiser.zero_grad()
-        loss.backward()
+        processor = self.halves.processor
+        activation = torch.from_numpy(sent).to(processor).requires_grad_(not self.phase.frozen)
+        truth = torch.from_numpy(labels).to(processor)
+        try:
+            with optim.arithmetic(self.recipe.precision, processor.type):
+                logits = self.halves.tail(activation)
+                loss = functional.cross_entropy(logits, truth)
+            if not torch.isfinite(loss):
+                raise DivergedError(
+                    f"the loss of step {self.step} is not finite: training has diverged; lower optimiser.lr "
+                    f"(now {self.recipe.optimiser.lr}) or choose a finer codec"
+                )
+            self._optimiser.zero_grad()
+            loss.backward()
+        except torch.OutOfMemoryError as error:  # of a card; the processor's own is the system's matter
+            raise TooLargeError(
+                f"step {self.step} does not fit into the memory of {processor}; lower data.batch in the recipe, or "
+                f"start the server with --device cpu"
+            ) from error
         correct = int((logits.argmax(1) == truth).sum())
         if activation.grad is None:
             return None, loss.item(), correct
         if self.phase.kind == RANK:
             self.coordinator.observe(activation.detach(), activation.grad)
-        return activation.grad.numpy(), loss.item(), correct
+        return activation.grad.cpu().numpy(), loss.item(), correct
 
     def apply(self) -> Decision:
         """Move the weights, count the step, and say what comes next."""

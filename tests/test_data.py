@@ -222,6 +222,15 @@ def test_resizing_averages_and_keeps_orientation(tmp_path):
         assert np.abs(found[:, :3] - 127).max() < 8 and found[:, 5:].min() > 247
 
 
+def test_scaling_is_told_with_the_first_picture_that_can_be_read(tmp_path):
+    for part in ("train", "test"):
+        save(tmp_path / part / "a" / "0.png", size=(12, 6))
+        save(tmp_path / part / "a" / "1.png", size=(8, 8))
+    assert load(f"folder:{tmp_path}", (3, 8, 8), 0, 0.0).scaled == "train/a/0.png was 12x6"
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"")
+    assert load(f"folder:{tmp_path}", (3, 8, 8), 0, 0.0, skip_unreadable=True).scaled == ""
+
+
 def test_large_jpegs_shrink_like_any_other_picture(tmp_path):
     # Stripes of 5 pixels, each a pixel of the result; at an eighth of its size the JPEG would have no more than 5.
     stripes = np.repeat(np.arange(8) % 2 * 200 + 20, 5).astype(np.uint8)

@@ -1,0 +1,39 @@
+"""Where the tail computes: the processor, or a graphics card. `edge-server serve --device` calls it once."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from common.errors import ModelError
+
+AUTO = "auto"
+
+
+def choose(name: str) -> torch.device:
+    """`name` is "auto" (a card where there is one), "cpu", "cuda" or "cuda:1"; ModelError where it is not to be had.
+
+    On a card sums are made in a fixed order, so that a step that is made again is the same again.
+    """
+    if name == AUTO:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ModelError(f"--device {name!r} is not a device to compute on; give auto, cpu, cuda or cuda:NUMBER")
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (chosen.index or 0) >= count:
+        have = f"{count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device"
+        raise ModelError(
+            f"--device {name}: torch {torch.__version__} finds {have} here; give --device cpu, or install a driver and "
+            f"a build of torch for it"
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the card is first used
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device("cuda", chosen.index or 0)

@@ -1,0 +1,70 @@
+"""The tail may compute elsewhere than on the processor: the choice, and that nothing of it is left behind.
+
+No card is needed: torch's "meta" device computes shapes alone and refuses tensors of other devices.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks.recipes import recipe_text
+from common import halves, optim
+from common.errors import ModelError
+from common.recipe import parse
+from edge_server.processor import choose
+
+ELSEWHERE = torch.device("meta")
+KINDS = {
+    "none": "phases = [[0, 1]]",
+    "linear": "phases = [[4, 1]]",
+    "channels": "phases = [[4, 1]]",
+    "nested": "phases = [{ width = 8, epochs = 1, nested = [2, 4] }]",
+}
+
+
+def test_without_a_card_auto_is_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose("auto") == choose("cpu") == torch.device("cpu")
+    with pytest.raises(ModelError, match="finds no CUDA device here; give --device cpu"):
+        choose("cuda")
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x", ""])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="is not a device to compute on"):
+        choose(name)
+
+
+def test_a_card_is_taken_by_its_number_and_computes_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only: asked.append(on))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    assert choose("auto") == choose("cuda") == torch.device("cuda", 0)
+    assert choose("cuda:1") == torch.device("cuda", 1)
+    assert torch.backends.cudnn.deterministic and all(asked)
+    with pytest.raises(ModelError, match="finds 2 CUDA devices here"):
+        choose("cuda:2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_the_tail_stays_where_it_is_put(kind: str) -> None:
+    bottleneck = f'kind = "{"linear" if kind == "nested" else kind}"'
+    recipe = parse(recipe_text("fixed" if kind != "none" else "plain", bottleneck=bottleneck, schedule=KINDS[kind]))
+    built = halves.build(recipe, (), ELSEWHERE)
+    assert {value.device for value in built.tail.state_dict().values()} == {ELSEWHERE}
+    assert {value.device.type for value in built.head.state_dict().values()} <= {"cpu"}
+    optimiser = optim.build(recipe.optimiser, built.tail.layers, built.tail.bottleneck)
+    width = built.channels if kind == "none" else 4
+    built.tail.resize(width)
+    sent = torch.from_numpy(np.zeros(built.sent_shape(8, width), np.float32)).to(ELSEWHERE).requires_grad_()
+    loss = functional.cross_entropy(built.tail(sent), torch.zeros(8, dtype=torch.int64).to(ELSEWHERE))
+    loss.backward()
+    optimiser.step()
+    assert sent.grad is not None and sent.grad.device == ELSEWHERE
+    built.tail.resize(built.channels)
