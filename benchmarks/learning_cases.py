@@ -60,6 +60,7 @@ CUTS = {
 }
 # Epochs as a share of a row's own where it starts from nothing: a step of these takes a processor several times longer.
 SHARES = {"resnet20": 0.3, "mobilenetv2": 0.3, "vgg11": 0.3}
+QUICK_SHARE = 0.5
 # Which pictures a row trains on: a half of those that are read, all classes or five of them.
 ALL, OTHERS, LAST_FIVE, FIRST_FIVE = "all", "others", "last five", "first five"
 
@@ -84,16 +85,21 @@ class Case:
     quick: bool = False  # in the quick benchmark too
     main: bool = False  # of the larger networks too
 
-    def recipe(self, model: str, seed: int, init: str) -> str:
+    def recipe(self, model: str, seed: int, init: str, quick: bool = False) -> str:
         classes = 10 if self.part in (ALL, OTHERS) else 5
         method = self.method if self.method in METHODS else "plain"
-        phases = self.phases if self.start else shortened(self.phases, SHARES.get(model, 1))
+        phases = self.phases if self.start else shortened(self.phases, share(model, quick))
         return RECIPE.format(
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
             init=f"run:{init}" if init else "", kind=self.kind, basis=self.basis, up=self.up, down=self.down,
             phases=phases, lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(),
             precision=precision(),
         )  # fmt: skip
+
+
+def share(model: str, quick: bool) -> float:
+    """The part of a row's epochs that is trained, where it starts from nothing."""
+    return SHARES.get(model, 1) * (QUICK_SHARE if quick else 1)
 
 
 def shortened(phases: str, share: float) -> str:

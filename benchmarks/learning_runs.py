@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import inprocess, whole
-from benchmarks.learning_cases import ALL, CASES, EPOCHS, LAST_FIVE, OTHERS, Case, precision
+from benchmarks.learning_cases import ALL, CASES, EPOCHS, LAST_FIVE, OTHERS, Case, precision, share
 from common import optim, recipe
 from common.codecs import codec
 from common.halves import Head
@@ -143,7 +143,7 @@ def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _whole(case: Case, text: str, data: Dataset) -> dict[str, Any]:
+def _whole(case: Case, text: str, data: Dataset, epochs: int) -> dict[str, Any]:
     """Federated averaging, or training on pictures that were uploaded."""
     parsed, curve = recipe.parse(text), _Curve(len(data.train) // 128)
     last: list[tuple[int, int]] = []
@@ -169,9 +169,9 @@ def _whole(case: Case, text: str, data: Dataset) -> dict[str, Any]:
             curve.add(step, found, *last[0])
 
     if case.method == "federated":
-        busy = whole.federated(parsed, data, EPOCHS, watch)
+        busy = whole.federated(parsed, data, epochs, watch)
     else:
-        busy = whole.central(parsed, data, EPOCHS, _pictures.upload, watch)
+        busy = whole.central(parsed, data, epochs, _pictures.upload, watch)
     (up, down), wall = last[0], curve.wall_s
     return {
         "accuracy": curve.points[-1]["accuracy"], "bytes_up": up, "bytes_down": down, "wall_s": round(wall, 1),
@@ -186,15 +186,17 @@ def _case(name: str) -> Case:
 def recipe_of(job: Job) -> str:
     name, seed, model, quick = job
     start = _case(name).start
-    return _case(name).recipe(model, seed, str(_network(start, seed, model, quick)) if start else "")
+    return _case(name).recipe(model, seed, str(_network(start, seed, model, quick)) if start else "", quick)
 
 
 def run(job: Job) -> dict[str, Any]:
-    name, seed, model, _ = job
+    name, seed, model, quick = job
     case, text = _case(name), recipe_of(job)
     data = _pictures.part(case.part)
-    whole = case.method in ("federated", "jpeg")
-    found = _whole(case, text, data) if whole else _split(case, text, data, _network(*job))
+    if case.method in ("federated", "jpeg"):
+        found = _whole(case, text, data, round(EPOCHS * share(model, quick)))
+    else:
+        found = _split(case, text, data, _network(*job))
     head = {"name": name, "method": case.method, "model": model, "seed": seed, "pictures": len(data.train)}
     return {
         **head,

@@ -170,9 +170,9 @@ class RunFolder:
         """Head of the newest sound checkpoint of a run that was not finished; None where there is nothing to go on."""
         return None if (self.path / "summary.json").is_file() else checkpoint.newest(self.checkpoints)
 
-    def holds_finished(self, digest: str) -> bool:
-        """Whether a finished run of the recipe with this digest lies here."""
-        return (self.path / "summary.json").is_file() and self.read()[2].digest == digest
+    def finished(self) -> Manifest | None:
+        """The manifest of the finished run that lies here."""
+        return self.read()[2] if (self.path / "summary.json").is_file() else None
 
     def start(self, recipe_text: str) -> None:
         """Make the folder, clear what an earlier run left there and open the metrics."""

@@ -160,7 +160,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train the server's recipe on this device's pictures.
 
-    A run in --run that was not finished goes on where its newest checkpoint was taken.
+    A run in --run that was not finished goes on where its newest checkpoint was taken; one that was is left alone.
     """
     check_source(source)
     folder = RunFolder(run_path)
@@ -171,11 +171,17 @@ def train(
         kept, warnings = Checkpoints(folder.checkpoints, saved["run_id"], saved["digest"]).sound()
         for warning in warnings:
             console.print(f"[yellow]Warning[/yellow]: {warning}")
-    else:
+    done = None if overwrite else folder.finished()
+    if not saved and not done:
         folder.prepare(overwrite)
     remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file, give_up_after, stalled_after)
     try:
-        opened = remote.open(trains=True, run_id=saved["run_id"] if saved else "", kept=kept, wait_s=wait)
+        run_id = saved["run_id"] if saved else done.run_id if done else ""
+        opened = remote.open(trains=True, run_id=run_id, kept=kept, wait_s=wait)
+        if done:  # this very run: the server would have refused a device with another
+            what = f"The run in {run_path} is complete already; to train anew, pass --overwrite or another --run."
+            console.print(what, highlight=False, markup=False)
+            return
         going = f", going on at step {opened.step:,}" if opened.step else ""
         if opened.step == 0:
             going = ", beginning again: no later checkpoint had been taken"

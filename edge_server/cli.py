@@ -118,7 +118,8 @@ def serve(
     if recipe:
         parsed, text = recipes.load(recipe)
     # The same command goes on serving a run that it has finished: a service may be restarted at any time.
-    if recipe and (overwrite or not folder.holds_finished(parsed.digest())):
+    done = folder.finished() if recipe and not overwrite else None
+    if recipe and not (done and done.digest == parsed.digest()):
         click.get_current_context().with_resource(folder.claimed())
         host = Host.to_train(parsed, text, folder, console, allowed, overwrite, Limits(**limits), chosen)
         assert host.run

@@ -183,11 +183,15 @@ def test_no_server_and_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_folder_in_use_is_left_alone(plain_run: Run) -> None:
+def test_a_finished_run_is_left_alone(server: str, plain_run: Run, tmp_path: Path) -> None:
     before = (plain_run.path / "device" / "summary.json").read_bytes()
     run = plain_run.path / "device"
-    done = pair.device("train", "127.0.0.1:9", "--data", "digits", "--run", run, capture_output=True)
-    assert done.returncode == 1 and "already holds a finished run" in done.stderr
+    done = pair.device("train", server, "--data", "digits", "--run", run, capture_output=True)
+    assert done.returncode == 1 and "the device with another --run (or --overwrite)" in done.stderr.replace("\n", " ")
+    # Where its own server is, the command that trained it is as good as done.
+    with pair.server("--run", plain_run.path / "server", log=tmp_path / "log") as (_, address):
+        done = pair.device("train", address, "--data", "digits", "--run", run, capture_output=True)
+    assert done.returncode == 0 and "complete already" in done.stdout, done.stderr
     assert (run / "summary.json").read_bytes() == before
 
 
