@@ -6,10 +6,11 @@ import errno
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from common import checkpoint, optim
+from common import checkpoint, memory, optim
 from common.checkpoint import Checkpoints, due
 from common.errors import ModelError, RunFolderError
 from common.recipe import OptimiserRecipe
@@ -131,3 +132,15 @@ def test_an_optimiser_goes_on_where_it_was(name: str) -> None:
     assert torch.equal(layer.weight, copy.weight) and torch.equal(layer.bias, copy.bias)
     with pytest.raises(ModelError, match="of another model: 9"):
         optim.restore(again, {"9.momentum_buffer": torch.zeros(2)}, "here")
+
+
+@pytest.mark.skipif(memory._trim is None, reason="this C library has no malloc_trim")
+def test_memory_that_was_freed_goes_back_to_the_system() -> None:
+    process = psutil.Process()
+    blocks = [bytearray(1000) for _ in range(100_000)]
+    # One in a hundred stays in use, so that the C library keeps the pages between.
+    kept = blocks[::100]
+    del blocks
+    before = process.memory_info().rss
+    memory.give_back()
+    assert before - process.memory_info().rss > 50e6 and len(kept) == 1000
