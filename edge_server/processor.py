@@ -36,4 +36,15 @@ def choose(name: str) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the card is first used
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    return torch.device("cuda", chosen.index or 0)
+    chosen = torch.device("cuda", chosen.index or 0)
+    try:
+        _touch(chosen)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"--device {name} cannot be used ({reason}); free it, or give --device cpu") from error
+    return chosen
+
+
+def _touch(card: torch.device) -> None:
+    """Use it for the first time: what is wrong with a driver, or with a card that is full, shows here."""
+    torch.zeros(1, device=card)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import netns, pair
 from benchmarks.recipes import recipe_text
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a worker a core: more threads would only wait for each other
 
 needs_link = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
 

@@ -14,6 +14,7 @@ from benchmarks.recipes import recipe_text
 from common import halves, optim
 from common.errors import ModelError
 from common.recipe import parse
+from edge_server import processor
 from edge_server.processor import choose
 
 ELSEWHERE = torch.device("meta")
@@ -45,6 +46,14 @@ def test_a_card_is_taken_by_its_number_and_computes_in_a_fixed_order(monkeypatch
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only: asked.append(on))
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+
+    def full(_: torch.device) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+    monkeypatch.setattr(processor, "_touch", full)
+    with pytest.raises(ModelError, match=r"--device cuda cannot be used \(CUDA error: out of memory\); free it"):
+        choose("auto")
+    monkeypatch.setattr(processor, "_touch", lambda card: None)
     assert choose("auto") == choose("cuda") == torch.device("cuda", 0)
     assert choose("cuda:1") == torch.device("cuda", 1)
     assert torch.backends.cudnn.deterministic and all(asked)
