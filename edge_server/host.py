@@ -40,6 +40,7 @@ from edge_server.callers import Callers
 from edge_server.initial import Initial, initial_weights
 from edge_server.limits import Limits
 from edge_server.live import LiveRun, Stream
+from edge_server.session import Training
 from edge_server.watch import Watch
 
 CPU = torch.device("cpu")
@@ -58,7 +59,8 @@ class Session:
     meter: Meter = field(default_factory=Meter)
     kernel: Kernel = field(default_factory=Kernel)
     peer: str = ""  # gRPC's name of the device's end of the connection
-    run: LiveRun | None = None  # which it has begun or taken up
+    run: LiveRun | None = None  # which it has begun, or comes back to
+    back_to: int | None = None  # the step that it was told to go on from, until it does
     streams: int = 0  # open at the moment
     begun: bool = False  # it has had one
     head_sent: bool = False
@@ -216,11 +218,11 @@ class Host:
             self.run.check_free(session.identity)
             return 0
         self.run.check_owner(session.identity)
-        with self._beginning:  # no stream begins while the run is put back: it would go on from what is given up
-            step = self.run.resume(run_id, kept)
+        # The run is put back when the device begins, not now: a handshake that is played once more by whoever saw it
+        # (`begin` it cannot, for it doesn't see the answer) disturbs nothing.
+        session.back_to = self.run.common(run_id, kept)
         session.take_up(self.run)
-        self.console.print(f"The device of run {run_id} is back; it goes on at step {step}.", highlight=False)
-        return step
+        return session.back_to
 
     def _check_use(self, run_id: str) -> None:
         if not self.served:
@@ -333,6 +335,8 @@ class Host:
                 session.run = run
                 session.joined = True
                 return True
+            if session.back_to is not None:
+                self._put_back(session, begin.step)
             assert run.training
             run.training.answered_from(begin.step)
             if (samples, classes) != (run.training.samples, run.training.classes):
@@ -344,6 +348,32 @@ class Host:
             run.faults.reconnects += session.joined
             session.joined = True
             return False
+
+    def _put_back(self, session: Session, step: int) -> None:
+        """Have the session's run stand where its device goes on from, as the handshake told it."""
+        assert session.run
+        if step != session.back_to:
+            raise FrameError(f"Begin came at step {step}; the handshake told this device to go on at {session.back_to}")
+        session.run.put_back(step)
+        session.back_to = None
+        self.console.print(
+            f"The device of run {session.run.run_id} is back; it goes on at step {step}.", highlight=False
+        )
+
+    @contextmanager
+    def judging(self, session: Session, context: Stream) -> Iterator[Training]:
+        """Let `context` judge the session's run as it stands, which waits meanwhile. Not while it is put back: the
+        device would be told an outcome that this side gives up, and go on with it."""
+        with self._beginning:
+            if session.run is None or session.run.training is None or session.back_to is not None:
+                raise FrameError("Evaluate came before Begin")
+            run, training = session.run, session.run.training
+            run.join(context)
+        try:
+            with training.lock:
+                yield training
+        finally:
+            run.part(context)
 
     def finish(self, head: bytes) -> None:
         """Keep the trained half and serve it from now on."""

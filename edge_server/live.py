@@ -18,7 +18,7 @@ from rich.console import Console
 from common import halves as halves_module
 from common import report, weights
 from common.checkpoint import EVERY, Checkpoints, due
-from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, RunFolderError, StoreError
+from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, RunFolderError, SessionError, StoreError
 from common.meter import Meter
 from common.recipe import Recipe
 from common.report import Faults
@@ -146,17 +146,16 @@ class LiveRun:
         coordinator = Coordinator(self.recipe, halves.channels, max(1, samples // self.recipe.data.batch))
         return Training(self.recipe, halves, coordinator, classes, samples, self.checkpoints.folder, self.store_limit)
 
-    def resume(self, run_id: str, kept: Sequence[int]) -> int:
-        """Go on from the newest of the steps that the device has kept and this side has too; that step.
+    def common(self, run_id: str, kept: Sequence[int]) -> int:
+        """The newest of the steps that the device has kept and from which this side can go on too; changes nothing.
 
-        Nothing is undone where the device stands at the very step that this process stands at.
+        Nothing will be undone where the device stands at the very step that this process stands at.
         """
         if run_id != self.run_id:
             raise MismatchError(
                 f"the device's folder holds run {run_id}, this server trains run {self.run_id}; start the server with "
                 f"the folder of the same run, or the device with another --run (or --overwrite)"
             )
-        self.take_over()
         training = self.training
         if training and (steps := [step for step in kept if training.can_go_on(step)]):
             return max(steps)
@@ -166,8 +165,16 @@ class LiveRun:
                 f"the two sides of run {run_id} have no step in common to go on from (device {_steps(kept)}, server "
                 f"{_steps(sorted(self.checkpoints.written))}); start both anew with --overwrite"
             )
-        self._go_back(common)
         return common
+
+    def put_back(self, step: int) -> None:
+        """End all streams, and stand where a device can go on from `step`, which `common` told."""
+        self.take_over()
+        if self.training and self.training.can_go_on(step):
+            return
+        if step not in self.checkpoints.written:
+            raise SessionError(f"the run has gone on from step {step} meanwhile; open another session")
+        self._go_back(step)
 
     def _go_back(self, step: int) -> None:
         """Stand where the checkpoint of `step` was taken."""
@@ -179,7 +186,6 @@ class LiveRun:
         lost = self.folder.resume(step)
         self.meter.restore(kept.state["meter"], None if self.training else lost)
         if self.training is None:
-            self.kernel = Kernel()
             self.kernel.carry(KernelBytes(**kept.state["kernel"]) if kept.state["kernel"] else None)
             self.faults = Faults(**kept.state["faults"])
         self.faults.resumed += 1

@@ -150,18 +150,15 @@ class Servicer(split_pb2_grpc.SplitServicer):
             run = None if served else session.run
             if run is None and served is None:
                 raise FrameError("Evaluate needs a training session, or a server with a finished run")
+            training = None
             if run:
-                stack.callback(run.part, context)
-                run.join(context)
+                training = stack.enter_context(self.host.judging(session, context))
             else:
                 stack.enter_context(self.host.evaluating())
                 if not session.trains:
                     stack.callback(self.host.leave, session)
             stack.enter_context(session.streaming())
             stack.callback(receive.draft.drop)
-            training = run.training if run else None
-            if training:
-                stack.enter_context(training.lock)
             yield from stream.sending(evaluate(self.host, receive, training))
 
     def _incoming(self, frames: Iterator[pb.Frame], stream: Watched) -> Incoming:

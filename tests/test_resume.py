@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 
 from benchmarks.inprocess import Stub
-from benchmarks.recipes import recipe_text
+from benchmarks.recipes import BATCH, recipe_text
 from common.checkpoint import Checkpoints
+from common.errors import FrameError, SessionError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
@@ -28,7 +29,7 @@ from device_client.data import Dataset, load
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.coordinator import Decision
-from edge_server.host import Host
+from edge_server.host import Host, Session
 from edge_server.live import LiveRun
 from edge_server.servicer import Servicer
 from edge_server.session import Training
@@ -157,32 +158,90 @@ def test_other_pictures_are_not_gone_on_with(digits: Dataset, tmp_path: Path) ->
     assert leg(tmp_path, text, digits)
 
 
-def test_no_stream_begins_while_the_run_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would go on from what is given up, and write its steps behind the end of the log that was cut back."""
-    text = recipe_text("plain", schedule="phases = [[0, 1]]")
+def begun(host: Host, step: int = 0, run_id: str = "", kept: tuple[int, ...] = ()) -> tuple[Session, Mock]:
+    """A session that trains, and its stream."""
+    assert host.run
+    session, _ = host.open(True, run_id, kept, "")
+    stream = Mock()
+    stream.cancel.side_effect = lambda part=host.run.part: threading.Thread(target=part, args=(stream,)).start()
+    host.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)], step=step), stream)
+    return session, stream
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    """Of a run of twenty steps, at step 8, with checkpoints of steps 0 and 5."""
+    text = recipe_text("plain", schedule="phases = [[0, 10]]")
     host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
     assert host.run
-    session, _ = host.open(True, "", (), "")
-    putting_back, begun, met = threading.Event(), threading.Event(), []
+    host.run.every = 5
+    begun(host)
+    host.run.keep()
+    training = host.run.training
+    assert training
+    for _ in range(8):
+        training.learn(*BATCH)
+        host.run.keep(training.apply())
+    return host
 
-    def resume(run_id: str, kept: object) -> int:
+
+def test_an_evaluation_waits_while_the_run_is_put_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would tell the device an outcome that the server's books don't have, and that nobody asks for again."""
+    run = host.run
+    assert run and run.training
+    before = run.training
+    session, _ = begun(host, 8, run.run_id, (8,))
+    putting_back, judging = threading.Event(), threading.Event()
+    put_back, found = run.put_back, []
+
+    def slowly(step: int) -> None:
         putting_back.set()
-        met.append(begun.wait(3))
-        return 0
+        found.append(judging.wait(2))
+        put_back(step)
 
-    def begin() -> None:
-        host.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)]), Mock())
-        begun.set()
+    def judge() -> None:
+        with host.judging(session, Mock()) as training:
+            judging.set()
+            found.append(training is not before)
 
-    monkeypatch.setattr(host.run, "resume", resume)
-    threads = [threading.Thread(target=host.open, args=(True, host.run_id, (), "")), threading.Thread(target=begin)]
+    monkeypatch.setattr(run, "put_back", slowly)
+    threads = [threading.Thread(target=begun, args=(host, 5, run.run_id, (0, 5))), threading.Thread(target=judge)]
     threads[0].start()
     assert putting_back.wait(30)
     threads[1].start()
     for thread in threads:
         thread.join(30)
-    assert begun.is_set() and met == [False]
-    host.close()
+    assert found == [False, True]
+    assert run.step == 5
+
+
+def test_a_handshake_that_is_played_once_more_disturbs_nothing(host: Host) -> None:
+    run = host.run
+    assert run and run.training
+    training = run.training
+    _, stream = begun(host, 8, run.run_id, (5, 8))
+    # As a device of long ago sent it: what it was told then is not known to whoever plays it now.
+    stranger, told = host.open(True, run.run_id, (0, 5), "")
+    assert told == 5 and run.training is training and run.step == 8 and run.attended
+    stream.cancel.assert_not_called()
+    with pytest.raises(FrameError, match="Evaluate came before Begin"), host.judging(stranger, Mock()):
+        pass
+    with pytest.raises(FrameError, match="the handshake told this device to go on at 5"):
+        host.begin(stranger, pb.Begin(samples=64, step=0), Mock())
+    assert run.training is training
+    stream.cancel.assert_not_called()
+
+
+def test_a_run_that_went_on_meanwhile_is_not_put_where_it_cannot_be(host: Host) -> None:
+    run = host.run
+    assert run and run.training
+    late, told = host.open(True, run.run_id, (0,), "")
+    assert told == 0
+    for _ in range(7):  # checkpoints of steps 10 and 15 take the place of the first
+        run.training.learn(*BATCH)
+        run.keep(run.training.apply())
+    with pytest.raises(SessionError, match="the run has gone on from step 0 meanwhile; open another session"):
+        host.begin(late, pb.Begin(samples=64, step=0), Mock())
 
 
 def test_no_checkpoint_has_the_outcome_of_an_evaluation_without_its_bytes(
