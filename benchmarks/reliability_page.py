@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.faults import points, runs
 from benchmarks.tables import table
-from common.progress import duration, size
+from common.progress import size
 
 PAGE = Path("docs/reliability.md")
 RESULTS = Path("benchmarks/results")
@@ -57,8 +57,8 @@ def at_random(found: dict[str, Any]) -> str:
         verdict = f"{'weights equal' if found['weights_equal'] else verdict}, but {'; '.join(found['problems'])}"
     return (
         f"**{found['count']} faults at random in {runs_}**, `make faults COUNT={found['count']} "
-        f"ARGS='--random --seed {found['seed']}'`, {_where(found)}, {duration(found['took_s'])}: {by_kind}. "
-        f"{restarts} started again, {found['steps_replayed']} steps sent again; the next step came after "
+        f"ARGS='--random --seed {found['seed']}'`, {_where(found)}, in {found['took_s'] / 60:.0f} minutes: "
+        f"{by_kind}. Started again: {restarts}. {found['steps_replayed']} steps sent again; the next step came after "
         f"{recovery['median']:.1f} s in the middle, {recovery['longest']:.1f} s at most{ended}. At the end: {verdict}."
     )
 
