@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 SOURCE ?= folder:cifar
 RUNS ?= 1000000
 COUNT ?= 200
+# Processes that test files are spread over, "auto" for one a core; 0: one after the other, as those that wait for seconds
+# to pass like it best.
+JOBS ?= 0
 MINUTES ?= 60
 
 .PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters bench-checkpoint bench-limits bench-links fuzz faults soak clean
@@ -25,7 +28,7 @@ demo: setup
 	$(BIN)/python -m benchmarks.demo
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

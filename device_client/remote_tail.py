@@ -26,8 +26,9 @@ from device_client.link import Stream
 _IN_FLIGHT = 3
 # Steps of a recall asked for at once: none waits for a round trip, and Ctrl-C is soon heard.
 _RECALLED = 64
-# How long a user who pressed Ctrl-C waits at most until the server has been told.
-_FAREWELL_S = 2.0
+# How long a user who pressed Ctrl-C waits at most until the server has been told, which may be at work on all that was
+# asked of a recall; whoever presses it once more does not wait.
+_FAREWELL_S = 10.0
 
 Batches = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
