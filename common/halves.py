@@ -56,7 +56,7 @@ class Tail(nn.Module):
         return self.layers(self.bottleneck(sent)).float()
 
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Halves:
     tail: Tail
     cut: tuple[int, ...]  # shape of one picture's activation at the cut, channels first
     gate: Gate
-    processor: torch.device = _CPU  # where the tail is; the head is always on the processor
+    processor: torch.device = CPU  # where the tail is; the head is always on the processor
     # Held while the tail computes for devices that are served at the same time.
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -77,7 +77,7 @@ class Halves:
         return (batch, width, *self.cut[1:])
 
 
-def build(recipe: Recipe, allowed: Collection[str] = (), processor: torch.device = _CPU) -> Halves:
+def build(recipe: Recipe, allowed: Collection[str] = (), processor: torch.device = CPU) -> Halves:
     """Both halves with the recipe's random weights (a function of its seed), the tail on `processor`; ModelError,
     CutError as models and partition raise them. The caller drops the half that it doesn't need."""
     with torch.random.fork_rng(devices=[]):

@@ -43,7 +43,6 @@ from edge_server.live import LiveRun, Stream
 from edge_server.session import Training
 from edge_server.watch import Watch
 
-CPU = torch.device("cpu")
 # Between the handshake and the first stream a device reads its data; it keeps its place so long at least.
 _GRACE_S = 60.0
 
@@ -122,7 +121,7 @@ class Host:
     @classmethod
     def to_train(
         cls, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str], overwrite: bool,
-        limits: Limits | None = None, processor: torch.device = CPU,
+        limits: Limits | None = None, processor: torch.device = halves_module.CPU,
     ) -> Host:  # fmt: skip
         """A host that trains `recipe` in `folder`, from where it was left, with the tail on `processor`; what could
         fail later is tried now."""
@@ -150,7 +149,7 @@ class Host:
     @classmethod
     def to_serve(
         cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits | None = None,
-        processor: torch.device = CPU,
+        processor: torch.device = halves_module.CPU,
     ) -> Host:  # fmt: skip
         """A host that serves the finished run in `folder`, with the tail on `processor`."""
         if saved := folder.unfinished():
