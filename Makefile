@@ -16,12 +16,14 @@ MINUTES ?= 60
 
 setup: $(VENV)/.ready
 
-# torch comes first and pinned: left to the resolver, it brings several GB of CUDA on Linux.
+# torch comes first and pinned: left to the resolver, it brings several GB of CUDA on Linux. What numba compiles, some
+# seconds, is compiled at once and not in somebody's first run.
 $(VENV)/.ready: pyproject.toml constraints.txt protos/split.proto hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import common.codecs.mixing'
 	@touch $@
 
 demo: setup

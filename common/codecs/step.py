@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.codecs import context, dither, pack, quantise
+from common.codecs import dither, pack, quantise
 from common.codecs.base import NOTHING, Aside, Buffer, Support, Tensor, elements, grid, require_finite
 from common.codecs.dither import Numbers
 from common.codecs.quantise import Steps, Symbols
@@ -52,6 +52,11 @@ class Step:
         """The same with another coder."""
         return replace(self, coder=coder)
 
+    def load(self) -> None:
+        """What the coder needs, ahead of its first use, so that this takes no longer than later ones."""
+        if self.coder == "context":
+            _coder()
+
     def _flags(self, aside: Aside) -> int:
         """What both sides know of the form beforehand."""
         dithered = _SIGNED | _DITHERED if aside.dither and not self.nearest else 0
@@ -81,10 +86,10 @@ class Step:
         body = pack.encode([row] if drawn is None else dither.apart(row, drawn, _zero(flags)), _zero(flags), tail)
         form = _PACKED
         if self.coder == "context":
-            maps = as_maps(symbols, tensor.shape, aside.support, _zero(flags))
-            slow = tail + context.encode(maps, _zero(flags), *beside(tensor.shape, aside.support, drawn))
-            if len(slow) < len(body):  # small tensors do not always pay for their tables
-                form, body = _CONTEXT, slow
+            maps, most = as_maps(symbols, tensor.shape, aside.support, _zero(flags)), len(body) - len(tail) - 1
+            slow = _coder().encode(maps, _zero(flags), most, *beside(tensor.shape, aside.support, drawn))
+            if slow is not None:
+                form, body = _CONTEXT, tail + slow
         payload = _HEADER.pack(form | flags, step, level, len(outliers), _checksum(aside.support)) + body
         return payload if len(payload) < 4 * tensor.size else _raw(tensor)
 
@@ -120,7 +125,7 @@ class Step:
                 raise CodecError(f"{outlying} outliers were announced, more than came")
             rest = bytes(body[:tail])
             known = beside(shape, aside.support, drawn)
-            maps = context.decode(body[tail:], map_shape(shape), _zero(flags), *known)
+            maps = _coder().decode(body[tail:], map_shape(shape), _zero(flags), *known)
             symbols = maps.reshape(-1) if chosen is None else _in_order_of_memory(maps, shape).take(chosen)
         else:
             symbols, rest = pack.decode(body, wanted if drawn is None else len(drawn), _zero(flags), tail)
@@ -140,6 +145,13 @@ class Step:
 
     def bound(self, shape: tuple[int, ...]) -> int:
         return _HEADER.size + 4 * elements(shape)
+
+
+def _coder() -> Any:
+    """codecs/context.py, which loads a compiler: half a second and 60 MB for those alone who use it."""
+    from common.codecs import context
+
+    return context
 
 
 def _zero(flags: int) -> int:
@@ -200,13 +212,12 @@ def as_maps(symbols: Symbols, shape: tuple[int, ...], support: Support | None, z
 def beside(
     shape: tuple[int, ...], support: Support | None, drawn: Numbers | None
 ) -> tuple[Support | None, Symbols | None]:
-    """As maps: the support, and the quarters in which the numbers drawn lie."""
+    """As maps: the support, and the numbers drawn in 16ths of their range."""
     mask = None if support is None else _maps_of(support, shape)
     if drawn is None:
         return mask, None
-    quarters = (drawn >> 14).astype(np.uint8)
     count = elements(shape) if support is None else int(np.count_nonzero(support))
-    return mask, as_maps(quarters[:count], shape, support, 0)
+    return mask, as_maps((drawn[:count] >> 12).astype(np.uint8), shape, support, 0)
 
 
 def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:
