@@ -4,7 +4,8 @@ The tensors come from ResNet-20 trained on CIFAR-10 by the project itself (SOURC
 results say so), kept in runs/tensors. For each: bytes an element, SNR, speed on one core, the entropy of the symbols
 alone and given their neighbours; then our bytes at each 8-bit peer's own SNR. Writes benchmarks/results/codec.json.
 
-SNR of a gradient is taken where it is needed: behind a ReLU, where the activation is not zero.
+SNR of a gradient is taken where it is needed: behind a ReLU, where the activation is not zero. Names that begin with
+"bottleneck" are of tensors behind a linear bottleneck of width 8, which have no zeros and so no mask.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ from device_client.data import load
 
 RESULT = Path("benchmarks/results/codec.json")
 ACTIVATION_SNR, GRADIENT_SNR = (10, 15, 20, 30), (5, 10, 15, 20)
+# What the tensors' names begin with, and the SNRs that they are measured at.
+KINDS = {
+    "activation": ACTIVATION_SNR, "gradient": GRADIENT_SNR,
+    "bottleneck activation": ACTIVATION_SNR, "bottleneck gradient": GRADIENT_SNR,
+}  # fmt: skip
 _ROUNDS = 5
 
 
@@ -58,10 +64,12 @@ def symbols_of(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[np.ndarray
     batch, channels = tensor.shape[:2]
     whole = tensor.reshape(batch, channels, -1).transpose(1, 0, 2)
     values = whole if aside.support is None else tensor[aside.support][None, None]
-    step = quantise.step_of(np.ascontiguousarray(values).reshape(-1), snr, not aside.dither)
+    step = quantise.step_of(np.ascontiguousarray(values).reshape(-1), snr, not aside.dither and not tensor.min() < 0)
     amax = float(np.abs(values).max())
-    if not aside.dither:
+    if not aside.dither and not tensor.min() < 0:
         return quantise.unsigned(values, amax, step)[0], 0
+    if not aside.dither:
+        return quantise.signed(values, amax, step, None)[0], quantise.SIGNED_ZERO
     noise = dither.numbers(aside.dither, values.size)[: values.size].reshape(values.shape)
     return quantise.signed(values, amax, step, noise)[0], quantise.SIGNED_ZERO
 
@@ -169,7 +177,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
 def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Over the tensors of each kind: the smallest and the median of what is claimed."""
     result: dict[str, dict[str, float]] = {}
-    for kind in ("activation", "gradient"):
+    for kind in KINDS:
         mine = [row for row in rows if row["tensor"].startswith(kind)]
         peers8 = [row for row in mine if row["codec"] in peers.EIGHT_BIT]
         lists = {
@@ -228,9 +236,10 @@ def main() -> None:
     Step("context", 20).load()
     started = time.monotonic()
     for number, sample in enumerate(samples, 1):
-        rows += measure(f"activation {sample.name}", sample.activation, NOTHING, ACTIVATION_SNR)
-        aside = Aside((0, sample.step, 3), sample.activation != 0)
-        rows += measure(f"gradient {sample.name}", sample.gradient, aside, GRADIENT_SNR)
+        where = "bottleneck " if sample.bottleneck else ""
+        rows += measure(f"{where}activation {sample.name}", sample.activation, NOTHING, ACTIVATION_SNR)
+        aside = Aside((0, sample.step, 3), None if sample.bottleneck else sample.activation != 0)
+        rows += measure(f"{where}gradient {sample.name}", sample.gradient, aside, GRADIENT_SNR)
         left = (time.monotonic() - started) / number * (len(samples) - number)
         console.print(f"{number} of {len(samples)} pairs of tensors measured, about {left:.0f} s left")
     show(console, rows)

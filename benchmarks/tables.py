@@ -26,7 +26,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 def sizes(rows: list[dict[str, Any]]) -> str:
     """Bytes an element of `step` and `context` on every tensor."""
     result = []
-    for kind, levels in (("activation", codec.ACTIVATION_SNR), ("gradient", codec.GRADIENT_SNR)):
+    for kind, levels in codec.KINDS.items():
         for name in dict.fromkeys(row["tensor"] for row in rows if row["tensor"].startswith(kind)):
             by_codec = {row["codec"]: row for row in rows if row["tensor"] == name}
             for level in levels:
@@ -39,7 +39,7 @@ def sizes(rows: list[dict[str, Any]]) -> str:
                     _number(fast["decode_mb_s"], 0), _number(slow["encode_mb_s"], 0), _number(slow["decode_mb_s"], 0),
                     _number(fast["encode_mb_s"] / fast["zstd_alone_mb_s"], 2),
                 ])  # fmt: skip
-    head = ["tensor", "SNR asked", "SNR", "`step`", "no mask", "`context`", "H0", "H in context", "`step` enc", "dec",
+    head = ["tensor", "SNR asked", "SNR", "`step`", "no mask", "`context`", "H0", "H, 2 known", "`step` enc", "dec",
             "`context` enc", "dec", "enc / zstd alone"]  # fmt: skip
     return table(head, result)
 
@@ -53,7 +53,7 @@ def ratios(rows: list[dict[str, Any]]) -> str:
 def others(rows: list[dict[str, Any]]) -> str:
     """Each peer, medians over the tensors of a kind: its SNR and bytes, and ours at that SNR."""
     result = []
-    for kind in ("activation", "gradient"):
+    for kind in codec.KINDS:
         for name in peers.PEERS:
             chosen = [row for row in rows if row["codec"] == name and row["tensor"].startswith(kind)]
 

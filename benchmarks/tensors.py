@@ -1,7 +1,8 @@
 """Real activations and gradients to measure codecs on: trains ResNet-20 with the project's own halves and keeps some.
 
-Called by benchmarks.codec. The tensors are fp32 as they cross the link in plain split learning, of the first steps
-and of late ones, for two cuts and two batch sizes; a folder of .npz holds them for the next time.
+Called by benchmarks.codec. The tensors are fp32 as they cross the link, of the first steps and of late ones: in plain
+split learning for two cuts and two batch sizes, and behind a linear bottleneck of width 8. A folder of .npz holds them
+for the next time.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from device_client.remote_tail import RemoteTail
 
 # After 20 steps the network has only just begun to learn; after 551 its activations are sparse and structured.
 EARLY, LATE = 20, 551
-CUTS = {"16x32x32": "stage1_2_relu2", "32x16x16": "stage2_2_relu2"}
-BATCHES = (128, 32)
+# Name, cut, width behind a linear bottleneck (none where it is 0), batch.
+CASES = (
+    ("16x32x32", "stage1_2_relu2", 0, 128), ("16x32x32", "stage1_2_relu2", 0, 32),
+    ("32x16x16", "stage2_2_relu2", 0, 128), ("32x16x16", "stage2_2_relu2", 0, 32),
+    ("8x16x16", "stage2_2_relu2", 8, 32),
+)  # fmt: skip
 RECIPE = """
 name = "tensors"
-method = "plain"
+method = "{method}"
 [model]
 name = "resnet20"
 input = [3, 32, 32]
@@ -37,8 +42,12 @@ crop = 4
 flip = true
 mean = [0.49, 0.48, 0.45]
 std = [0.25, 0.24, 0.26]
+{bottleneck}
+[codec]
+activation = "fp32"
+gradient = "fp32"
 [schedule]
-phases = [[0, {epochs}]]
+phases = [[{width}, {epochs}]]
 [optimiser]
 lr = 0.1
 warmup = 50
@@ -49,15 +58,16 @@ warmup = 50
 class Sample:
     """The two tensors of one step, both [B, C, H, W]."""
 
-    cut: str
+    shape: str
     batch: int
     step: int
+    bottleneck: bool
     activation: np.ndarray
     gradient: np.ndarray
 
     @property
     def name(self) -> str:
-        return f"{self.cut} b{self.batch} step {self.step}"
+        return f"{self.shape} b{self.batch} step {self.step}"
 
 
 class _Recorder(RemoteTail):
@@ -74,32 +84,32 @@ class _Recorder(RemoteTail):
         return answer
 
 
-def record(data: Dataset, cut: str, batch: int) -> list[Sample]:
-    """Train LATE steps and a little, and return the samples kept on the way."""
+def record(data: Dataset, cut: str, width: int, batch: int) -> dict[int, dict[str, np.ndarray]]:
+    """Train LATE steps and a little, and return what was kept on the way."""
     kept: dict[int, dict[str, np.ndarray]] = {}
     per_epoch = len(data.train) // batch
     epochs = round((LATE + 1) / per_epoch, 6)
     few = Part(data.test.pictures[:256], data.test.labels[:256])
     short = dataclasses.replace(data, test=few)
-    inprocess.train(RECIPE.format(cut=CUTS[cut], batch=batch, epochs=epochs), short, _Recorder, kept=kept)
-    return [Sample(cut, batch, step, **kept[step]) for step in (EARLY, LATE)]
+    recipe = RECIPE.format(
+        cut=cut, batch=batch, epochs=epochs, width=width, method="fixed" if width else "plain",
+        bottleneck='[bottleneck]\nkind = "linear"' if width else "",
+    )  # fmt: skip
+    inprocess.train(recipe, short, _Recorder, kept=kept)
+    return kept
 
 
 def samples(folder: Path, data: Callable[[], Dataset]) -> list[Sample]:
     """All samples, from `folder` where they lie there already; else `data()` is trained on and they are put there."""
     folder.mkdir(parents=True, exist_ok=True)
     result = []
-    for cut in CUTS:
-        for batch in BATCHES:
-            path = folder / f"{cut}-{batch}.npz"
-            if not path.is_file():
-                made = record(data(), cut, batch)
-                np.savez(
-                    path, **{f"{kind}-{s.step}": getattr(s, kind) for s in made for kind in ("activation", "gradient")}
-                )
-            with np.load(path) as kept:
-                result += [
-                    Sample(cut, batch, step, kept[f"activation-{step}"], kept[f"gradient-{step}"])
-                    for step in (EARLY, LATE)
-                ]
+    for shape, cut, width, batch in CASES:
+        path = folder / f"{shape}-{batch}.npz"
+        if not path.is_file():
+            kept = record(data(), cut, width, batch)
+            np.savez(path, **{f"{kind}-{step}": part for step, parts in kept.items() for kind, part in parts.items()})
+        with np.load(path) as stored:
+            for step in (EARLY, LATE):
+                parts = stored[f"activation-{step}"], stored[f"gradient-{step}"]
+                result.append(Sample(shape, batch, step, bool(width), *parts))
     return result
