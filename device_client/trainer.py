@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from common import halves, optim, report, weights
+from common import codecs, halves, optim, report, weights
 from common.bottleneck import LinearEncoder, principal_components
 from common.checkpoint import Checkpoints, due
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
@@ -230,6 +230,7 @@ class Trainer:
 
     def _switch(self, phase: Phase) -> None:
         self.phases.append(phase)
+        codecs.load(phase.activation_codec, phase.gradient_codec)
         self.head.bottleneck.resize(phase.width, phase.order)
         # A frozen head is the one that is used later: batch norm takes its running statistics.
         self.head.train(not phase.frozen)

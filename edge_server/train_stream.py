@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from common import weights, wire
 from common.chooser import Chooser
-from common.codecs import Aside, codec
+from common.codecs import Aside, codec, load
 from common.errors import FrameError, StoppedError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_message
@@ -54,6 +54,7 @@ class TrainStream:
                 f"{training.samples:,} pictures an epoch."
             )
         run.console.print(what, highlight=False)
+        load(training.phase.activation_codec, training.phase.gradient_codec)
         with Live(run.console, training.coordinator.steps, training.step) as live:
             yield count(DOWN, wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)))
             for answer in answers:

@@ -61,4 +61,11 @@ def codec(name: str) -> Codec:
         raise CodecError(f"{name!r} has more settings than {kind} takes") from None
 
 
-__all__ = ["KINDS", "NOTHING", "Aside", "Codec", "codec"]
+def load(*names: str) -> None:
+    """What codecs need before their first use, so that no step is held up by it."""
+    for chosen in map(codec, names):
+        if isinstance(chosen, Step):
+            chosen.load()
+
+
+__all__ = ["KINDS", "NOTHING", "Aside", "Codec", "codec", "load"]
