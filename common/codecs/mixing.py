@@ -44,11 +44,11 @@ def _squash(x: int) -> int:
     return (points[at] * (128 - beyond) + points[at + 1] * beyond + 64) >> 7
 
 
-_SQUASHED = np.array([_squash(x) for x in range(-2048, 2048)], np.int32)
-_STRETCHED = (np.searchsorted(_SQUASHED, np.arange(4096)) - 2048).clip(-2047, 2047).astype(np.int32)  # its inverse
-_RATES = np.array([655360 // (10 * answers + 16) for answers in range(_SURE + 1)], np.int64)
+_SQUASHED = np.array([_squash(x) for x in range(-2048, 2048)], np.int16)
+_STRETCHED = (np.searchsorted(_SQUASHED, np.arange(4096)) - 2048).clip(-2047, 2047).astype(np.int16)  # its inverse
+_RATES = np.array([655360 // (10 * answers + 16) for answers in range(_SURE + 1)], np.int32)
 # A number's place on a logarithmic scale, three steps an octave, up to 31.
-_LOG = np.array([min(31, (number**3).bit_length()) for number in range(4096)], np.int64)
+_LOG = np.array([min(31, (number**3).bit_length()) for number in range(4096)], np.uint8)
 
 
 _inner = numba.njit(nogil=True)
@@ -68,7 +68,7 @@ def _kept(signature: str) -> Callable[[Function], Function]:
 
 @_inner
 def _log(number):
-    return _LOG[np.uint64(min(number, 4095))]
+    return np.int64(_LOG[np.uint64(min(number, 4095))])
 
 
 @_inner
@@ -76,8 +76,8 @@ def _probability(tables, weights, bases, question, stretched):
     """Of a yes, in 4096ths: what the models say, mixed."""
     total = np.int64(0)
     for model in range(_MODELS):
-        entry = tables[np.uint64(bases[model] + question * _MODELS)]
-        said = _STRETCHED[np.uint64(entry >> np.uint32(20))]
+        entry = tables[np.uint64(bases[model] + question)]
+        said = np.int32(_STRETCHED[np.uint64(entry >> np.uint32(20))])
         stretched[model] = said
         total += np.int64(weights[np.uint64(question * _MODELS + model)]) * np.int64(said)
     return np.int64(_SQUASHED[np.uint64(max(-2048, min(2047, total >> 16)) + 2048)])
@@ -90,12 +90,12 @@ def _learn(tables, weights, bases, question, stretched, probability, yes):
     error = np.int32(((yes << 12) - probability) * 6)
     goal = np.int64((1 << 22) - 1 if yes else 0)
     for model in range(_MODELS):
-        own, place = np.uint64(question * _MODELS + model), np.uint64(bases[model] + question * _MODELS)
+        own, place = np.uint64(question * _MODELS + model), np.uint64(bases[model] + question)
         weights[own] += np.int32(stretched[model] * error + np.int32(0x2000)) >> np.int32(14)
         entry = tables[place]
         answers = np.int64(entry & np.uint32(1023))
         value = np.int64(entry >> np.uint32(10))
-        value += ((goal - value) * _RATES[np.uint64(answers)]) >> 16
+        value += ((goal - value) * np.int64(_RATES[np.uint64(answers)])) >> 16
         tables[place] = np.uint32((value << 10) | min(answers + 1, _SURE))
 
 
@@ -252,7 +252,7 @@ def _bases_of_noise(bases, inputs, size, channel, busy, usual, level):
 def _stretch(bases):
     """From numbers of contexts to where the models' entries for them begin."""
     for model in range(_MODELS):
-        bases[model] = bases[model] * (_QUESTIONS * _MODELS) + model
+        bases[model] = (model * _CONTEXTS + bases[model]) * _QUESTIONS
 
 
 @_inner
