@@ -68,6 +68,9 @@ class Stream:
         except StopIteration as error:
             raise LinkError(f"the server at {self._server} closed the stream early") from error
         except grpc.RpcError as error:
+            # gRPC raises the call itself: with its traceback it would hold on to itself, and to all that the frames up
+            # to the trainer's hold (a batch, its graph), until Python's next full collection, hours away in a long run.
+            error.with_traceback(None)
             raise LinkError(self._lost) if self._lost else from_rpc(error, self._server) from error
         finally:
             self._due = None
