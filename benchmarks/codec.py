@@ -78,7 +78,7 @@ def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, floa
     """Bytes an element of the quantised symbols: each by itself, and given how large those left and above are."""
     symbols, zero = symbols_of(tensor, snr, aside)
     maps = as_maps(symbols, tensor.shape, aside.support, zero)
-    sizes = np.pad(np.minimum(np.abs(maps.astype(np.int16) - zero), 15), ((0, 0), (0, 0), (1, 0), (1, 0)))
+    sizes = np.pad(np.minimum(np.abs(maps.astype(np.int32) - zero), 15), ((0, 0), (0, 0), (1, 0), (1, 0)))
     around = 16 * sizes[:, :, 1:, :-1] + sizes[:, :, :-1, 1:]
     mask, _ = beside(tensor.shape, aside.support, None)
     sent = slice(None) if mask is None else mask.reshape(-1)
