@@ -19,7 +19,8 @@ from common.errors import CodecError
 # Digits a byte, and the word that so many symbols fill; the highest digit is the escape. One a byte is the symbol.
 _WORDS = {1: "u1", 2: "<u2", 4: "<u4"}
 _TOGETHER = {2: 1 << 8 | 1 << 4, 4: 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6}
-_SAMPLE, _PIECES = 1 << 15, 8
+# An eighth of the symbols is tried, from so many places, within these bounds.
+_FEW, _MANY, _PIECES = 1 << 12, 1 << 15, 8
 # More digits a byte must earn what they cost in time.
 _WORTHWHILE = 0.98
 # Symbols handled at once, so that they stay in the cache.
@@ -58,18 +59,23 @@ def _split(symbols: Symbols, digits: int, zero: int) -> tuple[Symbols, Symbols]:
     return packed, np.concatenate(escapes)
 
 
-def _sample(part: Symbols, size: int) -> Symbols:
-    """Up to `size` symbols of `part`, from all over it."""
-    if len(part) <= size:
-        return part
-    starts = np.linspace(0, len(part) - size // _PIECES, _PIECES).astype(int)
-    return np.concatenate([part[start : start + size // _PIECES] for start in starts])
+def _sample(parts: list[Symbols]) -> Symbols:
+    """Some symbols of each part, from all over it."""
+    size = max(_FEW, min(_MANY, sum(map(len, parts)) // 8)) // len(parts)
+    piece, pieces = size // _PIECES, []
+    for part in parts:
+        if len(part) <= size:
+            pieces.append(part)
+        else:
+            last = len(part) - piece
+            pieces += [part[start : start + piece] for start in range(0, last + 1, last // (_PIECES - 1))]
+    return np.concatenate(pieces)
 
 
 def _best(parts: list[Symbols], zero: int) -> int:
     """The number of digits a byte that makes a sample smallest."""
-    samples = [_sample(part, _SAMPLE // len(parts)) for part in parts]
-    sizes = {digits: len(_compressed(samples, digits, zero)[0]) for digits in _WORDS}
+    sample = _sample(parts)
+    sizes = {digits: len(_compressed([sample], digits, zero)[0]) for digits in _WORDS}
     best = min(sizes, key=sizes.__getitem__)
     return best if sizes[best] < sizes[1] * _WORTHWHILE else 1
 
