@@ -148,7 +148,8 @@ class RunFolder:
         if present and not untrained and not overwrite:
             kind = "a finished" if "summary.json" in present else "an unfinished"
             raise RunFolderError(
-                f"{self.path} already holds {kind} run; choose another --run, or pass --overwrite to replace it"
+                f"{self.path} already holds {kind} run, and not this one; choose another --run, or pass --overwrite, "
+                "which deletes that run"
             )
         if free < needed_bytes + _SPARE_BYTES:
             raise RunFolderError(

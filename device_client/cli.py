@@ -49,8 +49,21 @@ _SHARED = [
     click.option("--token-file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
                  help="File with the token, where the server wants one; default: that of DEPRUNE_TOKEN."),
 ]  # fmt: skip
+
+
+class _Source(click.ParamType):
+    """Says what may be given where nothing was."""
+
+    name = "source"
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return "Give digits, which are bundled, folder:PATH with train/CLASS and test/CLASS, or npz:PATH."
+
+
 _DATA = [
-    click.option("--data", "source", required=True, metavar="SOURCE", help="digits, folder:PATH or npz:PATH."),
+    click.option(
+        "--data", "source", required=True, metavar="SOURCE", type=_Source(), help="digits, folder:PATH or npz:PATH."
+    ),
     click.option("--skip-unreadable", is_flag=True, help="Leave unreadable pictures out instead of stopping."),
 ]
 

@@ -76,10 +76,11 @@ def test_other_codecs_are_left_alone() -> None:
 
 
 @needs_link
+@pytest.mark.timeout(300)  # two runs by two processes each, one of them over a slow link
 def test_on_a_shaped_link_the_sender_changes_over_where_that_pays(tmp_path: Path) -> None:
-    """Through tbf at 0.4 Mbit/s the rate is what TCP measured, and whoever codes, training is the same."""
-    counters.measure(tmp_path / "context", "context:15", 0.13, side=32)
-    counters.measure(tmp_path / "auto", "auto:15", 0.13, side=32, rate="400kbit")
+    """Through tbf at 0.2 Mbit/s the rate is what TCP measured, and whoever codes, training is the same."""
+    counters.measure(tmp_path / "context", "context:15", 0.13)
+    counters.measure(tmp_path / "auto", "auto:15", 0.13, rate="200kbit")
     context, auto = (
         [json.loads(line) for line in (tmp_path / name / "device" / "metrics.jsonl").read_text().splitlines()]
         for name in ("context", "auto")
@@ -87,7 +88,7 @@ def test_on_a_shaped_link_the_sender_changes_over_where_that_pays(tmp_path: Path
     assert [line["loss"] for line in auto] == [line["loss"] for line in context]
     before, fewer = (line[0]["bytes"]["up"] for line in (auto, context))
     assert fewer < before
-    saved, cost = (before - fewer) / 50_000, auto[3]["seconds"]["encode"]  # where both coders were tried
+    saved, cost = (before - fewer) / 25_000, auto[3]["seconds"]["encode"]  # where both coders were tried
     changed = all(a["bytes"]["up"] == c["bytes"]["up"] for a, c in zip(auto[4:], context[4:], strict=True))
     # A machine that codes too slowly for this link is right to stay with zstd.
     assert changed or saved < 1.5 * cost
