@@ -170,6 +170,8 @@ def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
         )
     if "WRONG_VERSION_NUMBER" in details:
         return LinkError(f"the server at {server} does not use TLS; start it with --tls-cert, or leave out --tls-ca")
+    if "Failed parsing HTTP/2" in details:
+        return LinkError(f"what answers at {server} is no edge-server, but another program; check the port")
     # Words of a connection that was never made: where one breaks later, gRPC does not say so.
     if "failed to connect" in details and "Socket closed" in details:
         what = f"the server at {server} closed the connection before anything was said: it may be stopping"

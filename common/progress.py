@@ -34,8 +34,9 @@ class Live:
         """`done` of the `steps` were made before, by another process perhaps."""
         self._console = console
         self._steps = steps
-        self._first = done
-        self._started = time.monotonic()
+        # Where the estimate of what is left counts from: the first step here also waits for what is set up.
+        self._first, self._since = done, 0.0
+        self._began = done
         self._shown = 0.0
         self._width = 0
         self._loss: float | None = None
@@ -62,14 +63,16 @@ class Live:
         """`done` steps are done; the last had this width, loss and share of right answers; bytes are of the run."""
         # A running mean over about 20 steps: single batches jump.
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-        self._accuracy = accuracy if done <= self._first + 1 else 0.95 * self._accuracy + 0.05 * accuracy
+        self._accuracy = accuracy if done <= self._began + 1 else 0.95 * self._accuracy + 0.05 * accuracy
         now = time.monotonic()
-        elapsed = now - self._started
-        left = elapsed / max(1, done - self._first) * (self._steps - done)
+        if not self._since:
+            self._first, self._since = done, now
         text = (
             f"step {done}/{self._steps}  width {width}  loss {self._loss:.3f}  acc {self._accuracy:.1%}  "
-            f"up {size(up)}  down {size(down)}  {duration(left)} left"
+            f"up {size(up)}  down {size(down)}"
         )
+        if done > self._first:
+            text += f"  {duration((now - self._since) / (done - self._first) * (self._steps - done))} left"
         self._bar.update(self._task, completed=done, description=text)
         if self._console.is_terminal:
             return

@@ -21,6 +21,7 @@ from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
 from device_client.data import Dataset, Part, load_picture
+from device_client.pictures import size_of
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import sent_batches
 
@@ -106,6 +107,11 @@ def predict(
     recipe: Recipe = opened.recipe
     channels, height, width = recipe.model.input
     pictures = np.stack([load_picture(path, (channels, height, width)) for path in paths])
+    other = {path: size for path in paths if (size := size_of(path)) != (width, height)}
+    if other:
+        path, (wide, high) = next(iter(other.items()))
+        what = f"{len(other):,} of {len(paths):,} pictures are scaled to the model's {width}x{height}, not cropped"
+        say(f"{what}; {path} was {wide}x{high}.")
     part = Part(pictures, np.zeros(len(pictures), np.int64))
 
     def attempt() -> np.ndarray:

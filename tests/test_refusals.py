@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 import zlib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,17 @@ def test_no_server_and_no_traceback(tmp_path: Path) -> None:
     done = pair.device("train", "127.0.0.1:9", "--data", "digits", "--run", tmp_path / "run", capture_output=True)
     assert done.returncode == 1 and "no server answers at 127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_another_program_answers(tmp_path: Path) -> None:
+    """One that speaks HTTP/1, as web servers and proxies do."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{other.server_port}"
+        done = pair.device("train", address, "--data", "digits", "--run", tmp_path / "d", capture_output=True)
+        other.shutdown()
+    assert done.returncode == 1
+    assert f"what answers at {address} is no edge-server" in done.stderr.replace("\n", " ")
 
 
 def test_a_finished_run_is_left_alone(server: str, plain_run: Run, tmp_path: Path) -> None:

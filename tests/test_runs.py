@@ -116,9 +116,9 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
         process.terminate()
         assert process.wait(timeout=15) == 0
     assert f"{deprune_run.summary('device')['accuracy']:.2%}" in judged.stdout, judged.stdout + judged.stderr
-    rows = {line.split()[0].rpartition("/")[2]: line.split() for line in named.stdout.splitlines() if ".png" in line}
+    rows = {line.split()[0].rpartition("/")[2]: line.split() for line in named.stdout.splitlines() if "%" in line}
     assert (rows["3.png"][2], rows["7.png"][2]) == ("3", "7"), named.stdout + named.stderr
-    assert "3.png" in text
+    assert "2 of 2 pictures are scaled to the model's 16x16" in named.stdout and "3.png" in text
     assert mistyped.returncode == 1 and "holds no finished run; check --run" in mistyped.stderr.replace("\n", " ")
 
 
