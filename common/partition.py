@@ -6,34 +6,16 @@ it and no weight is needed on both sides, so that the halves' state dicts togeth
 
 from __future__ import annotations
 
-import copy
 import difflib
-import inspect
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import CutError, ModelError
+from common.tracing import changes_in_place, named_state, run, show, state_of, trace
 
-# Tracing freezes the `training` flag of these, while their modules follow train() and eval().
-_DROPOUTS: dict[Any, type[nn.Module]] = {
-    F.dropout: nn.Dropout,
-    F.dropout1d: nn.Dropout1d,
-    F.dropout2d: nn.Dropout2d,
-    F.dropout3d: nn.Dropout3d,
-    F.alpha_dropout: nn.AlphaDropout,
-    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
-}
-_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
-# Two sizes, so that a first dimension that only happens to equal the batch is told from the batch.
-_BATCHES = (2, 3)
 _LISTED = 12
 
 
@@ -121,10 +103,10 @@ def cut_shape(head: fx.GraphModule, input_shape: tuple[int, ...]) -> tuple[int, 
         ModelError: `head` cannot take such an input, or does not give one tensor with the batch first.
     """
     output = next(node for node in head.graph.nodes if node.op == "output").all_input_nodes[0]
-    result = _run(head, head.graph, input_shape)[output.name]
+    result = run(head, head.graph, input_shape)[output.name]
     problem = result.problem()
     if problem is not None:
-        raise ModelError(f"the head cannot serve inputs of {_show(input_shape)}: what it computes {problem}")
+        raise ModelError(f"the head cannot serve inputs of {show(input_shape)}: what it computes {problem}")
     return result.shapes[0][1:]
 
 
@@ -134,15 +116,15 @@ class _Plan:
     def __init__(self, model: nn.Module, input_shape: tuple[int, ...] | None, flops: bool = False) -> None:
         self.model = model
         # A root for each half: the two must not even share a stateless module, whose mode each sets for itself.
-        self.roots, self.graph = _trace(model)
+        self.roots, self.graph = trace(model)
         self.nodes = list(self.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.results = {} if input_shape is None else _run(self.roots[0], self.graph, input_shape, flops)
+        self.results = {} if input_shape is None else run(self.roots[0], self.graph, input_shape, flops)
         self.from_input: set[fx.Node] = set()
         for node in self.nodes:
             if node.op == "placeholder" or any(n in self.from_input for n in node.all_input_nodes):
                 self.from_input.add(node)
-        self.state = {node: _state_of(self.roots[0], node) for node in self.nodes}
+        self.state = {node: state_of(self.roots[0], node) for node in self.nodes}
 
     def find(self, cut: str) -> fx.Node:
         for node in self.nodes:
@@ -184,7 +166,7 @@ class _Plan:
         if shared:
             return f"{_some(self._names(shared))} would be needed on both sides of it"
         for user in cut.users:
-            if _changes_in_place(self.roots[0], user) and user.all_input_nodes[0] is cut:
+            if changes_in_place(self.roots[0], user) and user.all_input_nodes[0] is cut:
                 return f"{user.name} changes it in place"
         problem = self.results[cut.name].problem() if self.results else None
         return None if problem is None else f"what crosses it {problem}"
@@ -231,7 +213,7 @@ class _Plan:
                 owner, _, field = name.rpartition(".")
                 if name not in names:
                     half.get_submodule(owner)._non_persistent_buffers_set.add(field)
-        tensors = _named_state(self.model)
+        tensors = named_state(self.model)
         for name in names - head.state_dict().keys() - tail.state_dict().keys() & tensors.keys():
             *path, field = name.split(".")
             owner_module: nn.Module = tail
@@ -246,202 +228,7 @@ class _Plan:
                 owner_module.register_buffer(field, tensor)
 
     def _names(self, ids: set[int]) -> list[str]:
-        return [name for name, tensor in _named_state(self.model).items() if id(tensor) in ids]
-
-
-def _trace(model: nn.Module) -> tuple[tuple[nn.Module, nn.Module], fx.Graph]:
-    """Two copies of the modules of `model` around the same tensors, in its mode, and the graph that fits both."""
-    kind = type(model).__name__
-    roots, graphs = [], []
-    for training in (True, False):
-        try:
-            with _fork_rng(model):
-                # Tracing hangs constants on the model it is given, so it is given a copy.
-                root = _copy_around_tensors(model)
-                root.train(training)
-                if any(module.training != training for module in root.modules()):
-                    raise ModelError(f"{kind} cannot be cut: it overrides train(), which its halves would not do")
-                graph = fx.Tracer().trace(root)
-        except ModelError:
-            raise
-        except Exception as error:  # forward is anybody's code and raises anything under tracing
-            raise ModelError(
-                f"{kind} cannot be cut: torch.fx cannot trace it "
-                f"({type(error).__name__}: {_one_line(error)}); its forward must not depend on values"
-            ) from error
-        roots.append(root)
-        graphs.append(graph)
-    inputs = [node.name for node in graphs[0].nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise ModelError(f"{kind} cannot be cut: it must have one input, not {len(inputs)} ({', '.join(inputs)})")
-    _unify(kind, roots, graphs, model.training)
-    for root in roots:
-        for copied, original in zip(root.modules(), model.modules(), strict=False):
-            copied.training = original.training
-    return (roots[0], roots[1]), graphs[0]
-
-
-def _unify(kind: str, roots: list[nn.Module], graphs: list[fx.Graph], training: bool) -> None:
-    """Make functional dropouts modules of both roots, then refuse graphs that differ between training and evaluation.
-
-    A dropout whose flag is the same in both modes is always on or off by its author's wish and stays as it is.
-    """
-    dropouts: list[tuple[str, nn.Module]] = []
-    in_training, in_evaluation = (list(graph.nodes) for graph in graphs)
-    for ours, theirs in zip(in_training, in_evaluation, strict=False):
-        if ours.op != "call_function" or ours.target not in _DROPOUTS or theirs.target is not ours.target:
-            continue
-        options, other = (inspect.signature(node.target).bind(*node.args, **node.kwargs) for node in (ours, theirs))
-        options.apply_defaults()
-        other.apply_defaults()
-        on, off = options.arguments, other.arguments
-        if not (on["training"] is True and off["training"] is False and on["p"] == off["p"]):
-            continue
-        path = f"functional_{ours.name}"
-        while hasattr(roots[0], path):
-            path += "_"
-        dropouts.append((path, _DROPOUTS[ours.target](on["p"], on["inplace"])))
-        for node in (ours, theirs):
-            node.op, node.target, node.args, node.kwargs = "call_module", path, node.args[:1], {}
-    for root in roots:
-        for path, module in dropouts:
-            root.add_module(path, copy.copy(module).train(training))
-    for ours, theirs in zip(in_training, in_evaluation, strict=False):
-        if _describe(roots[0], ours) != _describe(roots[1], theirs):
-            raise ModelError(
-                f"{kind} cannot be cut: its forward differs between training and evaluation from {ours.name} on, "
-                "and a traced half could not; use modules, such as nn.BatchNorm2d, in place of self.training"
-            )
-    if len(in_training) != len(in_evaluation):
-        raise ModelError(f"{kind} cannot be cut: its forward differs between training and evaluation")
-
-
-@dataclass(frozen=True)
-class _Result:
-    """What a node computes for each of the batch sizes; `shapes` is empty where that is no tensor."""
-
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: torch.dtype | None
-    flops: int  # a sample
-
-    def problem(self) -> str | None:
-        """Why it cannot cross a cut, to follow "what crosses it"; None if it can."""
-        if not self.shapes or self.dtype is None:
-            return "is not a tensor"
-        if not self.dtype.is_floating_point:
-            return f"is {self.dtype}, not a floating-point tensor"
-        if not 2 <= len(self.shapes[0]) <= 4:
-            return f"has {len(self.shapes[0])} dimensions; 2 to 4 with the batch can be sent"
-        batch_first = all(shape[0] == size for shape, size in zip(self.shapes, _BATCHES, strict=True))
-        if not batch_first or len({shape[1:] for shape in self.shapes}) > 1:
-            return "does not have the batch as its first dimension"
-        return None
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each node computed: shape, dtype, FLOPs."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, flops: bool) -> None:
-        super().__init__(root, graph=graph)
-        self._flops = flops
-        self.seen: dict[str, tuple[tuple[int, ...] | None, torch.dtype | None, int]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        count = 0
-        if self._flops:
-            with FlopCounterMode(display=False) as counter:
-                value = super().run_node(n)
-            count = counter.get_total_flops()
-        else:
-            value = super().run_node(n)
-        shaped = isinstance(value, torch.Tensor)
-        self.seen[n.name] = (
-            tuple(value.shape) if shaped else None,
-            value.dtype if shaped else None,
-            count,
-        )
-        return value
-
-
-def _run(root: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], flops: bool = False) -> dict[str, _Result]:
-    """What every node computes for inputs of `input_shape`, FLOPs only if asked for (they take most of the time);
-    `root`'s modes, statistics and the random state stay."""
-    modes = {module: module.training for module in root.modules()}
-    runs = []
-    try:
-        root.eval()
-        with torch.no_grad(), _fork_rng(root):
-            for batch in _BATCHES:
-                recorder = _Recorder(root, graph, flops)
-                recorder.run(torch.zeros(batch, *input_shape))
-                runs.append(recorder.seen)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ModelError(f"the model cannot take inputs of {_show(input_shape)}: {_one_line(error)}") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    results = {}
-    for name in runs[0]:
-        pair = [seen[name] for seen in runs]
-        shapes = tuple(shape for shape, _, _ in pair if shape is not None)
-        results[name] = _Result(shapes if len(shapes) == len(pair) else (), pair[0][1], pair[0][2] // _BATCHES[0])
-    return results
-
-
-def _copy_around_tensors(model: nn.Module) -> nn.Module:
-    """A copy of the modules that holds the very same parameter and buffer tensors."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in _all_tensors(model)}
-    return copy.deepcopy(model, memo)
-
-
-def _all_tensors(model: nn.Module) -> Iterable[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-def _named_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by every name they have."""
-    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named.update(model.named_buffers(remove_duplicate=False))
-    return named
-
-
-def _state_of(root: nn.Module, node: fx.Node) -> set[int]:
-    """Ids of the parameters and buffers that a node reads; tensors made by tracing itself count as well."""
-    if node.op == "call_module":
-        return {id(tensor) for tensor in _all_tensors(root.get_submodule(str(node.target)))}
-    if node.op == "get_attr":
-        value: Any = root
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        tensors = _all_tensors(value) if isinstance(value, nn.Module) else [value]
-        return {id(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)}
-    return set()
-
-
-def _changes_in_place(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node overwrites its first argument, which the other half still owns."""
-    if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return bool(node.kwargs.get("inplace")) or name in _IN_PLACE_OPERATORS or name.endswith("_")
-    return False
-
-
-def _describe(root: nn.Module, node: fx.Node) -> tuple[object, ...]:
-    """What must be the same in training and evaluation for one graph to serve both."""
-    target = type(root.get_submodule(str(node.target))) if node.op == "call_module" else None
-    return (node.op, node.name, str(node.target), target, str(node.args), str(node.kwargs))
-
-
-def _fork_rng(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep the random state as it is; a model on a GPU draws there too."""
-    devices = {tensor.device.index or 0 for tensor in _all_tensors(model) if tensor.device.type == "cuda"}
-    return torch.random.fork_rng(devices=sorted(devices))
+        return [name for name, tensor in named_state(self.model).items() if id(tensor) in ids]
 
 
 def _union(sets: Iterable[set[int]]) -> set[int]:
@@ -451,11 +238,3 @@ def _union(sets: Iterable[set[int]]) -> set[int]:
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
-
-
-def _show(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
