@@ -9,10 +9,9 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -31,61 +30,16 @@ from common.errors import (
     StoppedError,
 )
 from common.halves import Halves
-from common.meter import Meter
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
-from common.tcp_info import Kernel, find_peer
 from edge_server.callers import Callers
 from edge_server.initial import Initial, initial_weights
 from edge_server.limits import Limits
 from edge_server.live import LiveRun, Stream
 from edge_server.session import Training
+from edge_server.sessions import Session, Sessions
 from edge_server.watch import Watch
-
-# Between the handshake and the first stream a device reads its data; it keeps its place so long at least.
-_GRACE_S = 60.0
-
-
-@dataclass
-class Session:
-    """One device's visit: its books, its connections, and the run where it trains one."""
-
-    name: str
-    trains: bool
-    identity: str = ""  # of the caller who opened it, and who alone may use it
-    caller: str = ""  # whose share of the server it takes: the identity, or an address where none is asked for
-    meter: Meter = field(default_factory=Meter)
-    kernel: Kernel = field(default_factory=Kernel)
-    peer: str = ""  # gRPC's name of the device's end of the connection
-    run: LiveRun | None = None  # which it has begun, or comes back to
-    back_to: int | None = None  # the step that it was told to go on from, until it does
-    streams: int = 0  # open at the moment
-    begun: bool = False  # it has had one
-    head_sent: bool = False
-    joined: bool = False  # it has had a stream for the run
-    touched: float = field(default_factory=time.monotonic)
-
-    def seen(self, peer: str) -> None:
-        """The device calls from `peer`: a connection that is new is counted too, where it trains."""
-        if self.trains and peer != self.peer:
-            self.peer = peer
-            self.kernel.add(find_peer(peer))
-
-    @contextmanager
-    def streaming(self) -> Iterator[None]:
-        self.streams += 1
-        self.begun = True
-        try:
-            yield
-        finally:
-            self.streams -= 1
-
-    def take_up(self, run: LiveRun) -> None:
-        """Go on with a run: its books are this visit's."""
-        self.run, self.meter, self.kernel = run, run.meter, run.kernel
-        if self.peer:
-            self.kernel.add(find_peer(self.peer))
 
 
 @dataclass(frozen=True)
@@ -108,7 +62,7 @@ class Host:
         self._evaluations = 0  # streams that use the finished run at the moment
         self._lock = threading.Lock()
         self._beginning = threading.Lock()  # held while a stream takes another's place, and while the run is put back
-        self._sessions: dict[str, Session] = {}
+        self.sessions = Sessions(self.limits)
         self.run: LiveRun | None = None
         self.run_id = ""
         self.served: Served | None = None
@@ -180,8 +134,7 @@ class Host:
         """End what is silent and forget what was left behind; called a few times a second."""
         now = time.monotonic()
         self.watch.tend(now)
-        with self._lock:
-            self._forget_idle(now)
+        self.sessions.tend(now)
 
     # Sessions
 
@@ -201,9 +154,7 @@ class Host:
             step = self._open_training(session, run_id, kept)
         else:
             self._check_use(run_id)
-        with self._lock:
-            self._make_room(session.caller)
-            self._sessions[session.name] = session
+        self.sessions.add(session)
         return session, step
 
     def _open_training(self, session: Session, run_id: str, kept: Sequence[int]) -> int:
@@ -236,62 +187,6 @@ class Host:
                 f"the head of run {self.run_id} was not published; "
                 f"use --run with the folder of the device that trained it"
             )
-
-    def session(self, name: str, identity: str) -> Session:
-        """The session that `identity` opened. Another's is not known either: nothing tells that there is one."""
-        with self._lock:
-            session = self._sessions.get(name)
-        if session is None or session.identity != identity:
-            raise SessionError(
-                "this session is not known here (the server was restarted, or it was idle too long); open another"
-            )
-        session.touched = time.monotonic()
-        return session
-
-    def _make_room(self, caller: str) -> None:
-        """A place for one more session of `caller`'s, another's if need be; BusyError where there is none.
-
-        A place is only taken from sessions without an open stream: from those that are idle, or from the caller that
-        has the most, so that no one's opens keep others out.
-        """
-        now, limits = time.monotonic(), self.limits
-        self._forget_idle(now)
-        held = Counter(session.caller for session in self._sessions.values())
-        own = [session for session in self._sessions.values() if session.caller == caller]
-        if len(own) >= limits.sessions_each:
-            if not self._give_way(own, now - _GRACE_S):
-                raise BusyError(
-                    f"this device already has {limits.sessions_each} sessions here; try again in a minute",
-                    limits.retry_s,
-                )
-        elif len(self._sessions) >= limits.sessions and not self._give_way(self._sessions.values(), now - _GRACE_S):
-            greedy, most = held.most_common(1)[0]
-            theirs = [session for session in self._sessions.values() if session.caller == greedy]
-            if most <= held[caller] + 1 or not self._give_way(theirs, now):
-                raise BusyError(
-                    f"the server already has {limits.sessions} sessions; try again in a minute", limits.retry_s
-                )
-
-    def _forget_idle(self, now: float) -> None:
-        for session in [s for s in self._sessions.values() if not s.streams and now - s.touched > self.limits.idle_s]:
-            self._forget(session)
-
-    def _give_way(self, sessions: Iterable[Session], before: float) -> bool:
-        """Forget one of `sessions` that was last heard of `before`, rather one that never began; whether there was."""
-        idle = [session for session in sessions if not session.streams and session.touched <= before]
-        if idle:
-            self._forget(min(idle, key=lambda session: (session.begun, session.touched)))
-        return bool(idle)
-
-    def _forget(self, session: Session) -> None:
-        if self._sessions.pop(session.name, None) is not None and not session.run:
-            session.kernel.close()  # a run's own outlives its sessions
-
-    def leave(self, session: Session) -> None:
-        """A stream of this session has ended and the device needs it no more."""
-        with self._lock:
-            if not session.streams:
-                self._forget(session)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -382,9 +277,7 @@ class Host:
         self.finished_at = time.monotonic()
 
     def close(self) -> None:
-        with self._lock:
-            for session in list(self._sessions.values()):
-                self._forget(session)
+        self.sessions.close()
         if self.run:
             if not self.served:
                 self.run.rest()

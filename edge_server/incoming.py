@@ -11,7 +11,8 @@ from common.errors import FrameError, StoppedError
 from common.meter import UP, Draft
 from common.rpc import split_pb2 as pb
 from edge_server.callers import Caller
-from edge_server.host import Host, Session
+from edge_server.host import Host
+from edge_server.sessions import Session
 from edge_server.watch import Watched
 
 # While a device that sends too fast is held up, it is looked so often whether the stream has ended.
@@ -33,7 +34,7 @@ class Incoming:
         if first is None or not wire.opened(first).HasField("begin"):
             raise FrameError("a stream starts with Begin")
         self.first, self.begin = first, first.begin
-        self.session: Session = host.session(self.begin.session, identity)
+        self.session: Session = host.sessions.get(self.begin.session, identity)
         stream.session = self.session
         self.session.seen(stream.context.peer())
         self.draft = Draft(self.session.meter)

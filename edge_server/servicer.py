@@ -116,7 +116,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
 
     @_streaming
     def Head(self, request: pb.HeadRequest, context: grpc.ServicerContext) -> Iterator[pb.Frame]:
-        session = self.host.session(request.session, self._identity(context))
+        session = self.host.sessions.get(request.session, self._identity(context))
         meter, again = session.meter, session.head_sent
         session.head_sent = True
         meter.control(UP, request, again)
@@ -156,7 +156,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             else:
                 stack.enter_context(self.host.evaluating())
                 if not session.trains:
-                    stack.callback(self.host.leave, session)
+                    stack.callback(self.host.sessions.leave, session)
             stack.enter_context(session.streaming())
             stack.callback(receive.draft.drop)
             yield from stream.sending(evaluate(self.host, receive, training))

@@ -27,8 +27,9 @@ from device_client import remote_tail, use
 from device_client.data import load
 from device_client.remote_tail import RemoteTail
 from edge_server import incoming, limit_options
-from edge_server.host import _GRACE_S, Host, Session
+from edge_server.host import Host
 from edge_server.limits import Limits
+from edge_server.sessions import _GRACE_S, Session
 from edge_server.store import Store
 
 
@@ -45,7 +46,7 @@ def opened(host: Host, caller: str, age: float = 0.0, begun: bool = False) -> Se
 
 
 def knows(host: Host, session: Session) -> bool:
-    return session.name in host._sessions
+    return session.name in host.sessions
 
 
 def test_sessions_of_one_caller(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_thousands_of_opens_leave_no_more_than_the_limit(tmp_path: Path) -> None
             opened(host, f"address {number % 50}", age=number % 7 * 20)
         except BusyError:
             refused += 1
-        assert len(host._sessions) <= host.limits.sessions
+        assert len(host.sessions) <= host.limits.sessions
     assert 0 < refused < 5000
 
 

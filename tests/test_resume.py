@@ -29,10 +29,11 @@ from device_client.data import Dataset, load
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.coordinator import Decision
-from edge_server.host import Host, Session
+from edge_server.host import Host
 from edge_server.live import LiveRun
 from edge_server.servicer import Servicer
 from edge_server.session import Training
+from edge_server.sessions import Session
 
 EVERY = 4
 CODEC = 'activation = "step:15"\ngradient = "step:10"'
