@@ -25,7 +25,7 @@ from common.progress import size
 from common.schedule import Phase
 from device_client.data import Dataset, Part
 from device_client.trainer import Trainer
-from edge_server.session import Training
+from edge_server.training import Training
 
 RESULT = Path("benchmarks/results/checkpoint.json")
 # Model, cut and batch.

@@ -25,7 +25,7 @@ from device_client.trainer import Trainer
 from edge_server.host import Host
 from edge_server.limits import Limits
 from edge_server.servicer import Servicer
-from edge_server.session import Training
+from edge_server.training import Training
 
 
 class _Failed(grpc.RpcError):

@@ -23,7 +23,7 @@ from common.schedule import Phase
 from device_client import batches
 from device_client.data import Dataset, Part, load
 from device_client.trainer import Trainer, sent_batches
-from edge_server.session import Judgement, Training, judge
+from edge_server.training import Judgement, Training, judge
 
 NETWORKS = Path("runs/learning")  # the trained networks that prune starts from
 Job = tuple[str, int, str, bool]  # case, seed, model, quick

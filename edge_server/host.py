@@ -37,8 +37,8 @@ from edge_server.callers import Callers
 from edge_server.initial import Initial, initial_weights
 from edge_server.limits import Limits
 from edge_server.live import LiveRun, Stream
-from edge_server.session import Training
 from edge_server.sessions import Session, Sessions
+from edge_server.training import Training
 from edge_server.watch import Watch
 
 

@@ -27,7 +27,7 @@ from common.run import Manifest, RunFolder
 from common.tcp_info import Kernel, KernelBytes
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.initial import Initial
-from edge_server.session import Training
+from edge_server.training import Training
 
 # An older stream of the same run gets this long to end, which it does at once unless a step is being computed.
 _TAKE_OVER_S = 20.0

@@ -49,16 +49,17 @@ def test_in_process_is_two_processes(schedule: str, tmp_path: Path) -> None:
         assert roles["control"]["message"] == pytest.approx(theirs["control"]["message"], abs=8)
 
 
-def test_the_recorder_keeps_what_crossed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [0, 4])
+def test_the_recorder_keeps_what_crossed(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """`make bench-codec` works on tensors of the project's own training: both of a step, as they are sent."""
     monkeypatch.setattr(tensors, "EARLY", 1)
     monkeypatch.setattr(tensors, "LATE", 3)
     digits = load("digits", (3, 32, 32), 0, 0.0, limit=200)
-    cut = next(iter(tensors.CUTS))
-    early, late = tensors.record(digits, cut, 32)
-    assert (early.step, late.step) == (1, 3)
-    for sample in (early, late):
-        assert sample.activation.shape == sample.gradient.shape == (32, *sample.activation.shape[1:])
-        assert sample.activation.min() == 0 and sample.activation.max() > 0, "behind a ReLU"
-        assert np.abs(sample.gradient).max() > 0
-    assert not np.array_equal(early.activation, late.activation)
+    kept = tensors.record(digits, tensors.CASES[0][1], width, 32)
+    assert list(kept) == [1, 3]
+    for parts in kept.values():
+        activation, gradient = parts["activation"], parts["gradient"]
+        assert activation.shape == gradient.shape == (32, width or 16, 32, 32)
+        assert (activation.min() == 0) == (width == 0) and activation.max() > 0, "behind a ReLU, or mixed"
+        assert np.abs(gradient).max() > 0
+    assert not np.array_equal(kept[1]["activation"], kept[3]["activation"])

@@ -32,8 +32,8 @@ from edge_server.coordinator import Decision
 from edge_server.host import Host
 from edge_server.live import LiveRun
 from edge_server.servicer import Servicer
-from edge_server.session import Training
 from edge_server.sessions import Session
+from edge_server.training import Training
 
 EVERY = 4
 CODEC = 'activation = "step:15"\ngradient = "step:10"'
