@@ -64,14 +64,13 @@ def symbols_of(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[np.ndarray
     batch, channels = tensor.shape[:2]
     whole = tensor.reshape(batch, channels, -1).transpose(1, 0, 2)
     values = whole if aside.support is None else tensor[aside.support][None, None]
-    step = quantise.step_of(np.ascontiguousarray(values).reshape(-1), snr, not aside.dither and not tensor.min() < 0)
+    unsigned = not aside.dither and tensor.min() >= 0
+    step = quantise.step_of(np.ascontiguousarray(values).reshape(-1), snr, unsigned)
     amax = float(np.abs(values).max())
-    if not aside.dither and not tensor.min() < 0:
+    if unsigned:
         return quantise.unsigned(values, amax, step)[0], 0
-    if not aside.dither:
-        return quantise.signed(values, amax, step, None)[0], quantise.SIGNED_ZERO
-    noise = dither.numbers(aside.dither, values.size)[: values.size].reshape(values.shape)
-    return quantise.signed(values, amax, step, noise)[0], quantise.SIGNED_ZERO
+    drawn = dither.numbers(aside.dither, values.size)[: values.size].reshape(values.shape) if aside.dither else None
+    return quantise.signed(values, amax, step, drawn)[0], quantise.SIGNED_ZERO
 
 
 def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, float]:
