@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import psutil
@@ -144,3 +146,17 @@ def test_memory_that_was_freed_goes_back_to_the_system() -> None:
     before = process.memory_info().rss
     memory.give_back()
     assert before - process.memory_info().rss > 50e6 and len(kept) == 1000
+
+
+def test_objects_that_hold_each_other_go_at_the_next_checkpoint() -> None:
+    class Batch:
+        itself: Batch
+
+    memory.give_back()
+    batch = Batch()
+    batch.itself, gone = batch, weakref.ref(batch)
+    del batch
+    assert gone() is not None
+    memory.give_back()
+    assert gone() is None
+    assert gc.get_freeze_count() > 100_000  # what was there before: a collection does not look at it again
