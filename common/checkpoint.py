@@ -14,15 +14,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 
 from common import memory
 from common.errors import RunFolderError
 from common.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 EVERY = 200  # steps between two checkpoints, by default
 _KEPT = 2
@@ -55,6 +56,8 @@ class Checkpoints:
 
     def write(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Keep a checkpoint and drop those that are needed no more; RunFolderError, and none lost, without room."""
+        import safetensors.torch  # torch takes seconds to load: not for a command that only looks into a folder
+
         head = json.dumps({"step": step, "run_id": self.run_id, "digest": self.digest, "state": state})
         whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         data = safetensors.torch.save(whole, {"deprune": head, "sha256": _digest(head, whole)})
@@ -170,6 +173,8 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _digest(head: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    import torch
+
     result = hashlib.sha256(head.encode())
     for name in sorted(tensors):
         value = tensors[name]

@@ -12,7 +12,7 @@ def phase_message(phase: Phase) -> pb.Phase:
     return pb.Phase(
         index=phase.index, from_step=phase.from_step, width=phase.width, activation_codec=phase.activation_codec,
         gradient_codec=phase.gradient_codec, order=phase.order, kind=pb.Kind.Name(KINDS.index(phase.kind)), lr=phase.lr,
-        decay_from=phase.decay_from, decay_until=phase.decay_until, nested=phase.nested,
+        decay_from=phase.decay_from, decay_until=phase.decay_until, nested=phase.nested, steps=phase.steps,
     )  # fmt: skip
 
 
@@ -32,5 +32,5 @@ def phase_of(message: pb.Phase) -> Phase:
     return Phase(
         message.index, message.from_step, message.width, message.activation_codec, message.gradient_codec,
         message.lr, message.decay_from, message.decay_until, tuple(message.order), KINDS[message.kind],
-        nested=tuple(message.nested),
+        nested=tuple(message.nested), steps=message.steps,
     )  # fmt: skip

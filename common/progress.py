@@ -80,6 +80,12 @@ class Live:
             self._console.print(text, highlight=False)
             self._shown, self._width = now, width
 
+    def plan(self, steps: int) -> None:
+        """The run will have so many steps."""
+        if steps != self._steps:
+            self._steps = steps
+            self._bar.update(self._task, total=steps)
+
     def waiting(self, text: str) -> None:
         """What is done in place of steps, for a moment or long: the bar shows it, and output to a file gets a line."""
         self._bar.update(self._task, description=text)

@@ -144,15 +144,26 @@ class ScheduleRecipe:
     patience: int = 2  # plateau: epochs without gain before the next width (after the last: the end)
     min_gain: float = 0.01  # plateau: share by which the validation loss must fall to count as a gain
     max_epochs: int = 50  # plateau: the run ends here at the latest
+    # epochs: what the run may spend in all, in MB (10^6 bytes) of messages both ways, evaluations too; where that is
+    # less than it would come to, all its phases become shorter. 0: no limit.
+    budget_mb: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("schedule.kind", self.kind, ("epochs", "plateau"))
+        _demand(self.budget_mb >= 0, f"schedule.budget_mb is {self.budget_mb}; give 0 (no limit) or more")
         if self.kind == "epochs":
             _demand(len(self.phases) > 0, "schedule.phases is empty; give a list of [width, epochs]")
+            frozen = any(phase.views for phase in self.phases)
+            _demand(
+                not (self.budget_mb and frozen),
+                "schedule.budget_mb shortens phases, and phases with views send each picture a given number of times: "
+                "leave one of the two out",
+            )
         else:
             _demand(len(self.widths) > 0, "schedule.widths is empty; a plateau schedule needs the widths in order")
             _demand(self.patience >= 1 and self.max_epochs >= 1, "schedule.patience and max_epochs must be 1 or more")
             _demand(0 <= self.min_gain < 1, f"schedule.min_gain is {self.min_gain}; give a share from 0 up to below 1")
+            _demand(not self.budget_mb, 'schedule.budget_mb belongs to kind "epochs"; a plateau decides its own length')
 
     @property
     def nested(self) -> bool:
@@ -207,7 +218,17 @@ class Recipe:
             self.schedule.kind != "plateau" or self.data.validation > 0,
             "a plateau schedule needs data.validation above 0: it is decided by the validation loss",
         )
+        self._check_budget()
         self._check_method()
+
+    def _check_budget(self) -> None:
+        used = [self.codec.activation, self.codec.gradient]
+        used += [name for phase in self.schedule.phases for name in (phase.activation, phase.gradient)]
+        _demand(
+            not self.schedule.budget_mb or not any(name.startswith("auto") for name in used),
+            'schedule.budget_mb needs bytes that are the same in each run, and codec "auto" follows the link: write '
+            '"step" or "context" in [codec], which has "auto" by default',
+        )
 
     def _check_method(self) -> None:
         widths, kind = self.schedule.width_list, self.bottleneck.kind

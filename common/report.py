@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -82,6 +83,7 @@ def summarise(
         "plain_bytes": plain,
         "times_fewer": {way: round(_fewer(bytes_, plain, (way,)), 3) for way in ("up", "down")}
         | {"total": round(_fewer(bytes_, plain, ("up", "down")), 3)},
+        "budget": round(recipe.schedule.budget_mb * 1e6) or None,
         "phases": [{name: getattr(phase, name) for name in ("from_step", "width", "kind")} for phase in outcome.phases],
     }
 
@@ -108,7 +110,7 @@ def _fewer(bytes_: dict[str, Any], plain: dict[str, int], ways: tuple[str, ...])
 def show(console: Console, summary: dict[str, Any]) -> None:
     """Print the summary: bytes by role, plain's need, the ratio, and one sentence above all."""
     bytes_, plain, fewer = summary["bytes"], summary["plain_bytes"], summary["times_fewer"]
-    widths = " → ".join(str(phase["width"]) for phase in summary["phases"])
+    widths = " → ".join(str(width) for width, _ in groupby(phase["width"] for phase in summary["phases"]))
     console.print(
         f"\n[bold]{summary['accuracy']:.2%}[/bold] of the test pictures named rightly "
         f"(loss {summary['loss']:.3f}) after {_count(summary['steps'], 'step{}')}, "
@@ -116,6 +118,8 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         f"method {summary['method']}, width {widths}.",
         highlight=False,
     )
+    if summary["budget"]:
+        console.print(_spent(summary["budget"], bytes_["up"]["message"] + bytes_["down"]["message"]), highlight=False)
     if parts := _told(summary["faults"]):
         console.print(f"On the way: {parts}; the result is that of an undisturbed run.", highlight=False)
     table = Table(title="Bytes on the link", title_justify="left", show_edge=False, pad_edge=False)
@@ -144,6 +148,15 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     row("plain split learning, same steps", plain["up"], plain["down"])
     table.add_row("times fewer", *(f"{fewer[key]:.2f}" for key in ("up", "down", "total")), style="bold")
     console.print(table)
+
+
+def _spent(budget: int, spent: int) -> str:
+    text = f"{size(spent)} of messages were spent of a budget of {size(budget)}"
+    if spent <= budget:
+        return f"{text}."
+    return (
+        f"[yellow]Warning[/yellow]: {text}, which is too little for the head's weights, some steps and the test part."
+    )
 
 
 def _told(faults: dict[str, int]) -> str:

@@ -16,16 +16,17 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from common import checkpoint, weights
+from common import checkpoint
 from common import recipe as recipes
 from common.errors import RunFolderError
 from common.files import write_atomically
 from common.recipe import Recipe
 from common.schedule import Phase, phase_from
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _OURS = ("recipe.toml", "run.json", "metrics.jsonl", "summary.json", "head.safetensors", "tail.safetensors")
 _LOCK = ".lock"
@@ -211,6 +212,8 @@ class RunFolder:
 
     def write_half(self, name: str, half: nn.Module, manifest: Manifest) -> None:
         """Save `head` or `tail` with its manifest."""
+        from common import weights  # which loads torch: not for a command that only looks into a folder
+
         write_atomically(self.path / f"{name}.safetensors", weights.to_bytes(half))
         write_atomically(self.path / "run.json", json.dumps(asdict(manifest), indent=1).encode())
 
@@ -233,5 +236,7 @@ class RunFolder:
         return recipe, text, manifest
 
     def fill_half(self, name: str, half: nn.Module) -> None:
+        from common import weights
+
         path = self.path / f"{name}.safetensors"
         weights.fill(half, weights.read(path), str(path))

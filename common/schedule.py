@@ -35,6 +35,7 @@ class Phase:
     flip: bool = False  # recall: mirror what was kept half of the time
     shift: int = 0  # recall: move it by up to so many places
     nested: tuple[int, ...] = ()  # narrower widths of which, and of `width`, each step draws one
+    steps: int = 0  # of the whole run, as far as is known in this phase
 
     @property
     def frozen(self) -> bool:
@@ -85,6 +86,12 @@ def steps_of(epochs: float, steps_per_epoch: int) -> int:
     return round(epochs * steps_per_epoch)
 
 
+def ends_of(schedule: ScheduleRecipe, steps_per_epoch: int) -> list[int]:
+    """For each entry of the schedule the step at which it is over."""
+    ends = [steps_of(epochs, steps_per_epoch) for epochs in accumulate(entry.epochs for entry in schedule.phases)]
+    return [*ends[:-1], max(1, ends[-1])]  # a run shorter than half a step is one step of its last phase
+
+
 def planned(recipe: Recipe, channels: int, steps_per_epoch: int) -> tuple[list[Phase], int]:
     """All phases known beforehand, and the steps of the run (the most that it can take, under a plateau)."""
     schedule = recipe.schedule
@@ -92,12 +99,16 @@ def planned(recipe: Recipe, channels: int, steps_per_epoch: int) -> tuple[list[P
         steps = schedule.max_epochs * steps_per_epoch
         first = PhaseRecipe(schedule.widths[0], schedule.max_epochs)
         return stretches(recipe, first, channels, (0, steps), 0), steps
-    ends = [steps_of(epochs, steps_per_epoch) for epochs in accumulate(entry.epochs for entry in schedule.phases)]
-    steps = ends[-1] = max(1, ends[-1])  # a run shorter than half a step is one step of its last phase
+    ends = ends_of(schedule, steps_per_epoch)
+    return phases_of(recipe, channels, steps_per_epoch, ends), ends[-1]
+
+
+def phases_of(recipe: Recipe, channels: int, steps_per_epoch: int, ends: list[int]) -> list[Phase]:
+    """The phases of the schedule's entries, which are over at the steps `ends`."""
     result: list[Phase] = []
-    for entry, start, end in zip(schedule.phases, [0, *ends], ends, strict=False):
+    for entry, start, end in zip(recipe.schedule.phases, [0, *ends], ends, strict=False):
         result += stretches(recipe, entry, channels, (start, end), steps_of(entry.views, steps_per_epoch))
-    return result if recipe.optimiser.restart else [run_long(phase, recipe, steps) for phase in result], steps
+    return result if recipe.optimiser.restart else [run_long(phase, recipe, ends[-1]) for phase in result]
 
 
 def run_long(phase: Phase, recipe: Recipe, steps: int) -> Phase:

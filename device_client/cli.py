@@ -1,4 +1,8 @@
-"""The `device-client` command: options to calls, nothing else."""
+"""The `device-client` command: options to calls, nothing else.
+
+torch takes seconds to load, on a small device many. What needs it is imported where a command begins to compute, so
+that help, wrong options, a server that is not there and pictures that cannot be used are answered before.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,11 +25,9 @@ from common.pulse import STALLED_S
 from common.run import RunFolder
 from common.tokens import exposed
 from device_client import data as data_module
-from device_client import use
 from device_client.connection import GIVE_UP_S
 from device_client.remote_tail import RemoteTail
 from device_client.sources import check_source
-from device_client.trainer import train as train_run
 
 console = Console(soft_wrap=True)
 
@@ -84,11 +85,9 @@ def cli() -> None:
 
 
 def _connect(
-    server: str, threads: int | None, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None,
+    server: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None,
     token_file: Path | None, give_up_s: float = GIVE_UP_S, stalled_s: float = STALLED_S,
 ) -> RemoteTail:  # fmt: skip
-    if threads:
-        torch.set_num_threads(threads)
     try:
         access = Access(tls_ca, tls_cert, tls_key, token_file)
     except AuthError as error:  # options that don't go together
@@ -101,6 +100,13 @@ def _connect(
     for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
         console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
     return RemoteTail(server, access, give_up_s=give_up_s, stalled_s=stalled_s)
+
+
+def _compute_with(threads: int | None) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def _say(sentence: str) -> None:
@@ -187,7 +193,7 @@ def train(
     done = None if overwrite else folder.finished()
     if not saved and not done:
         folder.prepare(overwrite)
-    remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file, give_up_after, stalled_after)
+    remote = _connect(server, tls_ca, tls_cert, tls_key, token_file, give_up_after, stalled_after)
     try:
         run_id = saved["run_id"] if saved else done.run_id if done else ""
         opened = remote.open(trains=True, run_id=run_id, kept=kept, wait_s=wait)
@@ -208,6 +214,9 @@ def train(
             _, height, width = opened.recipe.model.input
             _say(f"pictures are scaled to the model's {width}x{height}, not cropped; {loaded.scaled}.")
         init = RunFolder(head_path) if head_path else None
+        from device_client.trainer import train as train_run
+
+        _compute_with(threads)
         summary = train_run(remote, loaded, folder, console, allowed, init, publish_head)
     finally:
         remote.close()
@@ -224,9 +233,13 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Judge the trained halves on the test part of SOURCE."""
     check_source(source)
-    remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file)
+    remote = _connect(server, tls_ca, tls_cert, tls_key, token_file)
     try:
-        head = use.open_finished(remote, _finished(run_path), allowed, width, _say)
+        finished = _finished(run_path)
+        from device_client import use
+
+        _compute_with(threads)
+        head = use.open_finished(remote, finished, allowed, width, _say)
         loaded = _load(remote, source, skip_unreadable, ("test",))
         verdict = use.evaluate(remote, head, loaded, _say)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
@@ -248,9 +261,13 @@ def predict(
     width: int | None, pictures: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Name the class of each PICTURE, with its probability."""
-    remote = _connect(server, threads, tls_ca, tls_cert, tls_key, token_file)
+    remote = _connect(server, tls_ca, tls_cert, tls_key, token_file)
     try:
-        head = use.open_finished(remote, _finished(run_path), allowed, width, _say)
+        finished = _finished(run_path)
+        from device_client import use
+
+        _compute_with(threads)
+        head = use.open_finished(remote, finished, allowed, width, _say)
         answers = list(use.predict(remote, head, pictures, _say))
     finally:
         remote.close()

@@ -81,7 +81,7 @@ class Connection:
         if stub is None:
             self._connect()
         self._train: Stream | None = None
-        self._begun: tuple[int, tuple[str, ...]] | None = None
+        self._begun: pb.Begin | None = None  # what each Begin of the run says alike
         self._joined = False  # the server has confirmed that the run has begun
         self._ready: pb.Ready
         self._answered = 0  # answers still to come to steps that were sent on an earlier stream
@@ -195,12 +195,16 @@ class Connection:
 
     # Training: the stream
 
-    def begin(self, samples: int, classes: tuple[str, ...], step: int = 0) -> pb.Ready:
-        """Start the training stream at `step`: steps of the run, whether a basis is wanted, the phase.
+    def begin(
+        self, samples: int, classes: tuple[str, ...], step: int = 0, judged: tuple[int, int] = (0, 0)
+    ) -> pb.Ready:
+        """Start the training stream at `step`: whether a basis is wanted, the phase.
+
+        `judged`: how many pictures each validation has, and the test at the end.
 
         A run that is finished has no such stream any more; what is left to do needs none.
         """
-        self._begun = samples, classes
+        self._begun = pb.Begin(samples=samples, classes=classes, validation=judged[0], test=judged[1])
         if self.opened.finished:
             return pb.Ready()
         return self._steadily(step, lambda: self._ready)
@@ -251,10 +255,10 @@ class Connection:
     def _start(self, step: int) -> None:
         """Begin and Ready."""
         assert self._begun
-        samples, classes = self._begun
         stream, draft = self._open_stream(self._stub.Train), Draft(self.meter)
         self._train = stream
-        begin = pb.Begin(session=self.opened.session, samples=samples, classes=classes, step=step)
+        begin = pb.Begin(session=self.opened.session, step=step)
+        begin.MergeFrom(self._begun)
         frame = wire.seal(Place(pb.CONTROL, 0, 0).frame(begin=begin))
         stream.send(draft.frame(UP, frame))
         try:

@@ -226,7 +226,7 @@ class RemoteTail(Connection):
                 stream.close()  # or a thread would wait for more to send, for ever
                 draft.drop()
 
-        return self._steadily(step, attempt) if self._begun else attempt()
+        return self._steadily(step, attempt) if self._begun is not None else attempt()
 
     def _judge(
         self, stream: Stream, batches: Iterable[tuple[np.ndarray, np.ndarray]], count: int, phase: Phase, draft: Draft

@@ -121,7 +121,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train from the present step to the last."""
-        ready = self.remote.begin(len(self.data.train), self.data.classes, self.step)
+        judged = len(self.data.validation), len(self.data.test)
+        ready = self.remote.begin(len(self.data.train), self.data.classes, self.step, judged)
         if not self.phases:
             self.opened = self.remote.opened  # a server that was restarted before this names the run anew
             self.checkpoints.run_id = self.opened.run_id
@@ -130,7 +131,8 @@ class Trainer:
             self._switch(phase_of(ready.phase))
             self.keep()
             self.remote.meter.lap()
-        with Live(self.console, ready.steps, self.step) as live:
+        planned = self.phase.steps
+        with Live(self.console, planned, self.step) as live:
             self.remote.say = live.waiting
             while self.then != pb.FINISH:
                 if self.stopping:
@@ -140,6 +142,10 @@ class Trainer:
                     self._validate(live)
                     continue
                 line = self._recall_step() if self.phase.kind == RECALL else self._train_step()
+                if self.phase.steps != planned:
+                    planned = self.phase.steps
+                    live.plan(planned)
+                    live.say(f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for {planned:,} steps.")
                 total = self.remote.meter.total
                 live.step(
                     self.step, line["width"], line["loss"], line["accuracy"], total(UP).message, total(DOWN).message

@@ -1,32 +1,33 @@
-"""The `edge-server` command: options to calls, nothing else."""
+"""The `edge-server` command: options to calls, nothing else.
+
+torch takes seconds to load, on a small machine many. What needs it is imported where a command begins to compute, so
+that help, wrong options and a wrong recipe are answered at once.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from common import cli as common_cli
-from common import models
 from common import recipe as recipes
 from common.channel import ServerTls
 from common.checkpoint import EVERY
 from common.errors import ModelError
-from common.partition import describe_cuts
 from common.progress import size
 from common.run import RunFolder
 from common.tokens import exposed
 from edge_server import certs as certificates
 from edge_server import limit_options
-from edge_server.host import Host
 from edge_server.limits import Limits
-from edge_server.processor import AUTO, choose
-from edge_server.server import Server, run
+
+if TYPE_CHECKING:
+    from edge_server.host import Host
 
 console = Console(soft_wrap=True)
 
@@ -66,7 +67,7 @@ def cli() -> None:
 @click.option(
     "--device",
     "processor",
-    default=AUTO,
+    default="auto",
     show_default=True,
     metavar="NAME",
     help="Where the tail computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one.",
@@ -111,12 +112,18 @@ def serve(
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
     for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
         console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
-    if threads:
-        torch.set_num_threads(threads)
-    chosen = choose(processor)
     folder = RunFolder(run_path)
     if recipe:
         parsed, text = recipes.load(recipe)
+    import torch
+
+    from edge_server.host import Host
+    from edge_server.processor import choose
+    from edge_server.server import Server, run
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = choose(processor)
     # The same command goes on serving a run that it has finished: a service may be restarted at any time.
     done = folder.finished() if recipe and not overwrite else None
     if recipe and not (done and done.digest == parsed.digest()):
@@ -210,6 +217,9 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     if len(sides) != 3 or not all(side.isdigit() and int(side) > 0 for side in sides):
         raise ModelError(f"--input {input_text!r} is not CxHxW, such as 3x32x32")
     shape = (int(sides[0]), int(sides[1]), int(sides[2]))
+    from common import models
+    from common.partition import describe_cuts
+
     # Naming it on one's own command line is the permission.
     built = models.build(model, shape, classes, allowed=(model,))
     table = Table(title=f"Legal cuts of {model} at {input_text}", title_justify="left", show_edge=False, pad_edge=False)

@@ -10,9 +10,11 @@ import torch
 
 from common import schedule
 from common.bottleneck import rank_channels, reorder
+from common.meter import DOWN, UP, Meter
 from common.recipe import PhaseRecipe, Recipe
 from common.rpc import split_pb2 as pb
 from common.schedule import RANK, Phase, Plateau, phase_from
+from edge_server.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,14 @@ class Decision:
 
 
 class Coordinator:
-    """One run's phases. `steps` is the length of the run, under a plateau schedule the most it can take."""
+    """One run's phases. `steps` is the length of the run as it is planned now, under a plateau the most it can take."""
 
-    def __init__(self, recipe: Recipe, channels: int, steps_per_epoch: int) -> None:
+    def __init__(self, recipe: Recipe, channels: int, steps_per_epoch: int, budget: Budget | None = None) -> None:
         self._recipe = recipe
         self._channels = channels
         self._steps_per_epoch = steps_per_epoch
         self._upcoming, self.steps = schedule.planned(recipe, channels, steps_per_epoch)
-        self._plateau = Plateau()
+        self._plateau, self._budget = Plateau(), budget
         self._scores = torch.zeros(channels)
         self._order = tuple(range(channels)) if recipe.bottleneck.kind == "channels" else ()
         self._sent = 0  # channels chosen so far; they stay in front of the order
@@ -47,12 +49,25 @@ class Coordinator:
         """Take the channels' worth from a step of a ranking phase: activation and gradient, both [B, C, ...]."""
         self._scores += rank_channels(activation, gradient).to(self._scores.device)
 
+    def book(self, meter: Meter, phase: Phase | None = None) -> None:
+        """Take in what the run has spent up to now, with `phase` by one of its steps."""
+        if self._budget:
+            self._budget.book(meter.total(UP).payload, meter.total(DOWN).payload, phase)
+
     def after_step(self, step: int) -> Decision:
         """What follows `step`."""
         done = step + 1
+        validate = self._recipe.data.validation > 0 and done % self._steps_per_epoch == 0
+        if self._budget:
+            self._fit(self._budget, done)
+            following = self._upcoming[0] if self._due(done) else self.phase
+            if not self._budget.allows(following, validate):
+                if self.phase.kind == RANK:
+                    validate = False  # a run that ended here would have all channels
+                else:
+                    self.steps = done
         if done >= self.steps:
             return Decision(pb.FINISH)
-        validate = self._recipe.data.validation > 0 and done % self._steps_per_epoch == 0
         return Decision(pb.VALIDATE if validate else pb.STEP, self._switch(done))
 
     def after_validation(self, step: int, loss: float) -> Decision:
@@ -79,10 +94,23 @@ class Coordinator:
             self._upcoming = [schedule.run_long(phase, self._recipe, self.steps) for phase in coming]
         return Decision(pb.STEP, self._switch(step + 1))
 
+    def _due(self, step: int) -> bool:
+        """Whether another phase begins at `step`."""
+        return bool(self._upcoming) and self._upcoming[0].from_step <= step
+
     def _switch(self, step: int) -> Phase | None:
-        if self._upcoming and self._upcoming[0].from_step <= step:
-            return self._advance()
-        return None
+        return self._advance() if self._due(step) else None
+
+    def _fit(self, budget: Budget, done: int) -> None:
+        """Where the budget makes another length of the run, have the rest of the phase come as one of its own."""
+        if self.phase.kind == RANK or self._due(done) or not budget.fit(done):
+            return
+        phases = schedule.phases_of(self._recipe, self._channels, self._steps_per_epoch, budget.ends)
+        self._upcoming = [phase for phase in phases if phase.from_step >= done]
+        self.steps = budget.ends[-1]
+        if not self._due(done):
+            rest = [phase for phase in phases if phase.from_step < done][-1]
+            self._upcoming.insert(0, replace(rest, from_step=done))
 
     def _advance(self) -> Phase:
         coming = self._upcoming.pop(0)
@@ -91,7 +119,7 @@ class Coordinator:
             self._scores.zero_()
         if self._order and coming.kind != RANK:
             self._sent = coming.width
-        self.phases.append(replace(coming, index=len(self.phases), order=self._order))
+        self.phases.append(replace(coming, index=len(self.phases), order=self._order, steps=self.steps))
         return self.phase
 
     # Checkpoints
@@ -105,6 +133,7 @@ class Coordinator:
                 self._validated[0], self._validated[1].then,
                 asdict(self._validated[1].phase) if self._validated[1].phase else None,
             ],
+            "steps": self.steps, "budget": self._budget.state() if self._budget else None,
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -115,6 +144,9 @@ class Coordinator:
         # float32 to JSON's float64 and back is exact.
         self._scores = torch.tensor(state["scores"])
         self._order, self._sent = tuple(state["order"]), state["sent"]
+        self.steps = state["steps"]
+        if self._budget:
+            self._budget.restore(state["budget"])
         if state["validated"]:
             step, then, phase = state["validated"]
             self._validated = step, Decision(then, phase_from(phase) if phase else None)

@@ -70,6 +70,7 @@ def evaluate(host: Host, receive: Incoming, training: Training | None) -> Genera
             if not again:
                 draft.keep()  # one whose verdict was lost is in the books already
                 if training and host.run:
+                    training.coordinator.book(host.run.meter)
                     # The device may go on from here without judging again: a server that is lost now must know it.
                     host.run.keep(anew=True)
         yield last

@@ -212,6 +212,7 @@ class Host:
         FrameError where the device stands at a step from which the run cannot go on: nothing is disturbed by it.
         """
         run, samples, classes = self.run, begin.samples, tuple(begin.classes)
+        judged = begin.validation, begin.test
         if session.run and self.served:
             raise SessionError("the run of this session is finished; open another to hear of it")
         if not session.trains or run is None or self.served:
@@ -221,7 +222,7 @@ class Host:
                 run.check_free(session.identity)
                 run.take_over(context)
                 try:
-                    run.begin(samples, classes, session.identity)
+                    run.begin(samples, classes, session.identity, judged)
                 except BaseException:
                     run.part(context)
                     raise

@@ -25,6 +25,7 @@ from common.report import Faults
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
 from common.tcp_info import Kernel, KernelBytes
+from edge_server.budget import Budget
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.initial import Initial
 from edge_server.training import Training
@@ -122,17 +123,17 @@ class LiveRun:
 
     # From start to end
 
-    def begin(self, samples: int, classes: tuple[str, ...], identity: str) -> None:
-        """Start from step 0."""
+    def begin(self, samples: int, classes: tuple[str, ...], identity: str, judged: tuple[int, int] = (0, 0)) -> None:
+        """Start from step 0. `judged`: pictures of a validation, and of the test at the end."""
         expected = self.recipe.model.classes
         if len(classes) != expected:
             raise MismatchError(
                 f"the device's pictures have {len(classes)} classes, the recipe {self.recipe.name} has {expected}; "
                 f"use other data or change model.classes"
             )
-        if not 1 <= samples <= 2**40:
+        if not 1 <= samples <= 2**40 or max(judged) > 2**40:
             raise FrameError(f"Begin says {samples} training pictures; at least 1 is needed")
-        training = self._new(samples, classes)
+        training = self._new(samples, classes, judged)
         self.initial.fill(training.halves)
         if self.training:  # begun by a device that made no step and is gone
             self.training.close()
@@ -141,10 +142,16 @@ class LiveRun:
         training.switch(training.phase)
         self.training, self.owner = training, identity
 
-    def _new(self, samples: int, classes: tuple[str, ...]) -> Training:
+    def _new(self, samples: int, classes: tuple[str, ...], judged: tuple[int, int]) -> Training:
         halves = halves_module.build(self.recipe, self._allowed, self._processor)
-        coordinator = Coordinator(self.recipe, halves.channels, max(1, samples // self.recipe.data.batch))
-        return Training(self.recipe, halves, coordinator, classes, samples, self.checkpoints.folder, self.store_limit)
+        batch, budget = min(samples, self.recipe.data.batch), None
+        epoch = max(1, samples // batch)
+        if self.recipe.schedule.budget_mb:
+            budget = Budget(self.recipe, halves.channels, epoch, batch, *judged)
+        coordinator = Coordinator(self.recipe, halves.channels, epoch, budget)
+        return Training(
+            self.recipe, halves, coordinator, classes, samples, judged, self.checkpoints.folder, self.store_limit
+        )
 
     def common(self, run_id: str, kept: Sequence[int]) -> int:
         """The newest of the steps that the device has kept and from which this side can go on too; changes nothing.
@@ -181,7 +188,7 @@ class LiveRun:
         kept = self.checkpoints.read(step)
         if self.training:
             self.training.close()
-        training = self._new(kept.state["samples"], tuple(kept.state["classes"]))
+        training = self._new(kept.state["samples"], tuple(kept.state["classes"]), tuple(kept.state["to_judge"]))
         training.restore(kept)
         lost = self.folder.resume(step)
         self.meter.restore(kept.state["meter"], None if self.training else lost)

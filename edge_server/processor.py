@@ -8,15 +8,13 @@ import torch
 
 from common.errors import ModelError
 
-AUTO = "auto"
-
 
 def choose(name: str) -> torch.device:
     """`name` is "auto" (a card where there is one), "cpu", "cuda" or "cuda:1"; ModelError where it is not to be had.
 
     On a card sums are made in a fixed order, so that a step that is made again is the same again.
     """
-    if name == AUTO:
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(name)

@@ -43,8 +43,7 @@ class TrainStream:
         answers = training.answered_from(receive.begin.step)
         wanted = training.recipe.principal and not training.rotated
         ready = pb.Ready(
-            steps=training.coordinator.steps, basis_wanted=wanted, phase=phase_message(training.phase),
-            answered=len(answers),
+            basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers),
         )  # fmt: skip
         what = f"The device is connected again, at step {receive.begin.step:,}."
         if begun:
@@ -64,6 +63,7 @@ class TrainStream:
                 training.rotate(self._basis())
                 receive.draft.keep()
             if training.step == 0:
+                training.coordinator.book(meter)
                 run.keep()
                 meter.lap()
             chooser = Chooser(run.kernel.flow)
@@ -190,6 +190,7 @@ class TrainStream:
         run, training = self.run, self.training
         accuracy, width = correct / training.batch, phase.width_at(training.recipe.seed, training.step - 1)
         training.busy_s += sum(value for name, value in seconds.items() if name != "wait")
+        training.coordinator.book(run.meter, phase)
         line = {
             "step": training.step - 1, "phase": phase.index, "width": width, "loss": loss,
             "accuracy": accuracy, "bytes": run.meter.lap(),
@@ -198,6 +199,7 @@ class TrainStream:
         if warning := run.folder.log(line):
             live.say(f"[yellow]Warning[/yellow]: {warning}")
         up, down = run.meter.total(UP).message, run.meter.total(DOWN).message
+        live.plan(training.coordinator.steps)
         live.step(training.step, width, loss, accuracy, up, down)
 
     def _pause(self, leave: pb.Leave) -> None:

@@ -68,6 +68,7 @@ class Training:
     coordinator: Coordinator
     classes: tuple[str, ...]
     samples: int  # pictures in an epoch
+    to_judge: tuple[int, int]  # pictures in a validation, and in the test at the end
     folder: Path  # where a store may lie
     store_limit: int  # bytes that it may have
     step: int = 0  # the next to come
@@ -234,7 +235,8 @@ class Training:
         if self.store:
             tensors |= {f"store.{name}": value for name, value in self.store.index().items()}
         return tensors, {
-            "classes": self.classes, "samples": self.samples, "rotated": self.rotated, "trained": self.trained,
+            "classes": self.classes, "samples": self.samples, "to_judge": self.to_judge,
+            "rotated": self.rotated, "trained": self.trained,
             "stored": self.stored, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
             "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,
             "evaluated": sorted(self.evaluated), "test": asdict(self.test) if self.test else None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,13 @@ def test_only_the_edges_know_grpc() -> None:
         for module in sorted((ROOT / package).rglob("*.py")):
             if "rpc" not in module.parts and "grpc" in imported(module):
                 assert module.stem in allowed, module
+
+
+@pytest.mark.parametrize("package", ["device_client", "edge_server"])
+def test_commands_answer_before_torch_is_loaded(package: str) -> None:
+    """It takes seconds, on a Pi many: help, wrong options and wrong recipes do not wait for it."""
+    code = f"import {package}.cli, sys; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize("name", [".gitignore", ".dockerignore"])

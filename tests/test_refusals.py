@@ -237,6 +237,16 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
         ({"top": 'name = "x"\nmethod = "deprune"'}, 'bottleneck.kind is "none": choose channels or linear'),
         ({"schedule": "phases = [[4, 1]]"}, 'bottleneck.kind "none" sends all channels'),
         ({"schedule": 'kind = "plateau"\nwidths = [0]'}, "needs data.validation above 0"),
+        ({"schedule": "phases = [[0, 1]]\nbudget_mb = -1"}, "schedule.budget_mb is -1.0; give 0 (no limit) or more"),
+        ({"schedule": 'kind = "plateau"\nwidths = [0]\nbudget_mb = 1'}, "a plateau decides its own length"),
+        (
+            {"schedule": "phases = [{ width = 0, epochs = 2, views = 1 }]\nbudget_mb = 1"},
+            "send each picture a given number of times: leave one of the two out",
+        ),
+        (
+            {"codec": 'activation = "auto:20"', "schedule": "phases = [[0, 1]]\nbudget_mb = 1"},
+            'write "step" or "context" in [codec], which has "auto" by default',
+        ),
         ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
     ],
 )

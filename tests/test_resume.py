@@ -58,6 +58,10 @@ CASES = {
         "deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', codec=CODEC,
         schedule='kind = "plateau"\nwidths = [2, 4]\npatience = 1\nmin_gain = 0.9\nmax_epochs = 6',
     ),
+    "budget": recipe_text(
+        "deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', codec=CODEC,
+        schedule="phases = [[2, 3], [4, 3]]\nbudget_mb = 0.4",
+    ),
 }  # fmt: skip
 
 
@@ -120,7 +124,7 @@ def digits() -> Dataset:
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_any_step_it_ends_with_the_same_weights(name: str, digits: Dataset, tmp_path: Path) -> None:
     text = CASES[name]
-    data = load("digits", (1, 16, 16), 3, 0.2, limit=640) if name == "plateau" else digits
+    data = load("digits", (1, 16, 16), 3, 0.2, limit=640) if "validation" in text else digits
     whole = leg(tmp_path / "whole", text, data)
     assert whole
     expected, losses = outcome(tmp_path / "whole")

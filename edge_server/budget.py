@@ -1,0 +1,182 @@
+"""How far a run may go so that it spends no more than its recipe allows. Called by the coordinator alone.
+
+Steps of one phase cost about the same, so what they have cost says what the others will; phases that are still to
+come are estimated from their widths and codecs until they begin. All is a function of bytes that are the same in each
+run, so a run that is made again, after a fault, goes exactly as far.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from common.codecs import codec
+from common.recipe import Recipe
+from common.schedule import RANK, Phase, ends_of
+
+# Steps at the start of a phase before it is judged by them, and between two judgements.
+_FIRST, _EVERY = 8, 16
+_MEMORY = 64  # steps that a running mean looks back
+# The plan changes only where the rest of the run would change by more than this share.
+_NOTICEABLE = 0.02
+# How much more than in training a picture may take in an evaluation, where batch norm and rounding are others.
+_EVALUATED = 1.1
+# What stands around the payloads of a step, at most: counted as so many bytes, for the messages themselves may differ
+# by some between a run and the same run after a fault.
+_FRAMING = 256
+# Steps that must be paid for so that there is another: the one that is not booked yet, the next, and a margin.
+_AHEAD = 2.5
+
+
+@dataclass(frozen=True)
+class Load:
+    """What decides how many bytes a step takes: channels that cross, on average, and the codecs."""
+
+    width: float
+    activation: str
+    gradient: str
+
+    def of_step(self, spent: Spent) -> tuple[float, float]:
+        """Bytes up and down of a step, from what `spent` says of another load."""
+        up = self.width * _bits(self.activation) / (spent.load.width * _bits(spent.load.activation))
+        down = self.width * _bits(self.gradient) / (spent.load.width * _bits(spent.load.gradient))
+        return spent.up * up, spent.down * down
+
+
+@dataclass
+class Spent:
+    """What the run has spent, in bytes, and on what of late."""
+
+    payloads: tuple[int, int] = (0, 0)  # up and down, of all roles
+    framing: int = 0
+    load: Load = Load(0, "", "")  # that `steps`, `up` and `down` are of
+    steps: int = 0
+    up: float = 0.0  # a step of late
+    down: float = 0.0
+
+    @property
+    def total(self) -> int:
+        return sum(self.payloads) + self.framing
+
+
+class Budget:
+    """One run's. `ends`: for each entry of the schedule the step at which it is to be over, as planned now."""
+
+    def __init__(
+        self, recipe: Recipe, channels: int, steps_per_epoch: int, batch: int, validation: int, test: int
+    ) -> None:
+        """`validation` and `test`: pictures that are judged each epoch, and at the end."""
+        self._allowed = recipe.schedule.budget_mb * 1e6
+        self._loads = [
+            _load(
+                (*entry.nested, entry.width or channels), entry.activation or recipe.codec.activation,
+                entry.gradient or recipe.codec.gradient,
+            )
+            for entry in recipe.schedule.phases
+        ]  # fmt: skip
+        self._channels = channels
+        self._ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
+        self._asked = [end - start for start, end in pairwise((0, *ends_of(recipe.schedule, steps_per_epoch)))]
+        self.ends = list(accumulate(self._asked))
+        self._epoch = steps_per_epoch
+        # In batches.
+        self._validation, self._test = validation / batch, test / batch
+        self._spent = Spent()
+
+    def book(self, up: int, down: int, phase: Phase | None = None) -> None:
+        """The run's payloads have come to so many bytes; with `phase` by one of its steps."""
+        spent = self._spent
+        sent_up, sent_down = up - spent.payloads[0], down - spent.payloads[1]
+        spent.payloads = up, down
+        if not phase:
+            return
+        spent.framing += _FRAMING
+        load = _load(phase.widths, phase.activation_codec, phase.gradient_codec)
+        if spent.load != load:
+            spent.load, spent.steps = load, 0
+        spent.steps += 1
+        share = 1 / min(spent.steps, _MEMORY)
+        spent.up = sent_up * share + spent.up * (1 - share)
+        spent.down = sent_down * share + spent.down * (1 - share)
+
+    def allows(self, coming: Phase, validates: bool) -> bool:
+        """Whether a step of phase `coming`, and the validation before it, can be paid for, and the test at the end."""
+        spent = self._spent
+        if not spent.steps:
+            return True
+        ahead = _AHEAD * (spent.up + spent.down + _FRAMING) + self._judging(self._test, self._loads[-1])
+        load = _load(coming.widths, coming.activation_codec, coming.gradient_codec)
+        if validates:
+            ahead += self._judging(self._validation, load)
+        if load != spent.load:
+            ahead += (_AHEAD + (self._ranking if coming.kind == RANK else 0)) * sum(load.of_step(spent))
+        return spent.total + ahead <= self._allowed
+
+    def fit(self, done: int) -> bool:
+        """Plan anew after `done` steps, the last of which is not booked yet; whether `ends` changed."""
+        spent, entry = self._spent, self._entry(done - 1)
+        if spent.steps < _FIRST or spent.steps % _EVERY != _FIRST % _EVERY:
+            return False
+        start = self.ends[entry - 1] if entry else 0
+        coming = range(entry, len(self._loads))
+        costs = {other: self._step(other) for other in coming}
+        for other in coming:
+            costs[other] += self._judging(self._validation, self._loads[other]) / self._epoch
+        left = self._allowed - spent.total - costs[entry] - self._judging(self._test, self._loads[-1])
+        # Where choosing channels would take nearly all, better a good first phase than none.
+        left -= min(left / 2, sum(self._to_rank(other) for other in coming[1:]))
+        whole = sum(self._asked[other] * costs[other] for other in coming)
+        share = (left + (done - start) * costs[entry]) / whole
+        # No more steps in all than were asked for: where earlier phases had fewer, these may have more.
+        share = max(0.0, min(share, (sum(self._asked) - start) / sum(self._asked[other] for other in coming)))
+        ends = list(self.ends)
+        ends[entry] = max(done, start + round(self._asked[entry] * share))
+        for other in coming[1:]:
+            ends[other] = ends[other - 1] + round(self._asked[other] * share)
+        if abs(ends[-1] - self.ends[-1]) <= _NOTICEABLE * (self.ends[-1] - done):
+            return False
+        self.ends = ends
+        return True
+
+    def _entry(self, step: int) -> int:
+        """The entry of the schedule that a step lies in."""
+        return min(bisect_right(self.ends, step), len(self.ends) - 1)
+
+    def _step(self, entry: int) -> float:
+        """Bytes that a step of an entry takes."""
+        return sum(self._loads[entry].of_step(self._spent)) + _FRAMING
+
+    def _judging(self, batches: float, load: Load) -> float:
+        """Bytes that an evaluation takes."""
+        return _EVALUATED * batches * load.of_step(self._spent)[0]
+
+    def _to_rank(self, entry: int) -> float:
+        """Bytes that choosing an entry's channels takes, in steps with all of them."""
+        load = self._loads[entry]
+        if load.width >= self._channels:
+            return 0.0
+        return self._ranking * sum(Load(self._channels, load.activation, load.gradient).of_step(self._spent))
+
+    # Checkpoints
+
+    def state(self) -> dict[str, Any]:
+        return {"spent": asdict(self._spent), "ends": self.ends}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        up, down = state["spent"]["payloads"]
+        self._spent = Spent(**{**state["spent"], "payloads": (up, down), "load": Load(**state["spent"]["load"])})
+        self.ends = list(state["ends"])
+
+
+def _load(widths: tuple[int, ...], activation: str, gradient: str) -> Load:
+    return Load(sum(widths) / len(widths), activation, gradient)
+
+
+def _bits(name: str) -> float:
+    """Bits an element, about. Those of codecs set by an SNR grow with it as docs/codec.md's tables do."""
+    chosen = codec(name)
+    snr = getattr(chosen, "snr", None)
+    return 8 * chosen.bound((1, 1, 64, 64)) / 4096 if snr is None else (snr + 6) / 10

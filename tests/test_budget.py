@@ -1,0 +1,140 @@
+"""A run with a budget spends no more than that, not much less, and is otherwise the run without one."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from benchmarks import inprocess
+from benchmarks.recipes import recipe_text
+from common import report
+from common.meter import Count
+from common.recipe import parse
+from common.rpc import split_pb2 as pb
+from device_client.data import Dataset, load
+from edge_server.budget import Budget
+from edge_server.coordinator import Coordinator
+
+CODEC = 'activation = "step:20"\ngradient = "step:5"'
+CHANNELS, EPOCH, BATCH = 32, 40, 10
+PHASES = [[2, 6], [4, 6], [8, 6]]
+
+
+class Books:
+    """What a meter says where steps cost what the test says."""
+
+    def __init__(self, up: int, down: int) -> None:
+        self.spent = {"up": up, "down": down}
+
+    def add(self, up: float, down: float) -> None:
+        self.spent["up"] += round(up)
+        self.spent["down"] += round(down)
+
+    def total(self, way: str) -> Count:
+        return Count(payload=self.spent[way])
+
+
+@given(
+    budget_mb=st.floats(1, 60),
+    up=st.integers(1000, 20_000),
+    down=st.integers(50, 20_000),
+    drift=st.floats(0.5, 2),  # of what a step costs, from the first to the last that was planned
+    dearer=st.floats(0.6, 1.6),  # each later phase, beside what its width says
+    noise=st.floats(0, 0.2),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from(["linear", "channels"]),
+    restart=st.booleans(),
+)
+def test_whatever_steps_cost_the_budget_is_kept(
+    budget_mb: float, up: int, down: int, drift: float, dearer: float, noise: float, seed: int, kind: str,
+    restart: bool,
+) -> None:  # fmt: skip
+    recipe = parse(
+        recipe_text(
+            "deprune", data=f"batch = {BATCH}\nvalidation = 0.2", bottleneck=f'kind = "{kind}"', codec=CODEC,
+            schedule=f"phases = {PHASES}\nbudget_mb = {budget_mb}", optimiser=f"restart = {str(restart).lower()}",
+        )
+    )  # fmt: skip
+    draw, validation, test = random.Random(seed), 100, 50
+    coordinator = Coordinator(recipe, CHANNELS, EPOCH, Budget(recipe, CHANNELS, EPOCH, BATCH, validation, test))
+    asked = coordinator.steps
+    books = Books(0, 5000)
+    coordinator.book(books)  # type: ignore[arg-type]
+    then, step, up_now = pb.STEP, 0, 0.0
+    while then != pb.FINISH:
+        phase = coordinator.phase
+        assert coordinator.phases[-1].from_step <= step < coordinator.steps == phase.steps
+        assert phase.decay_until >= step
+        factor = phase.width / 2 * dearer ** {4: 1, 8: 2}.get(phase.width, 0) * drift ** (step / asked)
+        factor *= 1 + noise * (draw.random() - 0.5)
+        then = coordinator.after_step(step).then
+        up_now = up * factor
+        books.add(up_now, down * factor)
+        coordinator.book(books, phase)  # type: ignore[arg-type]
+        if then == pb.VALIDATE:
+            books.add(up_now * validation / BATCH, 0)
+            coordinator.book(books)  # type: ignore[arg-type]
+            coordinator.after_validation(step, 1.0)
+        step += 1
+    books.add(up_now * test / BATCH, 0)
+    spent, allowed = sum(books.spent.values()) + 160 * step, budget_mb * 1e6  # with what frames are beside payloads
+    assert step <= asked
+    # With so few steps there is nothing to learn from what phases cost before the test part takes what is left.
+    assert spent <= allowed or step < 50
+    widths = list(dict.fromkeys(phase.width for phase in coordinator.phases if phase.kind == "learn"))
+    assert widths == sorted(widths)
+    if step > 100 and kind == "linear":  # what is left over is a validation and some steps, or would change too little
+        assert step >= 0.97 * asked or spent > 0.85 * allowed
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits", (1, 16, 16), 3, 0.2, limit=640)
+
+
+def run(digits: Dataset, schedule: str, folder: Path | None = None) -> dict[str, Any]:
+    text = recipe_text(
+        "deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', codec=CODEC, schedule=schedule
+    )  # fmt: skip
+    return inprocess.train(text, digits, folder=folder)
+
+
+def spent(summary: dict[str, Any]) -> int:
+    return sum(summary["bytes"][way]["message"] for way in ("up", "down"))
+
+
+def test_a_run_spends_its_budget_and_no_more(digits: Dataset) -> None:
+    summary = run(digits, "phases = [[2, 6], [4, 6]]\nbudget_mb = 0.5")
+    assert 0.9 * 0.5e6 < spent(summary) <= 0.5e6
+    # As long as it could be, in the given proportions: each phase had about half of the steps.
+    starts = {phase["width"]: phase["from_step"] for phase in reversed(summary["phases"])}
+    assert 0.3 < starts[4] / summary["steps"] < 0.7
+    console = Console(file=io.StringIO(), width=120)
+    report.show(console, summary)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "of messages were spent of a budget of 500.0 kB." in shown and "width 2 → 4." in shown
+
+
+def test_a_budget_that_is_not_reached_changes_nothing(digits: Dataset, tmp_path: Path) -> None:
+    schedule = "phases = [[2, 1], [4, 1]]"
+    free = run(digits, schedule, tmp_path / "free")
+    limited = run(digits, f"{schedule}\nbudget_mb = 100", tmp_path / "limited")
+    for name in ("accuracy", "loss", "steps", "phases"):
+        assert free[name] == limited[name]
+    heads = [(tmp_path / name / "device" / "head.safetensors").read_bytes() for name in ("free", "limited")]
+    assert heads[0][-1000:] == heads[1][-1000:]
+
+
+def test_a_budget_that_is_too_small_is_said(digits: Dataset) -> None:
+    summary = run(digits, "phases = [[2, 1]]\nbudget_mb = 0.05")
+    assert summary["steps"] <= 3 and spent(summary) > 50_000
+    console = Console(file=io.StringIO(), width=200)
+    report.show(console, summary)
+    assert "too little for the head's weights" in console.file.getvalue()  # type: ignore[attr-defined]
