@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -315,29 +316,35 @@ def train(
     """A whole run over an opened session, or what is left of one; the summary.
 
     The first Ctrl-C (or SIGTERM) lets the present step end, keeps a checkpoint and tells the server; a second one, or
-    one while there is no connection, ends at once, and the run goes on from its newest checkpoint.
+    one while there is no connection, ends at once, and the run goes on from its newest checkpoint. The process then
+    ends as shells have it for a program that a signal stopped: with 130, or 143 after SIGTERM.
     """
     trainer = Trainer(remote, data, folder, console)
     trainer.prepare(allowed, init)
     if not trainer.phases:
         folder.start(remote.opened.text)
 
-    def on_signal(_number: int, _frame: object) -> None:
+    caught = signal.SIGINT
+
+    def on_signal(number: int, _frame: object) -> None:
+        nonlocal caught
+        caught = signal.Signals(number)
         if trainer.stopping or remote.offline:
             raise KeyboardInterrupt
         trainer.stopping = True
-        console.print("Stopping after this step; press Ctrl-C again to stop at once.")
+        again = "; press Ctrl-C again to stop at once" if caught == signal.SIGINT else ""
+        console.print(f"Stopping after this step{again}.")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    again = "start it again with the same --run to go on"
+    how = "start it again with the same --run to go on"
     try:
         return trainer.run(publish)
     except KeyboardInterrupt:
         trainer.rest()
-        console.print(f"Stopped at step {trainer.step}; the run is not finished: {again}.", highlight=False)
-        raise
+        console.print(f"Stopped at step {trainer.step}; the run is not finished: {how}.", highlight=False)
+        sys.exit(128 + caught)
     except LinkError as error:
-        raise LinkError(f"{error}; the run stopped at step {trainer.step} and is not finished: {again}") from error
+        raise LinkError(f"{error}; the run stopped at step {trainer.step} and is not finished: {how}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -107,10 +107,13 @@ def run(server: Server, once: bool) -> str:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     server.start()
-    host = server.host
+    host, told = server.host, once
     while not wake.wait(0.2):
         host.tend()
         since = host.finished_at
+        if since and not told:
+            told = True
+            host.console.print("The run is served from now on: device-client evaluate and predict reach it here.")
         if once and since and (host.ended.is_set() or time.monotonic() - since > _LINGER_S):
             break
     server.stop()

@@ -123,6 +123,7 @@ def test_both_processes_with_certificates_and_a_token(ours: Path, tmp_path: Path
         assert "certificate pi trains test-plain" in log
         used = pair.device("evaluate", address, *options("hut", "bob"), capture_output=True)
         assert used.returncode == 0 and "pictures named rightly" in used.stdout, used.stdout + used.stderr
+        assert "The run is served from now on" in (tmp_path / "log").read_text()
 
 
 def test_only_certificates_of_the_one_authority_get_in(mutual: tuple[str, Path], ours: Path, theirs: Path) -> None:

@@ -1,0 +1,99 @@
+"""One picture: every kind becomes the input that the model wants."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.errors import DataError
+from device_client.data import load, load_picture
+from tests.pictures import GRAY, RGB, save
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [("a.jpg", "RGB"), ("a.jpg", "L"), ("a.jpg", "CMYK"), ("a.png", "RGB"), ("a.png", "L"), ("a.png", "RGBA")]
+    + [("a.png", "LA"), ("a.png", "P"), ("a.gif", "P"), ("a.bmp", "RGB"), ("a.webp", "RGB"), ("a.tif", "RGB")],
+)
+def test_every_kind_of_picture_becomes_the_models_input(tmp_path, name, mode):
+    path = save(tmp_path / name, (200, 100, 40), (11, 6), mode)
+    gray = 0.299 * 200 + 0.587 * 100 + 0.114 * 40
+    colour = (gray,) * 3 if mode in ("L", "LA") else (200, 100, 40)
+    for shape, expected in (((3, 5, 7), colour), ((1, 5, 7), (gray,))):
+        found = load_picture(path, shape)
+        assert found.shape == shape and found.dtype == np.uint8
+        assert np.abs(found.mean((1, 2)) - expected).max() < 12  # GIF and P have a coarse palette
+
+
+def test_transparent_palettes_do_not_warn(tmp_path, recwarn):
+    image = Image.new("P", (8, 8))
+    image.putpalette([9, 9, 9, 90, 120, 150])
+    image.paste(1, (0, 0, 8, 8))
+    image.save(tmp_path / "a.png", transparency=b"\x80\x40")
+    assert load_picture(tmp_path / "a.png", RGB)[:, 0, 0].tolist() == [90, 120, 150]
+    assert not recwarn.list
+
+
+def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
+    Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert np.unique(load_picture(tmp_path / "a.png", GRAY)).tolist() == [0x80]
+    Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="32-bit pixels"):
+        load_picture(tmp_path / "a.tif", GRAY)
+
+
+def test_resizing_averages_and_keeps_orientation(tmp_path):
+    # A fine checkerboard on the left, white on the right: a filter without antialiasing would give 0 or 255.
+    pixels = np.full((64, 64), 255, dtype=np.uint8)
+    pixels[:, :32] = np.indices((64, 32)).sum(0) % 2 * 255
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(pixels).save(tmp_path / name, quality=95)
+        found = load_picture(tmp_path / name, GRAY)[0].astype(int)
+        assert np.abs(found[:, :3] - 127).max() < 8 and found[:, 5:].min() > 247
+
+
+def test_scaling_is_told_with_the_first_picture_that_can_be_read(tmp_path):
+    for part in ("train", "test"):
+        save(tmp_path / part / "a" / "0.png", size=(12, 6))
+        save(tmp_path / part / "a" / "1.png", size=(8, 8))
+    assert load(f"folder:{tmp_path}", (3, 8, 8), 0, 0.0).scaled == "train/a/0.png was 12x6"
+    (tmp_path / "train" / "a" / "0.png").write_bytes(b"")
+    assert load(f"folder:{tmp_path}", (3, 8, 8), 0, 0.0, skip_unreadable=True).scaled == ""
+
+
+def test_large_jpegs_shrink_like_any_other_picture(tmp_path):
+    # Stripes of 5 pixels, each a pixel of the result; at an eighth of its size the JPEG would have no more than 5.
+    stripes = np.repeat(np.arange(8) % 2 * 200 + 20, 5).astype(np.uint8)
+    image = Image.fromarray(np.stack([np.broadcast_to(stripes, (40, 40))] * 3, axis=2))
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
+    jpeg, png = (load_picture(tmp_path / name, (3, 8, 8)).astype(int) for name in ("a.jpg", "a.png"))
+    assert np.abs(jpeg - png).max() < 30 and np.ptp(png) > 150
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the picture must be turned by 90 degrees clockwise
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    pixels[:4] = 255  # above: white, which ends up right
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    found = load_picture(tmp_path / "a.jpg", RGB)
+    assert found[:, :, 5:].min() > 240 and found[:, :, :3].max() < 15
+
+
+def test_load_picture_names_the_file_and_the_reason(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "b.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    for name, reason in (("a.jpg", "empty file"), ("b.jpg", "not a picture"), ("c.jpg", "no such file")):
+        with pytest.raises(DataError, match=rf"{name} cannot be read \({reason}.*another file"):
+            load_picture(tmp_path / name, RGB)
+    with pytest.raises(DataError, match="wants 4"):
+        load_picture(tmp_path / "a.jpg", (4, 8, 8))
+
+
+def test_eps_never_reaches_ghostscript(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="not a picture"):
+        load_picture(tmp_path / "a.jpg", RGB)
