@@ -164,7 +164,7 @@ class LiveRun:
                 f"the folder of the same run, or the device with another --run (or --overwrite)"
             )
         training = self.training
-        if training and (steps := [step for step in kept if training.can_go_on(step)]):
+        if training and (steps := [step for step in kept if training.can_be_taken_up(step)]):
             return max(steps)
         common = max(self.checkpoints.written.intersection(kept), default=None)
         if common is None:
@@ -177,7 +177,7 @@ class LiveRun:
     def put_back(self, step: int) -> None:
         """End all streams, and stand where a device can go on from `step`, which `common` told."""
         self.take_over()
-        if self.training and self.training.can_go_on(step):
+        if self.training and self.training.can_be_taken_up(step):
             return
         if step not in self.checkpoints.written:
             raise SessionError(f"the run has gone on from step {step} meanwhile; open another session")

@@ -134,6 +134,14 @@ class Training:
         """Whether a device that stands at `step` can go on without this side being put back."""
         return self.step - len(self.answers) <= step <= self.step
 
+    def can_be_taken_up(self, step: int) -> bool:
+        """The same for a device that may be another process by now, which knows what its checkpoint of `step` knows.
+
+        Where a validation was made there, that is perhaps not the verdict: it will judge again, which only a run that
+        stands at that very step can.
+        """
+        return self.can_go_on(step) and (step == self.step or (step, False) not in self.evaluated)
+
     def answered_from(self, step: int) -> list[list[pb.Frame]]:
         """Answers to `step` and later ones; FrameError where a device that stands there cannot go on."""
         if not self.can_go_on(step):

@@ -69,12 +69,22 @@ class _Killed(Exception):
     pass
 
 
-def leg(path: Path, text: str, data: Dataset, until: int | None = None) -> dict[str, Any] | None:
-    """Two new processes, as it were, until they are killed before step `until`, or to the end; then the summary."""
-    quiet = Console(file=io.StringIO())
-    host = Host.to_train(parse(text), text, RunFolder(path / "server"), quiet, (), False)
+def server_of(path: Path, text: str) -> Host:
+    host = Host.to_train(parse(text), text, RunFolder(path / "server"), Console(file=io.StringIO()), (), False)
     assert host.run
     host.run.every = EVERY
+    return host
+
+
+def leg(
+    path: Path, text: str, data: Dataset, until: int | None = None, lives: Host | None = None
+) -> dict[str, Any] | None:
+    """Two new processes, as it were, until they are killed before step `until`, or to the end; then the summary.
+
+    `lives`: a server that is not new, and not killed.
+    """
+    quiet, host = Console(file=io.StringIO()), lives or server_of(path, text)
+    assert host.run
     folder = RunFolder(path / "device")
     saved = folder.unfinished()
     remote = RemoteTail("127.0.0.1:1", stub=Stub(Servicer(host)))
@@ -98,11 +108,13 @@ def leg(path: Path, text: str, data: Dataset, until: int | None = None) -> dict[
     try:
         return trainer.run(publish=False)
     except _Killed:
-        host.run.keep = lambda *_, **__: None  # type: ignore[method-assign] # a dead process keeps nothing any more
+        if not lives:
+            host.run.keep = lambda *_, **__: None  # type: ignore[method-assign] # a dead process keeps nothing any more
         return None
     finally:
         for side in (host.folder, folder):
-            side.close()
+            if side is folder or not lives:
+                side.close()
 
 
 def outcome(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -145,6 +157,23 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(name: str, digits: Dat
         assert summary["bytes"][way]["again"] > again
     assert summary["faults"]["resumed"] == 7 and summary["faults"]["steps_again"] > 0
     assert not (broken / "device" / "checkpoints").exists() and not (broken / "server" / "checkpoints").exists()
+
+
+def test_a_device_that_dies_right_after_a_validation_judges_again(tmp_path: Path) -> None:
+    """Its checkpoint is of the moment before; the server, which lives, has applied the step after it."""
+    text, data = CASES["plateau"], load("digits", (1, 16, 16), 3, 0.2, limit=640)
+    epoch = len(data.train) // 32
+    whole = leg(tmp_path / "whole", text, data)
+    host = server_of(tmp_path / "broken", text)
+    for until in (epoch, 2 * epoch):
+        assert leg(tmp_path / "broken", text, data, until, host) is None
+    summary = leg(tmp_path / "broken", text, data, None, host)
+    assert whole and summary
+    weights, losses = outcome(tmp_path / "broken")
+    expected, expected_losses = outcome(tmp_path / "whole")
+    assert losses == expected_losses and all(torch.equal(weights[name], expected[name]) for name in expected)
+    for way in ("up", "down"):
+        assert summary["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
 
 
 def test_other_pictures_are_not_gone_on_with(digits: Dataset, tmp_path: Path) -> None:
