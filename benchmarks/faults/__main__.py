@@ -30,12 +30,13 @@ RESULT = Path("benchmarks/results/faults.json")
 RUNS = Path("runs/faults")
 
 
-def matrix(console: Console) -> list[runs.Entry]:
-    """Every kind at every point, a run each."""
+def matrix(console: Console, only: str | None) -> list[runs.Entry]:
+    """Every kind at every point, or at the one named `only`, a run each."""
     console.print("The run without faults, then the matrix: each kind at each point, a run each.")
     reference = runs.fault_free(RUNS / "matrix-reference", runs.SHORT)
     pair = certificate(RUNS, "127.0.0.1")
     todo = [(blow, None) for blow in runs.matrix_blows(False)] + [(blow, pair) for blow in runs.matrix_blows(True)]
+    todo = [(blow, tls) for blow, tls in todo if only in (None, blow.point)]
     entries: list[runs.Entry] = []
     started = time.monotonic()
     for number, (blow, tls) in enumerate(todo):
@@ -84,6 +85,15 @@ def show(console: Console, entries: list[runs.Entry]) -> None:
     Console(width=max(console.width, 180)).print(table)
 
 
+def merged(entries: list[runs.Entry], only: str | None) -> list[dict[str, Any]]:
+    """The matrix's entries, each with its date; with `only` in place of those of that point, and beside the others."""
+    fresh = [asdict(entry) | {"date": date.today().isoformat()} for entry in entries]
+    if only is None or not RESULT.is_file():
+        return fresh
+    before = json.loads(RESULT.read_text()).get("matrix", {}).get("all", {"entries": []})
+    return [{"date": before["date"]} | entry for entry in before["entries"] if entry["point"] != only] + fresh
+
+
 def keep(part: str, name: str, value: dict[str, Any]) -> None:
     """Put one part into the result file; the others stay."""
     result = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
@@ -100,6 +110,9 @@ def verdict(count: int, kinds: dict[str, int], replayed: int, equal: bool, faile
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="faults of the random run")
+    parser.add_argument(
+        "--point", choices=points.POINTS, help="the matrix at this point alone, beside the recorded rest"
+    )
     parser.add_argument("--seed", type=int, help="of the random run; default: a new one, which is printed")
     alone = parser.add_mutually_exclusive_group()
     alone.add_argument("--matrix", action="store_true", help="the matrix alone")
@@ -110,8 +123,7 @@ def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     lines, failed = [], 0
     if not options.random:
-        started = time.monotonic()
-        entries = matrix(console)
+        entries = matrix(console, options.point)
         show(console, entries)
         bad = [entry for entry in entries if entry.problems]
         equal = all(entry.weights_equal for entry in entries)
@@ -119,8 +131,8 @@ def main() -> None:
         replayed = sum(entry.replayed for entry in entries)
         lines.append("Matrix: " + verdict(len(entries), kinds, replayed, equal, len(bad)))
         failed += len(bad)
-        took = round(time.monotonic() - started)
-        keep("matrix", "all", {"took_s": took, "failed": len(bad), "entries": [asdict(entry) for entry in entries]})
+        every = merged(entries, options.point)
+        keep("matrix", "all", {"failed": sum(bool(entry["problems"]) for entry in every), "entries": every})
     if not options.matrix:
         started = time.monotonic()
         many = at_random(console, options.count, seed)

@@ -16,8 +16,9 @@ REPLY = "reply lost after being applied"  # the StepDone of a step, which the se
 SWITCH = "phase switch"  # the answer that carries the next phase
 CHECKPOINT = "checkpoint being written"  # files appear in a run folder's checkpoints/
 EVALUATION = "evaluation"  # a batch of an evaluation is going up
+VALIDATED = "step after a validation"  # its gradient is coming down; the device has kept nothing since the verdict
 GOODBYE = "goodbye"  # the server's last word: the run is finished there
-POINTS = (HANDSHAKE, RECONNECT, FORWARD, BACKWARD, REPLY, SWITCH, CHECKPOINT, EVALUATION, GOODBYE)
+POINTS = (HANDSHAKE, RECONNECT, FORWARD, BACKWARD, REPLY, SWITCH, CHECKPOINT, EVALUATION, VALIDATED, GOODBYE)
 
 
 def _is_activation(frame: pb.Frame) -> bool:
@@ -51,6 +52,7 @@ _MESSAGES: dict[str, tuple[str, Callable[[pb.Frame], bool], float]] = {
     REPLY: (DOWN, _is_done, 0.0),
     SWITCH: (DOWN, _is_switch, 0.0),
     EVALUATION: (UP, _is_judged, 0.5),
+    VALIDATED: (DOWN, _is_gradient, 0.5),
     GOODBYE: (DOWN, _is_goodbye, 0.0),
 }
 
@@ -70,9 +72,12 @@ def moment(point: str, step: int = -1) -> Moment:
     if point == CHECKPOINT:
         return lambda chunk: Span(0, len(chunk.data))
     way, test, _ = _MESSAGES[point]
+    judged = point != VALIDATED
 
     def find(chunk: Chunk) -> Span | None:
-        if chunk.way != way or chunk.step < step:
+        nonlocal judged
+        judged |= any(seen.frame and seen.frame.HasField("verdict") for seen in chunk.messages)
+        if not judged or chunk.way != way or chunk.step < step:
             return None
         return next((Span(seen.start, seen.end) for seen in chunk.messages if seen.frame and test(seen.frame)), None)
 
