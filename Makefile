@@ -64,7 +64,8 @@ bench-effect: setup
 bench-counters: setup
 	$(BIN)/python -m benchmarks.counters
 
-# The matrix, and COUNT faults in one run; ARGS=--matrix or --random takes one of the two, --seed repeats the latter.
+# The matrix, and COUNT faults in one run; ARGS=--matrix or --random takes one of the two, --seed repeats the latter, --point
+# takes one place of the matrix.
 faults: setup
 	$(BIN)/python -m benchmarks.faults --count $(COUNT) $(ARGS)
 
