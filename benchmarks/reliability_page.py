@@ -39,8 +39,8 @@ def matrix(found: dict[str, Any]) -> str:
         rows.append([point, *cells])
     failed = found["failed"]
     sentence = (
-        f"**Every kind of fault at every place**, {len(entries)} runs of `make faults ARGS=--matrix`, {found['machine']}, "
-        f"{' and '.join(sorted({entry['date'] for entry in entries}))}: "
+        f"**Every kind of fault at every place**, {len(entries)} runs of `make faults ARGS=--matrix`, "
+        f"{found['machine']}, {' and '.join(sorted({entry['date'] for entry in entries}))}: "
         f"{'all' if not failed else f'all but {failed}'} ended with the weights, losses, metrics and "
         f"books of the run that was left alone. Steps sent again / seconds until the next step:"
     )
