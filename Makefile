@@ -11,6 +11,8 @@ COUNT ?= 200
 # to pass like it best.
 JOBS ?= 0
 MINUTES ?= 60
+# Of the demo: auto, step or context.
+CODEC ?= auto
 
 .PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters bench-checkpoint bench-limits bench-links fuzz faults soak clean
 
@@ -27,7 +29,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt protos/split.proto hatch_build.py
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo $(CODEC)
 
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
