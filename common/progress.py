@@ -36,7 +36,6 @@ class Live:
         self._steps = steps
         # Where the estimate of what is left counts from: the first step here also waits for what is set up.
         self._first, self._since = done, 0.0
-        self._began = done
         self._shown = 0.0
         self._width = 0
         self._loss: float | None = None
@@ -62,8 +61,9 @@ class Live:
     def step(self, done: int, width: int, loss: float, accuracy: float, up: int, down: int) -> None:
         """`done` steps are done; the last had this width, loss and share of right answers; bytes are of the run."""
         # A running mean over about 20 steps: single batches jump.
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-        self._accuracy = accuracy if done <= self._began + 1 else 0.95 * self._accuracy + 0.05 * accuracy
+        if self._loss is None:
+            self._loss, self._accuracy = loss, accuracy
+        self._loss, self._accuracy = 0.95 * self._loss + 0.05 * loss, 0.95 * self._accuracy + 0.05 * accuracy
         now = time.monotonic()
         if not self._since:
             self._first, self._since = done, now
