@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 from common.codecs import codec
@@ -79,8 +79,8 @@ class Budget:
         ]  # fmt: skip
         self._channels = channels
         self._ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
-        self._asked = [end - start for start, end in pairwise((0, *ends_of(recipe.schedule, steps_per_epoch)))]
-        self.ends = list(accumulate(self._asked))
+        self.ends = ends_of(recipe.schedule, steps_per_epoch)
+        self._asked = [end - start for start, end in pairwise((0, *self.ends))]
         self._epoch = steps_per_epoch
         # In batches.
         self._validation, self._test = validation / batch, test / batch

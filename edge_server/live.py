@@ -131,8 +131,10 @@ class LiveRun:
                 f"the device's pictures have {len(classes)} classes, the recipe {self.recipe.name} has {expected}; "
                 f"use other data or change model.classes"
             )
-        if not 1 <= samples <= 2**40 or max(judged) > 2**40:
+        if not 1 <= samples <= 2**40:
             raise FrameError(f"Begin says {samples} training pictures; at least 1 is needed")
+        if max(judged) > 2**40:
+            raise FrameError(f"Begin says {max(judged)} pictures to judge; that is more than there can be")
         training = self._new(samples, classes, judged)
         self.initial.fill(training.halves)
         if self.training:  # begun by a device that made no step and is gone
