@@ -31,13 +31,11 @@ def network(recipe: Recipe) -> nn.Module:
     return models.build(recipe.model.name, recipe.model.input, recipe.model.classes)
 
 
-def _optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+def _optimiser(recipe: Recipe, model: nn.Module) -> optim.Optimiser:
     return optim.build(recipe.optimiser, model, nn.Identity())
 
 
-def _learn(
-    recipe: Recipe, model: nn.Module, optimiser: torch.optim.Optimizer, part: Part, step: int, rate: float
-) -> None:
+def _learn(recipe: Recipe, model: nn.Module, optimiser: optim.Optimiser, part: Part, step: int, rate: float) -> None:
     chosen = batches.indices(recipe.seed, step, len(part), recipe.data.batch)
     pictures = batches.augment(part.pictures[chosen], recipe.seed, step, recipe.data.crop, recipe.data.flip)
     inputs = torch.from_numpy(batches.normalise(pictures, recipe.data.mean, recipe.data.std))
@@ -46,7 +44,7 @@ def _learn(
         loss = functional.cross_entropy(logits.float(), torch.from_numpy(part.labels[chosen]))
     optimiser.zero_grad()
     loss.backward()
-    optim.set_learning_rate(optimiser, rate)
+    optimiser.lr = rate
     optimiser.step()
 
 

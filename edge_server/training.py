@@ -203,7 +203,7 @@ class Training:
     def apply(self) -> Decision:
         """Move the weights, count the step, and say what comes next."""
         rate = optim.learning_rate(self.recipe.optimiser, self.step, self.phase)
-        optim.set_learning_rate(self._optimiser, rate)
+        self._optimiser.lr = rate
         self._optimiser.step()
         decision = self.coordinator.after_step(self.step)
         self.step += 1

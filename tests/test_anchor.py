@@ -29,7 +29,7 @@ def test_split_training_equals_unsplit(plain_run: Run) -> None:
             loss = functional.cross_entropy(model(inputs), torch.from_numpy(loaded.train.labels[chosen]))
             optimiser.zero_grad()
             loss.backward()
-            optim.set_learning_rate(optimiser, optim.learning_rate(parsed.optimiser, step, phase))
+            optimiser.lr = optim.learning_rate(parsed.optimiser, step, phase)
             optimiser.step()
             losses.append(loss.item())
     finally:

@@ -114,7 +114,7 @@ def test_both_sides_tell_each_other_of_regular_ones_alone(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_an_optimiser_goes_on_where_it_was(name: str) -> None:
-    def step(layer: torch.nn.Linear, optimiser: torch.optim.Optimizer) -> None:
+    def step(layer: torch.nn.Linear, optimiser: optim.Optimiser) -> None:
         optimiser.zero_grad()
         layer(torch.ones(2, 3)).pow(2).sum().backward()
         optimiser.step()

@@ -51,6 +51,25 @@ def test_commands_answer_before_torch_is_loaded(package: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
+def test_training_loads_nothing_heavy_that_it_does_not_need() -> None:
+    """What torch would load for compiling and for comparing shapes is seconds and 110 MB at each start."""
+    code = """if True:
+        import sys
+        from benchmarks import inprocess
+        from benchmarks.recipes import recipe_text
+        from device_client.data import load
+
+        text = recipe_text(
+            "deprune", bottleneck='kind = "linear"', codec='activation = "step:20"\\ngradient = "step:5"',
+            schedule="phases = [[2, 0.05], [4, 0.05]]",
+        )
+        inprocess.train(text, load("digits", (1, 16, 16), 3, 0.1))
+        sys.exit(" ".join({"torch._dynamo", "sympy", "scipy", "numba", "matplotlib"} & set(sys.modules)) or None)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=90, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", [".gitignore", ".dockerignore"])
 def test_what_a_user_makes_in_a_checkout_stays_out(name: str) -> None:
     """Keys, tokens and pictures where README.md and docs/security.md have them made: neither committed nor sent on."""
