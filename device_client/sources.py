@@ -23,6 +23,9 @@ from common.errors import DataError
 from device_client.batches import Pictures
 from device_client.pictures import MODES, Shape, decode, fit, size_of
 
+# The test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository,
+# doi 10.24432/C50P49, CC BY 4.0), which is also what scikit-learn has.
+_DIGITS = Path(__file__).with_name("digits.npz")
 _NAMED = 5  # how many names an error lists
 _THREADS_FROM = 8_192  # bytes of a file, about 150x150 pixels; see _bytes_each
 _NOT_PICTURES = {".eps", ".ps", ".pdf"}  # Pillow hands EPS to Ghostscript, a program of its own; PDF it only writes
@@ -70,13 +73,10 @@ def open_source(source: str, shape: Shape, wants_train: bool, wants_test: bool) 
 
 
 def _digits(shape: Shape, wants_train: bool, wants_test: bool) -> Source:
-    """scikit-learn's 1,797 handwritten digits; a fifth of each class is the test part, the same for every seed."""
-    try:
-        from sklearn.datasets import load_digits  # here, because it takes a second that other sources need not wait
-    except ImportError as error:
-        raise DataError("digits needs scikit-learn; install it with: pip install 'deprune[digits]'") from error
-    images, labels = load_digits(return_X_y=True)
-    pictures = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    """1,797 handwritten digits that come with the package; a fifth of each class is the test part, for every seed."""
+    with np.load(_DIGITS, allow_pickle=False) as archive:
+        pictures = np.rint(archive["images"] * (255 / 16)).astype(np.uint8)  # [1797,8,8], of 0..16
+        labels = archive["labels"]
     test = np.zeros(len(labels), dtype=bool)
     for digit in range(10):
         members = generator(0, SPLIT, digit).permutation(np.flatnonzero(labels == digit))
