@@ -7,11 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _LISTENS = re.compile(r"listens on (\S+),")
+
+# How a process is started: the tests have a faster way.
+popen: Any = subprocess.Popen
 
 
 def command(name: str, *arguments: object) -> list[str]:
@@ -32,7 +37,7 @@ def start(name: str, *arguments: object, log: Path, prefix: tuple[str, ...] = ()
     """
     with log.open("wb") as output:
         line = [*prefix, *command(name, *arguments)]
-        return subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
+        return _begin(line, prefix, stdout=output, stderr=subprocess.STDOUT)
 
 
 @contextlib.contextmanager
@@ -62,7 +67,24 @@ def address_of(process: subprocess.Popen[bytes], log: Path, timeout: float = 60)
     raise RuntimeError(f"edge-server did not start:\n{log.read_text()}")
 
 
-def device(*arguments: object, prefix: tuple[str, ...] = (), **options: object) -> subprocess.CompletedProcess[str]:
+def device(
+    *arguments: object, prefix: tuple[str, ...] = (), capture_output: bool = False, check: bool = False
+) -> subprocess.CompletedProcess[str]:
     """`device-client ARGUMENTS`, to its end."""
     line = [*prefix, *command("device-client", *arguments)]
-    return subprocess.run(line, text=True, env=environment(), **options)  # type: ignore[call-overload, no-any-return]
+    if not capture_output:
+        return subprocess.run(line, text=True, env=environment(), check=check)
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        with _begin(line, prefix, stdout=out, stderr=err) as process:
+            process.wait()
+        words = [Path(file.name).read_text() for file in (out, err)]
+    done = subprocess.CompletedProcess(line, process.returncode, *words)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def _begin(line: list[str], prefix: tuple[str, ...], **options: Any) -> subprocess.Popen[bytes]:
+    """In another namespace only the command line itself can be started."""
+    begin = subprocess.Popen if prefix else popen
+    return begin(line, env=environment(), **options)  # type: ignore[no-any-return]

@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from benchmarks import netns, pair
 from benchmarks.recipes import recipe_text
+from common.errors import DepruneError
+from tests import forked
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core: more threads would only wait for each other
 
+forked.use()
 needs_link = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
 
 
@@ -52,6 +56,13 @@ def train(path: Path, text: str, *, server: tuple[object, ...] = (), device: tup
         assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
         assert process.wait(timeout=30) == 0, log.read_text()
     return Run(path, done.stdout, log.read_text())
+
+
+def failed(command: Any, *arguments: object) -> str:
+    """The sentence that a command ends with."""
+    result = CliRunner().invoke(command, [str(argument) for argument in arguments], standalone_mode=False)
+    assert isinstance(result.exception, DepruneError), (result.output, result.exception)
+    return str(result.exception)
 
 
 @pytest.fixture(scope="session")

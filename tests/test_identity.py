@@ -1,4 +1,4 @@
-"""Who gets in and what they may touch: TLS, client certificates and tokens over real sockets; rotation; `certs`."""
+"""Who gets in and what they may touch: TLS, client certificates and tokens over real sockets; rotation."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from device_client.remote_tail import RemoteTail
 from edge_server import certs
 from edge_server import cli as server_cli
 from edge_server.identity import Guard
+from tests.conftest import failed
 
 TOKENS = {"alice": "alice-" + "a" * 26, "bob": "bob-" + "b" * 28}
 
@@ -270,13 +271,6 @@ def test_tokens(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert secret not in (tmp_path / "log").read_text()
 
 
-def failed(command: Any, *arguments: object) -> str:
-    """The sentence that a command ends with."""
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments], standalone_mode=False)
-    assert isinstance(result.exception, DepruneError), (result.output, result.exception)
-    return str(result.exception)
-
-
 def test_a_token_is_never_sent_or_taken_in_the_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = token_file(tmp_path / "token", alice=TOKENS["alice"])
     (tmp_path / "recipe.toml").write_text(recipe_text())
@@ -376,39 +370,3 @@ def test_either_side_wants_a_certificate_and_its_key_together(side: str, ours: P
     result = CliRunner().invoke(command, [str(word) for word in line])
     assert result.exit_code == 2 and "Usage: " in result.output, result.output
     assert "--tls-cert and --tls-key go together" in result.output
-
-
-def test_certs_keeps_what_is_there(tmp_path: Path) -> None:
-    hosts = ["cloud.example.org", "192.0.2.7", "::1"]
-    assert certs.make(tmp_path, hosts, (), renew=False) == ["ca", "server", "device"]
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert {path.name for path in tmp_path.iterdir() if path.stat().st_mode & 0o077 == 0} == {
-        "ca.key", "server.key", "device.key"
-    }  # fmt: skip
-    for again in ((hosts, ()), ((), ("device",))):
-        with pytest.raises(AuthError, match="pass --renew"):
-            certs.make(tmp_path, *again, renew=False)
-    assert certs.make(tmp_path, (), ("hut",), renew=False) == ["hut"]
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    certs.make(tmp_path, (), (), renew=True)
-    changed = {name for name, data in before.items() if (tmp_path / name).read_bytes() != data}
-    assert changed == {"server.pem", "server.key", "device.pem", "device.key"}
-    names = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes()).extensions
-    san = names.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [str(name.value) for name in san] == hosts
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((), "has no authority yet"),
-        (("--renew",), "has no authority yet"),
-        (("cloud:50051",), "give it without a port"),
-        (("192.0.2.256",), "neither the name nor the address"),
-        (("cloud", "--device", "server"), "cannot name a device"),
-        (("cloud", "--device", "../x"), "cannot name a device"),
-    ],
-)
-def test_certs_refuses_in_words(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
-    assert words in failed(server_cli.cli, "certs", tmp_path / "new", *arguments)
-    assert not list(tmp_path.rglob("*.pem"))

@@ -1,0 +1,49 @@
+"""`edge-server certs`: what it makes, keeps, renews and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from common.errors import AuthError
+from edge_server import certs
+from edge_server import cli as server_cli
+from tests.conftest import failed
+
+
+def test_certs_keeps_what_is_there(tmp_path: Path) -> None:
+    hosts = ["cloud.example.org", "192.0.2.7", "::1"]
+    assert certs.make(tmp_path, hosts, (), renew=False) == ["ca", "server", "device"]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {path.name for path in tmp_path.iterdir() if path.stat().st_mode & 0o077 == 0} == {
+        "ca.key", "server.key", "device.key"
+    }  # fmt: skip
+    for again in ((hosts, ()), ((), ("device",))):
+        with pytest.raises(AuthError, match="pass --renew"):
+            certs.make(tmp_path, *again, renew=False)
+    assert certs.make(tmp_path, (), ("hut",), renew=False) == ["hut"]
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    certs.make(tmp_path, (), (), renew=True)
+    changed = {name for name, data in before.items() if (tmp_path / name).read_bytes() != data}
+    assert changed == {"server.pem", "server.key", "device.pem", "device.key"}
+    names = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes()).extensions
+    san = names.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(name.value) for name in san] == hosts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "has no authority yet"),
+        (("--renew",), "has no authority yet"),
+        (("cloud:50051",), "give it without a port"),
+        (("192.0.2.256",), "neither the name nor the address"),
+        (("cloud", "--device", "server"), "cannot name a device"),
+        (("cloud", "--device", "../x"), "cannot name a device"),
+    ],
+)
+def test_certs_refuses_in_words(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    assert words in failed(server_cli.cli, "certs", tmp_path / "new", *arguments)
+    assert not list(tmp_path.rglob("*.pem"))
