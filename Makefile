@@ -14,11 +14,12 @@ MINUTES ?= 60
 # Of the demo: auto, step or context.
 CODEC ?= auto
 
-.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters bench-checkpoint bench-limits bench-links fuzz faults soak clean
+.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters bench-checkpoint bench-limits bench-links bench-start fuzz faults soak clean
 
 setup: $(VENV)/.ready
 
-# torch comes first and pinned: left to the resolver, it brings several GB of CUDA on Linux. What numba compiles, some
+# torch comes first, so that PIP_EXTRA_INDEX_URL (README.md) is heard for it: without, it brings several GB of CUDA on x86
+# Linux. What numba compiles, some
 # seconds, is compiled at once and not in somebody's first run.
 $(VENV)/.ready: pyproject.toml constraints.txt protos/split.proto hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -59,6 +60,9 @@ bench-limits: setup
 bench-links: setup
 	$(BIN)/python -m benchmarks.links
 
+bench-start: setup
+	$(BIN)/python -m benchmarks.start
+
 bench-effect: setup
 	$(BIN)/python -m benchmarks.effect $(SOURCE)
 
@@ -66,8 +70,8 @@ bench-effect: setup
 bench-counters: setup
 	$(BIN)/python -m benchmarks.counters
 
-# The matrix, and COUNT faults in one run; ARGS=--matrix or --random takes one of the two, --seed repeats the latter, --point
-# takes one place of the matrix.
+# The matrix, and COUNT faults in one run; ARGS=--matrix or --random takes one of the two, --seed repeats the latter;
+# ARGS='--matrix --point NAME' takes one place of the matrix.
 faults: setup
 	$(BIN)/python -m benchmarks.faults --count $(COUNT) $(ARGS)
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers, tensors
+from benchmarks.machine import machine
 from common.codecs import Aside, codec, dither, frame, quantise
 from common.codecs.base import NOTHING
 from common.codecs.step import Step, as_maps, beside
@@ -251,7 +252,11 @@ def main() -> None:
         table.add_row(what, *(f"{value:.2f}" for value in values.values()))
     console.print(table)
     for row in rows:
-        row |= {"date": date.today().isoformat(), "source": "digits" if source == "digits" else "CIFAR-10"}
+        row |= {
+            "machine": machine(),
+            "date": date.today().isoformat(),
+            "source": "digits" if source == "digits" else "CIFAR-10",
+        }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -7,7 +7,6 @@ each depth of counting leaves out: protobuf, HTTP/2 and TLS, TCP/IP headers. Wri
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from datetime import date
@@ -18,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import netns, pair
+from benchmarks.machine import machine
+from edge_server import certs
 
 RESULT = Path("benchmarks/results/counters.json")
 RECIPE = """
@@ -40,14 +41,6 @@ warmup = 20
 """
 
 
-def certificate(folder: Path, address: str) -> tuple[Path, Path]:
-    """A self-signed certificate for `address`, and its key."""
-    cert, key = folder / "server.pem", folder / "server.key"
-    line = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=deprune -keyout {key} -out {cert} -addext"
-    subprocess.run([*line.split(), f"subjectAltName=IP:{address}"], check=True, capture_output=True)
-    return cert, key
-
-
 def measure(
     folder: Path,
     codec: str,
@@ -67,8 +60,10 @@ def measure(
         trust: tuple[object, ...] = ()
         serve: tuple[object, ...] = (folder / "recipe.toml", "--run", folder / "server", "--once", "--threads", 1)
         if tls:
-            cert, key = certificate(folder, server.address)
-            serve, trust = (*serve, "--tls-cert", cert, "--tls-key", key), ("--tls-ca", cert)
+            keys = folder / "keys"
+            certs.make(keys, [server.address], [], renew=False)
+            serve = (*serve, "--tls-cert", keys / "server.pem", "--tls-key", keys / "server.key")
+            trust = ("--tls-ca", keys / "ca.pem")
         else:
             serve = (*serve, "--insecure")
         options: dict[str, Any] = {"log": folder / "log", "listen": f"{server.address}:0", "prefix": server.prefix}
@@ -132,7 +127,9 @@ def main() -> None:
             ways = measure(Path(name) / f"{codec}-{tls}", codec, 7, tls)
             show(console, f"{codec}, {'TLS' if tls else 'in the clear'}, {ways['up']['steps']} steps", ways)
             rows.append({"codec": codec, "tls": tls} | ways)
-    RESULT.write_text(json.dumps({"date": date.today().isoformat(), "rows": rows}, indent=1) + "\n")
+    RESULT.write_text(
+        json.dumps({"machine": machine(), "date": date.today().isoformat(), "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

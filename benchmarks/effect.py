@@ -22,6 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import machine
+
 RESULT = Path("benchmarks/results/effect.json")
 ACTIVATION, GRADIENT = (10, 15, 20, 30), (5, 10, 15, 20)
 SEEDS = (0, 1)
@@ -159,7 +161,8 @@ def main() -> None:
         for number, row in enumerate(pool.imap_unordered(_run, left), 1):
             rows.append(row)
             RESULT.parent.mkdir(parents=True, exist_ok=True)
-            RESULT.write_text(json.dumps({"date": date.today().isoformat(), **setting, "rows": rows}, indent=1) + "\n")
+            result = {"machine": machine(), "date": date.today().isoformat(), **setting, "rows": rows}
+            RESULT.write_text(json.dumps(result, indent=1) + "\n")
             minutes = (time.monotonic() - started) / number * (len(left) - number) / 60
             console.print(
                 f"{row['activation']:>8} up, {row['gradient']} down, seed {row['seed']}: {row['accuracy']:.2%}; "

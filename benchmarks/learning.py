@@ -113,7 +113,7 @@ def waves(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
-    parser.add_argument("--quick", action="store_true", help="a few rows on few pictures, under 15 minutes")
+    parser.add_argument("--quick", action="store_true", help="a few rows on few pictures; some 20 minutes without AMX")
     parser.add_argument("--model", default="tiny", choices=CUTS, help="the larger ones have fewer rows and epochs")
     parser.add_argument(
         "--only", action="append", help="a row, and what it starts from; or rows whose names contain it"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from datetime import date
@@ -15,6 +14,7 @@ from torch import nn
 
 from benchmarks import inprocess, whole
 from benchmarks.learning_cases import ALL, CASES, EPOCHS, LAST_FIVE, OTHERS, Case, precision, share
+from benchmarks.machine import machine
 from common import optim, recipe
 from common.codecs import codec
 from common.halves import Head
@@ -202,7 +202,7 @@ def run(job: Job) -> dict[str, Any]:
         **head,
         **found,
         "recipe": text,
-        "machine": f"{platform.machine()}, one thread, {precision()}",
+        "machine": f"{machine()}, one thread, {precision()}",
         "date": str(date.today()),
     }
 

@@ -1,8 +1,8 @@
 """`make bench-limits`: what a hostile device costs a well-behaved one, and what a million opens leave in a server.
 
 Step times are taken in turn alone and beside benchmarks/hostile.py, on a server with its usual limits; then one that
-lets calls pass as often as they come is flooded with handshakes. Writes benchmarks/results/limits.json. The tests run
-the first part, short, for what the server holds; no test asserts on its times.
+lets calls pass as often as they come is flooded with handshakes. Writes benchmarks/results/limits.json.
+tests/test_limits_served.py runs the first part, short, for what the server holds; no test asserts on its times.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def opens(folder: Path, count: int) -> dict[str, Any]:
                 refused += sum(call.exception() is not None for call in calls)
                 if number // _AT_ONCE % max(1, count // _AT_ONCE // 10) == 0:
                     sizes.append(size(watched))
+            sizes.append(size(watched))
         seconds = time.perf_counter() - started
         assert process.poll() is None and "Traceback" not in (folder / "log").read_text()
     return {"count": count, "refused": refused, "seconds": round(seconds, 1), "server_sizes": sizes}

@@ -60,7 +60,7 @@ def at_random(found: dict[str, Any]) -> str:
         f"**{found['count']} faults at random in {runs_}**, `make faults COUNT={found['count']} "
         f"ARGS='--random --seed {found['seed']}'`, {_where(found)}, in {found['took_s'] / 60:.0f} minutes: "
         f"{by_kind}. Started again: {restarts}. {found['steps_replayed']} steps sent again; the next step came after "
-        f"{recovery['median']:.1f} s in the middle, {recovery['longest']:.1f} s at most{ended}. At the end: {verdict}."
+        f"{recovery['median']:.1f} s in the median, {recovery['longest']:.1f} s at most{ended}. At the end: {verdict}."
     )
 
 

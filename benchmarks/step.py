@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import pair
+from benchmarks.machine import machine
 
 BATCH, STEPS, WARMUP, ROUNDS = 128, 20, 4, 4
 CODECS = {"fp32": ("fp32", "fp32"), "step": ("step:20", "step:5")}
@@ -128,7 +129,7 @@ def main() -> None:
         times.add_row(part, *(f"{parts[codec][part] * 1e3:.1f}" for codec in parts))
     console.print(times)
     result = {
-        "date": date.today().isoformat(), "threads": threads, "batch": BATCH, "rounds": ROUNDS,
+        "machine": machine(), "date": date.today().isoformat(), "threads": threads, "batch": BATCH, "rounds": ROUNDS,
         "seconds_per_step": rows, "of_unsplit": ratios, "parts_s": parts,
     }  # fmt: skip
     target = Path("benchmarks/results/step.json")

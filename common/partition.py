@@ -60,11 +60,6 @@ def split(
     return plan.halves(node)
 
 
-def legal_cuts(model: nn.Module, input_shape: tuple[int, ...] | None = None) -> list[str]:
-    """Names of the nodes at which `split` with the same arguments succeeds, in execution order; errors as there."""
-    return [node.name for node in _Plan(model, input_shape).legal()]
-
-
 def describe_cuts(model: nn.Module, input_shape: tuple[int, ...]) -> list[CutInfo]:
     """The legal cuts in execution order, each with its costs for inputs of `input_shape` (no batch); errors as `split`.
 

@@ -246,8 +246,8 @@ def evaluate(
     finally:
         remote.close()
     console.print(
-        f"[bold]{verdict.accuracy:.2%}[/bold] of {verdict.count:,} pictures named rightly, loss {verdict.loss:.4f}; "
-        f"{size(up)} up, {size(down)} down.",
+        f"[bold]{verdict.accuracy:.2%}[/bold] of {verdict.count:,} pictures classified correctly, "
+        f"loss {verdict.loss:.4f}; {size(up)} up, {size(down)} down.",
         highlight=False,
     )
 

@@ -123,7 +123,7 @@ def test_both_processes_with_certificates_and_a_token(ours: Path, tmp_path: Path
         assert "Warning" not in done.stdout + log and "Not encrypted" not in done.stdout + log
         assert "certificate pi trains test-plain" in log
         used = pair.device("evaluate", address, *options("hut", "bob"), capture_output=True)
-        assert used.returncode == 0 and "pictures named rightly" in used.stdout, used.stdout + used.stderr
+        assert used.returncode == 0 and "pictures classified correctly" in used.stdout, used.stdout + used.stderr
         assert "The run is served from now on" in (tmp_path / "log").read_text()
 
 

@@ -194,7 +194,7 @@ def test_the_queue_of_evaluations(serving: str, finished: Path) -> None:
                 told.append(text)
                 if "more tries" in text:
                     taken.close()
-    assert device.returncode == 0 and "named rightly" in told[-1], told
+    assert device.returncode == 0 and "classified correctly" in told[-1], told
 
 
 def test_what_is_sent_without_reading_stays_with_the_device(serving: str) -> None:

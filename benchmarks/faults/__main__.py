@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -20,11 +21,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.counters import certificate
 from benchmarks.faults import points, runs
 from benchmarks.faults.rig import KINDS
 from benchmarks.machine import machine
 from common.progress import duration
+from edge_server import certs
 
 RESULT = Path("benchmarks/results/faults.json")
 RUNS = Path("runs/faults")
@@ -34,8 +35,10 @@ def matrix(console: Console, only: str | None) -> list[runs.Entry]:
     """Every kind at every point, or at the one named `only`, a run each."""
     console.print("The run without faults, then the matrix: each kind at each point, a run each.")
     reference = runs.fault_free(RUNS / "matrix-reference", runs.SHORT)
-    pair = certificate(RUNS, "127.0.0.1")
-    todo = [(blow, None) for blow in runs.matrix_blows(False)] + [(blow, pair) for blow in runs.matrix_blows(True)]
+    keys = RUNS / "keys"
+    shutil.rmtree(keys, ignore_errors=True)
+    certs.make(keys, ["127.0.0.1"], [], renew=False)
+    todo = [(blow, None) for blow in runs.matrix_blows(False)] + [(blow, keys) for blow in runs.matrix_blows(True)]
     todo = [(blow, tls) for blow, tls in todo if only in (None, blow.point)]
     entries: list[runs.Entry] = []
     started = time.monotonic()

@@ -57,7 +57,7 @@ class Rig:
     text: str
     checkpoint_every: int = 5
     pictures: int = 0  # for training; 0: all of the digits
-    tls: tuple[Path, Path] | None = None
+    tls: Path | None = None  # what `edge-server certs` made
     proxy: Proxy = field(default_factory=Proxy)
     finished: bool = False
     restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SIDES, 0))
@@ -101,7 +101,7 @@ class Rig:
         done = (run / "summary.json").is_file()
         what: tuple[object, ...] = () if done else (self.folder / "recipe.toml",)
         every: tuple[object, ...] = () if done else ("--checkpoint-every", self.checkpoint_every)
-        trust = ("--tls-cert", self.tls[0], "--tls-key", self.tls[1]) if self.tls else ()
+        trust = ("--tls-cert", self.tls / "server.pem", "--tls-key", self.tls / "server.key") if self.tls else ()
         process = self.processes["server"] = pair.start(
             "edge-server", "serve", *what, "--run", run, "--listen", "127.0.0.1:0", "--threads", 1, *every, *trust,
             log=log,
@@ -114,7 +114,7 @@ class Rig:
     def start_device(self) -> None:
         self._started["device"] += 1
         limit = ("--limit", self.pictures) if self.pictures else ()
-        trust = ("--tls-ca", self.tls[0]) if self.tls else ()
+        trust = ("--tls-ca", self.tls / "ca.pem") if self.tls else ()
         self.processes["device"] = pair.start(
             "device-client", "train", self.proxy.address, "--data", "digits", "--run", self.run_of("device"),
             "--threads", 1, "--wait", 120, "--give-up-after", 120, *limit, *trust, log=self._log("device"),

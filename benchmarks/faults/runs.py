@@ -109,7 +109,7 @@ def _matrix_blow(kind: str, point: str) -> Blow:
     return Blow(kind, point, _MATRIX_STEP, seconds=1.0 if kind == proxy.DELAY else 0.0)
 
 
-def matrix_entry(folder: Path, reference: Path, blow: Blow, tls: tuple[Path, Path] | None) -> Entry:
+def matrix_entry(folder: Path, reference: Path, blow: Blow, tls: Path | None) -> Entry:
     """A run of its own that suffers `blow`, compared with the one without."""
     shutil.rmtree(folder, ignore_errors=True)
     entry = Entry(blow.kind, blow.point or UNDER_TLS)

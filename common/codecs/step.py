@@ -1,7 +1,7 @@
 """Codecs `step`, `context` and `auto`: one step for the whole tensor, set by an SNR in dB, then entropy coding.
 
 `step` codes with zstd, `context` with a slower coder that looks at the neighbours, `auto` leaves the choice between
-the two to the sender (codecs/auto.py). All three decode each other's payloads: which coder made one stands in it.
+the two to the sender (common/chooser.py). All three decode each other's payloads: which coder made one stands in it.
 """
 
 from __future__ import annotations
