@@ -51,7 +51,7 @@ class Checkpoints:
     folder: Path
     run_id: str
     digest: str  # of the recipe
-    shared: int | None = None  # the newest that the other side is known to have too
+    shared: set[int] = field(default_factory=set)  # steps that the other side has, or may have: none of them is dropped
     written: set[int] = field(default_factory=set)  # steps of those that are here and sound
 
     def write(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
@@ -71,9 +71,9 @@ class Checkpoints:
         memory.give_back()
 
     def confirm(self, step: int) -> None:
-        """The other side has said that this is its newest."""
-        if step in self.written:
-            self.shared = step
+        """The other side has said that this is its newest, from which both can go on; 0 where it has no news."""
+        if step in self.written and step > max(self.shared, default=-1):
+            self.shared = {step}
             self._prune()
 
     def steps(self) -> list[int]:
@@ -113,11 +113,15 @@ class Checkpoints:
         return Checkpoint(step, tensors, head["state"])
 
     def forget_after(self, step: int) -> None:
-        """The run goes on from `step`: what was kept of later steps will be made again."""
+        """The run goes on from `step`: what was kept of later steps will be made again.
+
+        The other side need not have a checkpoint of this very step: it may have stood there all the while. So none that
+        is left is dropped before it has told of a newer one.
+        """
         for later in [other for other in self.steps() if other > step]:
             self._path(later).unlink(missing_ok=True)
             self.written.discard(later)
-        self.shared = step if step in self.written else None
+        self.shared = set(self.written)
 
     def clear(self) -> None:
         """Remove all; the run is finished, or another starts here."""
@@ -128,7 +132,7 @@ class Checkpoints:
         return self.folder / f"step-{step:012}.safetensors"
 
     def _prune(self) -> None:
-        kept = {*sorted(self.written)[-_KEPT:], self.shared}
+        kept = {*sorted(self.written)[-_KEPT:], *self.shared}
         for step in self.written - kept:
             self._path(step).unlink(missing_ok=True)
         self.written &= kept

@@ -22,6 +22,7 @@ that the device raises the same error the server met.
     ├── StoreError         the server has no room for what it would keep
     ├── DivergedError      the loss or a tensor is no longer finite
     ├── StoppedError       one side was stopped by its user
+    ├── FaultError         a fault of the server's own, whose details are for its operator
     ├── LinkError          no server answers, or the link broke
     └── RolledBackError    the server went on from an earlier step; the device must follow
 """
@@ -106,6 +107,10 @@ class StoppedError(DepruneError):
     pass
 
 
+class FaultError(DepruneError):
+    pass
+
+
 class LinkError(DepruneError):
     pass
 
@@ -134,6 +139,7 @@ _STATUS: dict[type[DepruneError], grpc.StatusCode] = {
     StoreError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DivergedError: grpc.StatusCode.ABORTED,
     StoppedError: grpc.StatusCode.UNAVAILABLE,
+    FaultError: grpc.StatusCode.INTERNAL,
     LinkError: grpc.StatusCode.UNAVAILABLE,
 }
 _BY_NAME = {cls.__name__: cls for cls in _STATUS}

@@ -16,6 +16,7 @@ stands apart, as `again`; there the two sides need not agree, for what is lost i
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,10 +82,10 @@ class Meter:
             self._again[way] += frame.ByteSize()
         return frame
 
-    def settle(self, counts: list[tuple[str, str, Count]], done: bool) -> None:
-        """Count what a Draft holds, as (way, role, count)."""
+    def settle(self, counts: Mapping[tuple[str, str], Count], done: bool) -> None:
+        """Count what a Draft holds, by way and role."""
         with self._lock:
-            for way, role, count in counts:
+            for (way, role), count in counts.items():
                 if done:
                     self._books[way][role].add(count)
                 else:
@@ -149,16 +150,19 @@ class Draft:
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._frames: list[tuple[str, str, Count]] = []
+        self._counts: dict[tuple[str, str], Count] = {}  # sums: an evaluation has as many frames as its device likes
 
     def frame(self, way: str, frame: pb.Frame) -> pb.Frame:
-        self._frames.append((way, *count_of(frame)))
+        role, count = count_of(frame)
+        self._counts.setdefault((way, role), Count()).add(count)
         return frame
 
     def keep(self) -> None:
-        self._meter.settle(self._frames, done=True)
-        self._frames = []
+        self._settle(done=True)
 
     def drop(self) -> None:
-        self._meter.settle(self._frames, done=False)
-        self._frames = []
+        self._settle(done=False)
+
+    def _settle(self, done: bool) -> None:
+        counts, self._counts = self._counts, {}
+        self._meter.settle(counts, done)

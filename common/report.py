@@ -112,7 +112,7 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     bytes_, plain, fewer = summary["bytes"], summary["plain_bytes"], summary["times_fewer"]
     widths = " → ".join(str(width) for width, _ in groupby(phase["width"] for phase in summary["phases"]))
     console.print(
-        f"\n[bold]{summary['accuracy']:.2%}[/bold] of the test pictures classified correctly "
+        f"\n[bold]{summary['accuracy']:.2%}[/bold] test accuracy "
         f"(loss {summary['loss']:.3f}) after {_count(summary['steps'], 'step{}')}, "
         f"{_count(summary['epochs'], 'epoch{}')}, in {duration(summary['wall_s'])}; "
         f"method {summary['method']}, width {widths}.",

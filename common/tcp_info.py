@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -100,9 +101,13 @@ class Connection:
 
 
 class Kernel:
-    """The books of one session over all connections that it has had: a reconnect adds up."""
+    """The books of one session over all connections that it has had: a reconnect adds up.
+
+    Safe to use from several threads: a new stream lets go of sockets that an older one may be reading.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._past = KernelBytes()
         self._known = False
         self._connections: list[Connection] = []
@@ -117,32 +122,36 @@ class Kernel:
         """Count `connection` too, unless it is counted already; those that have ended are settled and let go."""
         if connection is None:
             return
-        if any(connection.ends == other.ends for other in self._connections):
-            connection.close()
-            return
-        for ended in [other for other in self._connections if not other.alive]:
-            self._past += ended.read()
-            ended.close()
-            self._connections.remove(ended)
-        self._known = True
-        self._connections.append(connection)
+        with self._lock:
+            if any(connection.ends == other.ends for other in self._connections):
+                connection.close()
+                return
+            self._settle([other for other in self._connections if not other.alive])
+            self._known = True
+            self._connections.append(connection)
 
     def read(self) -> KernelBytes | None:
         """None where the kernel doesn't tell."""
-        if not self._known:
-            return None
-        return sum((connection.read() for connection in self._connections), self._past)
+        with self._lock:
+            if not self._known:
+                return None
+            return sum((connection.read() for connection in self._connections), self._past)
 
     def flow(self) -> Flow | None:
         """What the newest connection has sent; None where the kernel doesn't tell."""
-        return self._connections[-1].flow() if self._connections else None
+        with self._lock:
+            return self._connections[-1].flow() if self._connections else None
 
     def close(self) -> None:
         """Settle everything; the sum can still be read."""
-        for connection in self._connections:
+        with self._lock:
+            self._settle(list(self._connections))
+
+    def _settle(self, ended: list[Connection]) -> None:
+        for connection in ended:
             self._past += connection.read()
             connection.close()
-        self._connections.clear()
+            self._connections.remove(connection)
 
 
 def find(remote_port: int, remote_host: str | None = None) -> Connection | None:

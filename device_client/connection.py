@@ -84,6 +84,10 @@ class Connection:
         self._begun: pb.Begin | None = None  # what each Begin of the run says alike
         self._joined = False  # the server has confirmed that the run has begun
         self._ready: pb.Ready
+        # Of a run that starts from principal components: on every stream on which the server still wants it.
+        self._basis: Sequence[pb.Frame] = ()
+        self._basis_on: Stream | None = None
+        self._basis_booked = False
         self._answered = 0  # answers still to come to steps that were sent on an earlier stream
         self._wait_s = 0.0  # on streams before this one
 
@@ -167,6 +171,8 @@ class Connection:
         unknown = False
         while True:
             try:
+                if trouble:
+                    self._connect()
                 if unknown:
                     self._reopen(0)
                 return self._head_weights(again=trouble is not None)
@@ -176,7 +182,6 @@ class Connection:
                 trouble = trouble or Trouble(self.give_up_s)
                 unknown = isinstance(error, SessionError)
                 trouble.wait(error, self.say)
-                self._connect()
 
     def _head_weights(self, again: bool) -> bytes:
         request, draft = pb.HeadRequest(session=self.opened.session), Draft(self.meter)
@@ -196,15 +201,16 @@ class Connection:
     # Training: the stream
 
     def begin(
-        self, samples: int, classes: tuple[str, ...], step: int = 0, judged: tuple[int, int] = (0, 0)
+        self, samples: int, classes: tuple[str, ...], step: int = 0, judged: tuple[int, int] = (0, 0), head: int = 0
     ) -> pb.Ready:
         """Start the training stream at `step`: whether a basis is wanted, the phase.
 
-        `judged`: how many pictures each validation has, and the test at the end.
+        `judged`: how many pictures each validation has, and the test at the end. `head`: bytes of the trained head,
+        where it is to be published.
 
         A run that is finished has no such stream any more; what is left to do needs none.
         """
-        self._begun = pb.Begin(samples=samples, classes=classes, validation=judged[0], test=judged[1])
+        self._begun = pb.Begin(samples=samples, classes=classes, validation=judged[0], test=judged[1], head=head)
         if self.opened.finished:
             return pb.Ready()
         return self._steadily(step, lambda: self._ready)
@@ -216,6 +222,8 @@ class Connection:
         try:
             while True:
                 try:
+                    if trouble:  # here, for certificates that are being exchanged may not fit for a moment either
+                        self._connect()
                     if self.opened.finished and unknown:
                         self._reopen(step)
                     elif self._train is None and not self.opened.finished:
@@ -229,7 +237,6 @@ class Connection:
                     trouble = trouble or Trouble(self.give_up_s)
                     self.offline = True
                     trouble.wait(error, self.say)
-                    self._connect()
         finally:
             self.offline = False
 
@@ -272,6 +279,13 @@ class Connection:
             draft.drop()
         self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
         self._find_connection()
+        self._bring_basis()
+
+    def _bring_basis(self) -> None:
+        """Send the basis where the server has not got it and this stream has not brought it."""
+        if self._ready.basis_wanted and self._basis and self._basis_on is not self._train:
+            self._basis_booked = self._send(self._basis, self._basis_booked)
+            self._basis_on = self._train
 
     def _open_stream(self, call: Callable[..., Any]) -> Stream:
         return Stream(call, self.server, self._stalled_s, watched=self._channel is not None)

@@ -17,6 +17,7 @@ from common.errors import (
     AuthError,
     BusyError,
     DepruneError,
+    FaultError,
     FrameError,
     LinkError,
     SessionError,
@@ -31,12 +32,12 @@ from common.rpc import split_pb2 as pb
 from common.tcp_info import Connection, find_server
 
 # What a new connection may cure: a lost link, a server that is being replaced or is still busy with the old stream,
-# certificates that are being exchanged, and bytes that were damaged on the way, which may look like any wrong frame and
-# even like another service.
-CURABLE = (LinkError, AuthError, StoppedError, BusyError, SessionError, FrameError, VersionError)
+# certificates that are being exchanged, a fault of the server's own, and bytes that were damaged on the way, which may
+# look like any wrong frame and even like another service.
+CURABLE = (LinkError, AuthError, StoppedError, BusyError, SessionError, FaultError, FrameError, VersionError)
 # A server that answers and refuses the same step so often in a row means it.
 _REFUSALS = 6
-_FIRST_S, _MOST_S = 0.2, 15.0
+_FIRST_S, _MOST_S, _DOUBLED = 0.2, 15.0, 7
 _LOOK_S = 1.0
 
 
@@ -129,7 +130,7 @@ class Trouble:
         if spent >= self.give_up_s:
             raise LinkError(f"{error}; gave up after {duration(spent)} and {self._attempts} attempts") from error
         # Jitter, so that devices which lost their server together do not come back together.
-        pause = min(_MOST_S, _FIRST_S * 2 ** (self._attempts - 1)) * random.uniform(0.5, 1.5)
+        pause = min(_MOST_S, _FIRST_S * 2 ** min(self._attempts - 1, _DOUBLED)) * random.uniform(0.5, 1.5)
         if isinstance(error, BusyError) and error.retry_after_s:
             pause = max(pause, error.retry_after_s)
         say(f"reconnecting, attempt {self._attempts} ({error}); gives up in {duration(self.give_up_s - spent)}")

@@ -57,15 +57,12 @@ class RemoteTail(Connection):
 
     def send_basis(self, basis: np.ndarray) -> None:
         """Principal components as rows, then the mean: float32 [w + 1, w]."""
-        frames = list(wire.pack_raw(Place(pb.WEIGHTS, 0, 0), basis))
-        booked = False
+        self._basis = list(wire.pack_raw(Place(pb.WEIGHTS, 0, 0), basis))
+        self._steadily(0, self._bring_basis)
 
-        def attempt() -> None:
-            nonlocal booked
-            if self._ready.basis_wanted:
-                booked = self._send(frames, booked)
-
-        self._steadily(0, attempt)
+    def keep_basis(self, basis: np.ndarray) -> None:
+        """The basis that a process before this one has sent: should the server not have got it, it is sent again."""
+        self._basis, self._basis_booked = list(wire.pack_raw(Place(pb.WEIGHTS, 0, 0), basis)), True
 
     def learn(
         self, step: int, phase: Phase, sent: np.ndarray, labels: np.ndarray, support: np.ndarray | None, kept: int = 0
@@ -269,16 +266,19 @@ class RemoteTail(Connection):
         def receive() -> pb.Frame:
             return stream.receive(draft)
 
-        number = 0
-        for number, sent in enumerate(batches):
-            place = Place(pb.EVALUATION, number, phase.index)
-            for frame in self._pack(place, sent, phase):
-                stream.send(draft.frame(UP, frame))
-            shape = (len(sent), self.opened.recipe.model.classes)
-            yield wire.unpack(receive(), receive, place, shape, "fp32")
-        self._end_evaluation(stream, number + 1, phase, draft)
-        stream.close()
-        draft.keep()
+        try:
+            number = 0
+            for number, sent in enumerate(batches):
+                place = Place(pb.EVALUATION, number, phase.index)
+                for frame in self._pack(place, sent, phase):
+                    stream.send(draft.frame(UP, frame))
+                shape = (len(sent), self.opened.recipe.model.classes)
+                yield wire.unpack(receive(), receive, place, shape, "fp32")
+            self._end_evaluation(stream, number + 1, phase, draft)
+            draft.keep()
+        finally:
+            stream.close()
+            draft.drop()
 
     def _begin_evaluation(
         self, count: int, subset: pb.Subset, classes: tuple[str, ...], phase: Phase, draft: Draft, step: int = 0

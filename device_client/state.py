@@ -23,6 +23,8 @@ def state_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     """Tensors of the head and its optimiser, and the rest as JSON."""
     tensors = {f"head.{name}": value for name, value in trainer.head.state_dict().items()}
     tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(trainer.optimiser).items()}
+    if trainer.step == 0 and trainer.basis is not None:  # the server may not have got it yet
+        tensors["basis"] = torch.from_numpy(trainer.basis)
     remote, kernel = trainer.remote, trainer.remote.kernel.read()
     return tensors, {
         "then": trainer.then, "phases": [asdict(phase) for phase in trainer.phases], "data": trainer.data_id,
@@ -46,6 +48,9 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
     optim.restore(trainer.optimiser, part(kept.tensors, "optimiser"), source)
     trainer.step, trainer.then, trainer.busy_s = step, kept.state["then"], kept.state["busy_s"]
     trainer.phases = [phase_from(table) for table in kept.state["phases"]]
+    if "basis" in kept.tensors:
+        trainer.basis = kept.tensors["basis"].numpy()
+        trainer.remote.keep_basis(trainer.basis)
     head.bottleneck.resize(trainer.phase.width, trainer.phase.order)
     head.train(not trainer.phase.frozen)
     return kept

@@ -20,7 +20,7 @@ from common.halves import Head
 from common.inherit import adopt
 from common.meter import DOWN, UP
 from common.phase_message import phase_of
-from common.progress import Live
+from common.progress import Live, duration
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
@@ -46,6 +46,7 @@ class Trainer:
         self.started = time.monotonic()
         self.wall_s = 0.0  # taken by the run before this process
         self.step, self.then = 0, pb.STEP
+        self.basis: np.ndarray | None = None  # [w + 1, w], where the bottleneck starts from principal components
         self.busy_s = 0.0  # spent computing in training steps
         self.stopping = False  # set by whoever wants the run to rest after the present step
         self.resting = False  # it does: between two steps, so that a checkpoint can be kept
@@ -84,6 +85,7 @@ class Trainer:
         self.remote.take_up(earlier["kernel"], earlier["faults"])
         lost = self.folder.resume(step)
         self.remote.meter.restore(earlier["meter"], lost)
+        self.checkpoints.forget_after(step)
         self._count_lost(lost)
 
     def _count_lost(self, lost: dict[str, int]) -> None:
@@ -108,11 +110,16 @@ class Trainer:
 
     def run(self, publish: bool) -> dict[str, Any]:
         """All that is left of the run; the summary."""
+        furthest, since = self.step, time.monotonic()
         while True:
             try:
-                self.fit()
+                self.fit(publish)
                 return self.finish(publish)
             except RolledBackError as error:
+                if self.step > furthest:
+                    furthest, since = self.step, time.monotonic()
+                elif (spent := time.monotonic() - since) > self.remote.give_up_s:
+                    raise LinkError(f"step {furthest} was not passed in {duration(spent)}: {error}; gave up") from error
                 self.console.print(f"Back to step {error.step} from step {self.step}: {error}.", highlight=False)
                 kept = restore(self, error.step)
                 lost = self.folder.resume(error.step)
@@ -120,10 +127,11 @@ class Trainer:
                 self.checkpoints.forget_after(error.step)
                 self._count_lost(lost)
 
-    def fit(self) -> None:
-        """Train from the present step to the last."""
+    def fit(self, publish: bool) -> None:
+        """Train from the present step to the last; `publish`: the head is to be, at the end."""
         judged = len(self.data.validation), len(self.data.test)
-        ready = self.remote.begin(len(self.data.train), self.data.classes, self.step, judged)
+        published = len(weights.to_bytes(self.head)) if publish else 0
+        ready = self.remote.begin(len(self.data.train), self.data.classes, self.step, judged, published)
         if not self.phases:
             self.opened = self.remote.opened  # a server that was restarted before this names the run anew
             self.checkpoints.run_id = self.opened.run_id
@@ -256,7 +264,8 @@ class Trainer:
         sent = [torch.from_numpy(batch) for batch, _ in sent_batches(self.head, part, self.recipe)]
         components, mean = principal_components(torch.cat(sent))
         encoder.rotate(components, mean)
-        self.remote.send_basis(np.concatenate([components.numpy(), mean.numpy()[None]]))
+        self.basis = np.concatenate([components.numpy(), mean.numpy()[None]])
+        self.remote.send_basis(self.basis)
 
     def _judge(self, part: Part, subset: pb.Subset) -> pb.Verdict:
         self.head.eval()

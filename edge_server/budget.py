@@ -62,14 +62,23 @@ class Spent:
         return sum(self.payloads) + self.framing
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a run sends beside its steps: pictures of each validation and of the test at the end, and the trained head's
+    bytes where it is published.
+    """
+
+    validation: int = 0
+    test: int = 0
+    head: int = 0
+
+
 class Budget:
     """One run's. `ends`: for each entry of the schedule the step at which it is to be over, as planned now."""
 
-    def __init__(
-        self, recipe: Recipe, channels: int, steps_per_epoch: int, batch: int, validation: int, test: int
-    ) -> None:
-        """`validation` and `test`: pictures that are judged each epoch, and at the end."""
-        self._allowed = recipe.schedule.budget_mb * 1e6
+    def __init__(self, recipe: Recipe, channels: int, steps_per_epoch: int, batch: int, beside: Beside) -> None:
+        # The head comes last and whole: it is set aside from the beginning.
+        self._allowed = recipe.schedule.budget_mb * 1e6 - beside.head - (_FRAMING if beside.head else 0)
         self._loads = [
             _load(
                 (*entry.nested, entry.width or channels), entry.activation or recipe.codec.activation,
@@ -83,7 +92,7 @@ class Budget:
         self._asked = [end - start for start, end in pairwise((0, *self.ends))]
         self._epoch = steps_per_epoch
         # In batches.
-        self._validation, self._test = validation / batch, test / batch
+        self._validation, self._test = beside.validation / batch, beside.test / batch
         self._spent = Spent()
 
     def book(self, up: int, down: int, phase: Phase | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Generator
 
 import numpy as np
@@ -42,10 +41,13 @@ def evaluate(host: Host, receive: Incoming, training: Training | None) -> Genera
         )
     halves.tail.eval()
     try:
-        total, number = Judgement(), 0
+        total, number, pictures = Judgement(), 0, 0
         while not (frame := receive()).HasField("leave"):
             place = Place(pb.EVALUATION, number, phase.index)
             sent, labels = _batch(frame, receive, place, halves, phase, width, host.recipe)
+            pictures += len(sent)
+            if pictures > begin.samples:
+                raise FrameError(f"more than the {begin.samples:,} pictures came that Begin had told of")
             precision = host.recipe.precision
             if labels is None:
                 for out in wire.pack_raw(place, logits_of(halves, sent, width, precision).numpy()):
@@ -58,21 +60,20 @@ def evaluate(host: Host, receive: Incoming, training: Training | None) -> Genera
             number += 1
         verdict = pb.Verdict(count=total.count, loss=total.mean_loss, accuracy=total.accuracy)
         again = False
-        with host.run.keeping if training and host.run else contextlib.nullcontext():
-            if training and begin.subset in (pb.VALIDATION, pb.TEST):
-                on_test = begin.subset == pb.TEST
-                again = (training.step, on_test) in training.evaluated
-                decision = training.judged(total, on_test)
-                verdict.finished = decision.then == pb.FINISH
-                if decision.phase:
-                    verdict.next.CopyFrom(phase_message(decision.phase))
-            last = draft.frame(DOWN, wire.seal(Place(pb.EVALUATION, number, phase.index).frame(verdict=verdict)))
-            if not again:
-                draft.keep()  # one whose verdict was lost is in the books already
-                if training and host.run:
-                    training.coordinator.book(host.run.meter)
-                    # The device may go on from here without judging again: a server that is lost now must know it.
-                    host.run.keep(anew=True)
+        if training and begin.subset in (pb.VALIDATION, pb.TEST):
+            on_test = begin.subset == pb.TEST
+            again = (training.step, on_test) in training.evaluated
+            decision = training.judged(total, on_test)
+            verdict.finished = decision.then == pb.FINISH
+            if decision.phase:
+                verdict.next.CopyFrom(phase_message(decision.phase))
+        last = draft.frame(DOWN, wire.seal(Place(pb.EVALUATION, number, phase.index).frame(verdict=verdict)))
+        if not again:
+            draft.keep()  # one whose verdict was lost is in the books already
+            if training and host.run:
+                training.coordinator.book(host.run.meter)
+                # The device may go on from here without judging again: a server that is lost now must know it.
+                host.run.keep(anew=True)
         yield last
     finally:
         if training:

@@ -33,8 +33,9 @@ from common.halves import Halves
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
+from edge_server.budget import Beside
 from edge_server.callers import Callers
-from edge_server.initial import Initial, initial_weights
+from edge_server.initial import initial_weights
 from edge_server.limits import Limits
 from edge_server.live import LiveRun, Stream
 from edge_server.sessions import Session, Sessions
@@ -87,12 +88,14 @@ class Host:
             raise RunFolderError(
                 f"{folder.path} holds an unfinished run of another recipe; choose another --run, or pass --overwrite"
             )
-        # Read before prepare: with --overwrite a run may start from what lay in its own folder.
-        initial = Initial() if saved else initial_weights(recipe, halves, allowed)
-        if not saved:
+        initial = None
+        if not (saved and saved["step"]):  # else no device can begin it any more
+            # Read before prepare: with --overwrite a run may start from what lay in its own folder.
+            initial = initial_weights(recipe, halves, allowed)
             if not initial.run_id:
                 initial.fill(halves)
                 host._first_head = weights.to_bytes(halves.head)
+        if not saved:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
             # The tail and three checkpoints of it with its optimiser.
             folder.prepare(overwrite, 10 * size)
@@ -161,6 +164,8 @@ class Host:
         if self.served:
             if run_id != self.run_id:
                 raise MismatchError(f"this server serves the finished run {self.run_id}; it has nothing to train")
+            if self.run:
+                self.run.check_owner(session.identity)
             self.ended.set()  # its own device, which has not heard of the end
             return 0
         assert self.run
@@ -212,7 +217,7 @@ class Host:
         FrameError where the device stands at a step from which the run cannot go on: nothing is disturbed by it.
         """
         run, samples, classes = self.run, begin.samples, tuple(begin.classes)
-        judged = begin.validation, begin.test
+        beside = Beside(begin.validation, begin.test, begin.head)
         if session.run and self.served:
             raise SessionError("the run of this session is finished; open another to hear of it")
         if not session.trains or run is None or self.served:
@@ -222,7 +227,7 @@ class Host:
                 run.check_free(session.identity)
                 run.take_over(context)
                 try:
-                    run.begin(samples, classes, session.identity, judged)
+                    run.begin(samples, classes, session.identity, beside)
                 except BaseException:
                     run.part(context)
                     raise
@@ -233,6 +238,7 @@ class Host:
             if session.back_to is not None:
                 self._put_back(session, begin.step)
             assert run.training
+            _check_whole(run.training)
             run.training.answered_from(begin.step)
             if (samples, classes) != (run.training.samples, run.training.classes):
                 raise MismatchError(
@@ -263,6 +269,7 @@ class Host:
             if session.run is None or session.run.training is None or session.back_to is not None:
                 raise FrameError("Evaluate came before Begin")
             run, training = session.run, session.run.training
+            _check_whole(training)
             run.join(context)
         try:
             with training.lock:
@@ -289,6 +296,11 @@ class Host:
         if not session.trains:
             return self.served.head if self.served else b""
         return self._first_head
+
+
+def _check_whole(training: Training) -> None:
+    if training.spoiled:
+        raise SessionError("a step failed half-way, and the run goes on from a checkpoint; open another session")
 
 
 def _check_sizes(recipe: Recipe, halves: Halves, most: int) -> None:

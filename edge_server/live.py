@@ -17,7 +17,7 @@ from rich.console import Console
 
 from common import halves as halves_module
 from common import report, weights
-from common.checkpoint import EVERY, Checkpoints, due
+from common.checkpoint import EVERY, Checkpoint, Checkpoints, due
 from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, RunFolderError, SessionError, StoreError
 from common.meter import Meter
 from common.recipe import Recipe
@@ -25,13 +25,15 @@ from common.report import Faults
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
 from common.tcp_info import Kernel, KernelBytes
-from edge_server.budget import Budget
+from edge_server.budget import Beside, Budget
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.initial import Initial
 from edge_server.training import Training
 
 # An older stream of the same run gets this long to end, which it does at once unless a step is being computed.
 _TAKE_OVER_S = 20.0
+# A stop waits so long for a step or an evaluation to end.
+_PAUSE_S = 3.0
 
 
 class Stream(Protocol):
@@ -45,10 +47,12 @@ class LiveRun:
 
     def __init__(
         self, recipe: Recipe, text: str, folder: RunFolder, console: Console, allowed: Collection[str],
-        initial: Initial, saved: Mapping[str, Any] | None, store_limit: int, processor: torch.device,
+        initial: Initial | None, saved: Mapping[str, Any] | None, store_limit: int, processor: torch.device,
     ) -> None:  # fmt: skip
-        """`saved`: head of the newest checkpoint in the folder, where the run is to go on from there. `store_limit`:
-        bytes on disk for what its device sends while the head is frozen. `processor`: where the tail computes."""
+        """`initial`: what a device begins with; None where the run has gone too far for one to begin it. `saved`: head
+        of the newest checkpoint in the folder, where the run is to go on from there. `store_limit`: bytes on disk for
+        what its device sends while the head is frozen. `processor`: where the tail computes.
+        """
         self.recipe, self.text, self.folder, self.console = recipe, text, folder, console
         self.initial, self._allowed, self._processor = initial, allowed, processor
         self.every, self.store_limit = EVERY, store_limit
@@ -58,9 +62,7 @@ class LiveRun:
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.checkpoints = Checkpoints(folder.checkpoints, self.run_id, recipe.digest())
         self._at = 0  # step of the newest checkpoint, where `saved`
-        # Held while a checkpoint is taken, and while an evaluation's outcome and its bytes are noted down, so that no
-        # checkpoint has the one and not the other.
-        self.keeping = threading.RLock()
+        self._writing = threading.Lock()
         self._streams: set[Stream] = set()
         self._changed = threading.Condition()
         if saved:
@@ -88,7 +90,7 @@ class LiveRun:
                 f"this run is already being trained by another device (step {self.step} of "
                 f"{self.training.coordinator.steps}); start another server for a second run"
             )
-        if self.step:
+        if self.step or self.initial is None:
             raise MismatchError(
                 f"run {self.run_id} stands at step {self.step} and its head is on the device that began it: start that "
                 f"device again with the same --run, or the server anew with --overwrite"
@@ -123,8 +125,8 @@ class LiveRun:
 
     # From start to end
 
-    def begin(self, samples: int, classes: tuple[str, ...], identity: str, judged: tuple[int, int] = (0, 0)) -> None:
-        """Start from step 0. `judged`: pictures of a validation, and of the test at the end."""
+    def begin(self, samples: int, classes: tuple[str, ...], identity: str, beside: Beside) -> None:
+        """Start from step 0."""
         expected = self.recipe.model.classes
         if len(classes) != expected:
             raise MismatchError(
@@ -133,9 +135,10 @@ class LiveRun:
             )
         if not 1 <= samples <= 2**40:
             raise FrameError(f"Begin says {samples} training pictures; at least 1 is needed")
-        if max(judged) > 2**40:
-            raise FrameError(f"Begin says {max(judged)} pictures to judge; that is more than there can be")
-        training = self._new(samples, classes, judged)
+        if (most := max(beside.validation, beside.test, beside.head)) > 2**40:
+            raise FrameError(f"Begin says {most} pictures to judge or bytes of a head; that is more than there can be")
+        training = self._new(samples, classes, beside)
+        assert self.initial  # check_free has looked
         self.initial.fill(training.halves)
         if self.training:  # begun by a device that made no step and is gone
             self.training.close()
@@ -144,15 +147,15 @@ class LiveRun:
         training.switch(training.phase)
         self.training, self.owner = training, identity
 
-    def _new(self, samples: int, classes: tuple[str, ...], judged: tuple[int, int]) -> Training:
+    def _new(self, samples: int, classes: tuple[str, ...], beside: Beside) -> Training:
         halves = halves_module.build(self.recipe, self._allowed, self._processor)
         batch, budget = min(samples, self.recipe.data.batch), None
         epoch = max(1, samples // batch)
         if self.recipe.schedule.budget_mb:
-            budget = Budget(self.recipe, halves.channels, epoch, batch, *judged)
+            budget = Budget(self.recipe, halves.channels, epoch, batch, beside)
         coordinator = Coordinator(self.recipe, halves.channels, epoch, budget)
         return Training(
-            self.recipe, halves, coordinator, classes, samples, judged, self.checkpoints.folder, self.store_limit
+            self.recipe, halves, coordinator, classes, samples, beside, self.checkpoints.folder, self.store_limit
         )
 
     def common(self, run_id: str, kept: Sequence[int]) -> int:
@@ -190,7 +193,7 @@ class LiveRun:
         kept = self.checkpoints.read(step)
         if self.training:
             self.training.close()
-        training = self._new(kept.state["samples"], tuple(kept.state["classes"]), tuple(kept.state["to_judge"]))
+        training = self._new(kept.state["samples"], tuple(kept.state["classes"]), Beside(**kept.state["beside"]))
         training.restore(kept)
         lost = self.folder.resume(step)
         self.meter.restore(kept.state["meter"], None if self.training else lost)
@@ -204,20 +207,20 @@ class LiveRun:
         self.keep(anew=True)  # the same but for what the fault cost: a second one before the next must not forget it
 
     def keep(self, decision: Decision | None = None, anew: bool = False) -> None:
-        """Write a checkpoint if one is due after `decision`, or without one; a full disk is told, and that is all.
+        """Write a checkpoint if one is due after `decision`, or without one. `anew`: in place of the one that there is.
 
-        `anew`: in place of the one that there is.
+        Called with `training.lock` held, or where nothing else can use the training.
         """
-        with self.keeping:
-            self._keep(decision, anew)
+        self.write(self.taken(decision, anew), anew)
 
-    def _keep(self, decision: Decision | None, anew: bool) -> None:
+    def taken(self, decision: Decision | None = None, anew: bool = False) -> Checkpoint | None:
+        """What `keep` would write, as it is now; None where none is due. Called as `keep`."""
         training = self.training
         assert training
         turn = decision is None or bool(decision.phase) or decision.then != pb.STEP
         present = training.step in self.checkpoints.written and not anew
-        if present or not due(training.step, self.every, turn=turn):
-            return
+        if present or training.spoiled or not due(training.step, self.every, turn=turn):
+            return None
         kernel = self.kernel.read()
         books = {
             "meter": self.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(self.faults),
@@ -225,23 +228,45 @@ class LiveRun:
         }  # fmt: skip
         try:
             tensors, state = training.state()
-            self.checkpoints.write(training.step, tensors, state | books)
-            training.forget_stores(min(self.checkpoints.written))
-        except (RunFolderError, StoreError) as error:
-            self.console.print(
-                f"[yellow]Warning[/yellow]: no checkpoint of step {training.step}: {error}; training goes on",
-                highlight=False,
-            )
+        except StoreError as error:
+            self._unkept(training.step, error)
+            return None
+        return Checkpoint(training.step, tensors, state | books)
 
-    def rest(self) -> None:
-        """The process ends: keep where the run stands, if a step doesn't hold it up."""
+    def write(self, taken: Checkpoint | None, anew: bool = False) -> None:
+        """Write what was taken, unless a newer one of the same step has come before it; a full disk is told, and that
+        is all."""
         training = self.training
-        if training and training.lock.acquire(timeout=3):
+        if taken is None or training is None:
+            return
+        with self._writing:
+            if taken.step in self.checkpoints.written and not anew:
+                return
+            try:
+                self.checkpoints.write(taken.step, taken.tensors, taken.state)
+                training.forget_stores(min(self.checkpoints.written))
+            except RunFolderError as error:
+                self._unkept(taken.step, error)
+
+    def _unkept(self, step: int, error: Exception) -> None:
+        self.console.print(
+            f"[yellow]Warning[/yellow]: no checkpoint of step {step}: {error}; training goes on", highlight=False
+        )
+
+    def pause(self) -> None:
+        """Keep where the run stands, if no step or evaluation holds it up."""
+        training = self.training
+        if training and training.lock.acquire(timeout=_PAUSE_S):
             try:
                 self.keep()
             finally:
                 training.lock.release()
-                training.close()
+
+    def rest(self) -> None:
+        """The process ends."""
+        self.pause()
+        if self.training:
+            self.training.close()
         self.folder.close()
 
     def finish(self, head: bytes) -> Manifest:

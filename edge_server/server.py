@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common import tokens
 from common.channel import SERVER_OPTIONS, ServerTls, is_loopback, parse_address, server_credentials
 from common.errors import DepruneError
 from common.rpc import split_pb2, split_pb2_grpc
+from edge_server.health import Health
 from edge_server.host import Host
 from edge_server.identity import Guard
 from edge_server.servicer import Door, Servicer
@@ -56,8 +57,7 @@ class Server:
         door = Door(host, guard)
         self._grpc = grpc.server(pool, interceptors=[door], options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls)
         split_pb2_grpc.add_SplitServicer_to_server(Servicer(host, guard), self._grpc)
-        self._health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(Health((_SERVICE,), lambda: host.stopping), self._grpc)
         names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         try:
@@ -70,13 +70,10 @@ class Server:
 
     def start(self) -> None:
         self._grpc.start()
-        for name in ("", _SERVICE):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
         """Refuse new work, let running steps end, keep a checkpoint, close: within 10 s."""
         self.host.stopping = True
-        self._health.enter_graceful_shutdown()
         self._grpc.stop(_GRACE_S).wait()
         self.host.close()
 

@@ -12,7 +12,7 @@ import grpc
 from rich.markup import escape
 
 from common import wire
-from common.errors import BusyError, DepruneError, FrameError, StoppedError, VersionError, abort
+from common.errors import BusyError, DepruneError, FaultError, FrameError, StoppedError, VersionError, abort
 from common.meter import DOWN, UP
 from common.phase_message import phase_message
 from common.rpc import split_pb2 as pb
@@ -69,7 +69,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             abort(context, error)
         if self._faults.spare(1.0):
             self.host.console.print("".join(traceback.format_exception(error)), markup=False)
-        context.abort(grpc.StatusCode.INTERNAL, "the server met a fault of its own; its log has the details")
+        abort(context, FaultError("the server met a fault of its own; its log has the details"))
 
     def _tell(self, error: DepruneError) -> None:
         if not self._lines.spare(1.0):
@@ -103,7 +103,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             phase=phase_message(host.served.manifest.phase) if host.served else None,
             limits=pb.Limits(max_frame_bytes=wire.FRAME_BYTES, max_tensor_elements=host.limits.elements),
             head_size=0 if request.run_id else len(host.head_weights(session)),
-            init_run_id=host.run.initial.run_id if host.run and trains and not back else "",
+            init_run_id=host.run.initial.run_id if host.run and host.run.initial and trains and not back else "",
             classes=host.served.manifest.classes if host.served else (),
             resumed=session.run is not None,
             step=step,
@@ -177,7 +177,7 @@ class Door(grpc.ServerInterceptor):
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = continuation(details)
-        if handler is None or details.method.endswith("Health/Watch"):  # which takes no thread, and none can be put in
+        if handler is None:
             return handler
         if handler.response_streaming:
             wrap, make = self._streamed, (

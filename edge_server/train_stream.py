@@ -38,13 +38,15 @@ class TrainStream:
     def frames(self, begun: bool) -> Generator[pb.Frame, None, None]:
         """What is sent down, from Ready to the end; not `begun`: the run goes on where an older stream ended."""
         run, receive, training, meter = self.run, self.receive, self.training, self.run.meter
-        count = meter.frame if begun else meter.again
-        count(UP, receive.first)
         answers = training.answered_from(receive.begin.step)
         wanted = training.recipe.principal and not training.rotated
-        ready = pb.Ready(
-            basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers),
-        )  # fmt: skip
+        ready = pb.Ready(basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers))
+        first = wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready))
+        count = meter.frame if begun else meter.again
+        count(UP, receive.first)
+        count(DOWN, first)
+        if begun:  # a device that has heard Ready must find the run again
+            self._keep()
         what = f"The device is connected again, at step {receive.begin.step:,}."
         if begun:
             what = (
@@ -55,7 +57,7 @@ class TrainStream:
         run.console.print(what, highlight=False)
         load(training.phase.activation_codec, training.phase.gradient_codec)
         with Live(run.console, training.coordinator.steps, training.step) as live:
-            yield count(DOWN, wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)))
+            yield first
             for answer in answers:
                 for out in answer:
                     yield meter.again(DOWN, out)
@@ -64,7 +66,8 @@ class TrainStream:
                 receive.draft.keep()
             if training.step == 0:
                 training.coordinator.book(meter)
-                run.keep()
+                if wanted:
+                    self._keep(anew=True)
                 meter.lap()
             chooser = Chooser(run.kernel.flow)
             while True:
@@ -108,10 +111,10 @@ class TrainStream:
         sent = codec(phase.activation_codec).decode(payload, shape)
         decoded = clock()
         frames: list[pb.Frame] = []
-        with training.lock:
+        with training.applying():
+            gradient, loss, correct = training.learn(sent, labels)
             if phase.kind == STORE:
                 training.keep(payload, labels)
-            gradient, loss, correct = training.learn(sent, labels)
             encoded = learnt = clock()
             if gradient is not None:
                 aside = Aside((training.recipe.seed, step, pb.GRADIENT), training.halves.gate.support(sent, phase))
@@ -124,19 +127,25 @@ class TrainStream:
             decision = training.apply()
             frames.append(self._done(step, phase, loss, correct, decision))
             training.answers = [frames]
-        receive.draft.keep()
-        for out in frames:
-            run.meter.frame(DOWN, out)
-        wait, receive.wait_s = receive.wait_s, 0.0
-        seconds = {
-            "wait": first_wait + wait, "decode": decoded - started - wait,
-            "tail": learnt - decoded + clock() - encoded, "encode": encoded - learnt,
-        }  # fmt: skip
-        self._log(phase, loss, correct, seconds, live)
+            receive.draft.keep()
+            for out in frames:
+                run.meter.frame(DOWN, out)
+            wait, receive.wait_s = receive.wait_s, 0.0
+            seconds = {
+                "wait": first_wait + wait, "decode": decoded - started - wait,
+                "tail": learnt - decoded + clock() - encoded, "encode": encoded - learnt,
+            }  # fmt: skip
+            self._log(phase, loss, correct, seconds, live)
+            # Taken before an evaluation can begin, which the device may ask for as soon as it has its answer.
+            taken = run.taken(decision)
         try:
             yield from frames
         finally:  # also where the stream has ended meanwhile
-            run.keep(decision)
+            run.write(taken)
+
+    def _keep(self, anew: bool = False) -> None:
+        with self.training.lock:
+            self.run.keep(anew=anew)
 
     def _check_step(self) -> None:
         training = self.training
@@ -161,20 +170,21 @@ class TrainStream:
             if self.host.stopping:
                 raise StoppedError(STOPPED)
             step, started = training.step, clock()
-            with training.lock:
+            with training.applying():
                 sent, labels = training.recall()
                 decoded = clock()
                 _, loss, correct = training.learn(sent, labels)
                 decision = training.apply()
                 done = self._done(step, phase, loss, correct, decision)
                 training.answers.append([done])
-            run.meter.frame(DOWN, done)
-            seconds = {"decode": decoded - started, "tail": clock() - decoded}
-            self._log(phase, loss, correct, seconds, live)
+                run.meter.frame(DOWN, done)
+                seconds = {"decode": decoded - started, "tail": clock() - decoded}
+                self._log(phase, loss, correct, seconds, live)
+                taken = run.taken(decision)
             try:
                 yield done
             finally:
-                run.keep(decision)
+                run.write(taken)
             if decision.phase or decision.then != pb.STEP:
                 return
 
@@ -204,7 +214,7 @@ class TrainStream:
 
     def _pause(self, leave: pb.Leave) -> None:
         """The device's user has stopped it; both sides keep where they stand, and the run waits."""
-        self.run.keep()
+        self.run.pause()
         training = self.training
         self.run.console.print(
             f"The device left at step {training.step} of {training.coordinator.steps}: "

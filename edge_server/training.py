@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from torch.nn import functional
 from common import optim, weights
 from common.bottleneck import LinearDecoder
 from common.checkpoint import Checkpoint, part
-from common.errors import DivergedError, FrameError, TooLargeError
+from common.errors import DivergedError, FrameError, ModelError
 from common.halves import Halves, reseed
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.schedule import RANK, RECALL, STORE, Phase, phase_from
+from edge_server.budget import Beside
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.store import Store
 
@@ -44,10 +47,23 @@ class Judgement:
         return self.correct / max(1, self.count)
 
 
+@contextlib.contextmanager
+def fits(what: str, processor: torch.device) -> Iterator[None]:
+    """ModelError where a card has no room for it; the processor's own memory is the system's matter."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{what} does not fit into the memory of {processor}; lower data.batch and data.evaluation_batch in the "
+            f"recipe, or start the server with --device cpu"
+        ) from error
+
+
 def logits_of(halves: Halves, sent: np.ndarray, width: int, precision: str) -> torch.Tensor:
     """Logits [B, classes] for what a device sent [B, width, ...], in eval mode and without gradient."""
     # Devices that are served at the same time may have different widths.
-    with halves.lock, torch.no_grad(), optim.arithmetic(precision, halves.processor.type):
+    computing = optim.arithmetic(precision, halves.processor.type)
+    with halves.lock, torch.no_grad(), fits("an evaluation's batch", halves.processor), computing:
         halves.tail.resize(width)
         return halves.tail(torch.from_numpy(sent).to(halves.processor)).cpu()
 
@@ -68,7 +84,7 @@ class Training:
     coordinator: Coordinator
     classes: tuple[str, ...]
     samples: int  # pictures in an epoch
-    to_judge: tuple[int, int]  # pictures in a validation, and in the test at the end
+    beside: Beside
     folder: Path  # where a store may lie
     store_limit: int  # bytes that it may have
     step: int = 0  # the next to come
@@ -84,6 +100,7 @@ class Training:
     answers: list[list[pb.Frame]] = field(default_factory=list)
     # Held while the tail computes: an evaluation waits for the step before it to be applied.
     lock: threading.Lock = field(default_factory=threading.Lock)
+    spoiled: bool = False  # a step has failed half-way
 
     def __post_init__(self) -> None:
         tail = self.halves.tail
@@ -130,9 +147,22 @@ class Training:
         if phase.kind == STORE:
             self.store = Store(self.folder, phase, self.sent_shape, self.recipe.seed, self.store_limit)
 
+    @contextlib.contextmanager
+    def applying(self) -> Iterator[None]:
+        """Holds the lock over one step, from its forward to its answer.
+
+        Where that fails, some of it may be applied: the run then goes on from a checkpoint, not from here.
+        """
+        with self.lock:
+            try:
+                yield
+            except BaseException:
+                self.spoiled = True
+                raise
+
     def can_go_on(self, step: int) -> bool:
         """Whether a device that stands at `step` can go on without this side being put back."""
-        return self.step - len(self.answers) <= step <= self.step
+        return not self.spoiled and self.step - len(self.answers) <= step <= self.step
 
     def can_be_taken_up(self, step: int) -> bool:
         """The same for a device that may be another process by now, which knows what its checkpoint of `step` knows.
@@ -177,7 +207,7 @@ class Training:
         processor = self.halves.processor
         activation = torch.from_numpy(sent).to(processor).requires_grad_(not self.phase.frozen)
         truth = torch.from_numpy(labels).to(processor)
-        try:
+        with fits(f"step {self.step}", processor):
             with optim.arithmetic(self.recipe.precision, processor.type):
                 logits = self.halves.tail(activation)
                 loss = functional.cross_entropy(logits, truth)
@@ -188,11 +218,6 @@ class Training:
                 )
             self._optimiser.zero_grad()
             loss.backward()
-        except torch.OutOfMemoryError as error:  # of a card; the processor's own is the system's matter
-            raise TooLargeError(
-                f"step {self.step} does not fit into the memory of {processor}; lower data.batch in the recipe, or "
-                f"start the server with --device cpu"
-            ) from error
         correct = int((logits.argmax(1) == truth).sum())
         if activation.grad is None:
             return None, loss.item(), correct
@@ -204,7 +229,8 @@ class Training:
         """Move the weights, count the step, and say what comes next."""
         rate = optim.learning_rate(self.recipe.optimiser, self.step, self.phase)
         self._optimiser.lr = rate
-        self._optimiser.step()
+        with fits(f"step {self.step}", self.halves.processor):
+            self._optimiser.step()
         decision = self.coordinator.after_step(self.step)
         self.step += 1
         self.trained += self.batch
@@ -236,14 +262,16 @@ class Training:
     # Checkpoints
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that `restore` needs: tensors, and the rest as JSON."""
+        """All that `restore` needs: tensors, copied, and the rest as JSON."""
         self.halves.tail.norms.put_away()
         tensors = {f"tail.{name}": value for name, value in self.halves.tail.state_dict().items()}
         tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(self._optimiser).items()}
+        # They are written after the step's answer has gone, while an evaluation may be switching widths.
+        tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
         if self.store:
             tensors |= {f"store.{name}": value for name, value in self.store.index().items()}
         return tensors, {
-            "classes": self.classes, "samples": self.samples, "to_judge": self.to_judge,
+            "classes": self.classes, "samples": self.samples, "beside": asdict(self.beside),
             "rotated": self.rotated, "trained": self.trained,
             "stored": self.stored, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
             "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from benchmarks.recipes import recipe_text
 from common.errors import DepruneError
 from tests import forked
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # a worker a core: more threads would only wait for each other
+torch.set_num_threads(1)  # networks this small gain nothing by more, and lose much where another program has the core
 
 forked.use()
 needs_link = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())

@@ -19,7 +19,7 @@ from common.meter import Count
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from device_client.data import Dataset, load
-from edge_server.budget import Budget
+from edge_server.budget import Beside, Budget
 from edge_server.coordinator import Coordinator
 
 CODEC = 'activation = "step:20"\ngradient = "step:5"'
@@ -63,7 +63,7 @@ def test_whatever_steps_cost_the_budget_is_kept(
         )
     )  # fmt: skip
     draw, validation, test = random.Random(seed), 100, 50
-    coordinator = Coordinator(recipe, CHANNELS, EPOCH, Budget(recipe, CHANNELS, EPOCH, BATCH, validation, test))
+    coordinator = Coordinator(recipe, CHANNELS, EPOCH, Budget(recipe, CHANNELS, EPOCH, BATCH, Beside(validation, test)))
     asked = coordinator.steps
     books = Books(0, 5000)
     coordinator.book(books)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.console import Console
 from benchmarks.inprocess import Stub
 from benchmarks.recipes import BATCH, recipe_text
 from common.checkpoint import Checkpoints
-from common.errors import FrameError, SessionError
+from common.errors import FaultError, FrameError, SessionError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
@@ -176,6 +177,33 @@ def test_a_device_that_dies_right_after_a_validation_judges_again(tmp_path: Path
         assert summary["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
 
 
+@pytest.mark.parametrize("lost", ["device", "device and server", "device with its disk, and server"])
+@pytest.mark.parametrize("name", ["principal components, adamw", "plateau"])
+def test_lost_before_the_first_step(name: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device has kept where it begins, and what it sent then (its basis, where one is wanted) has not arrived."""
+    text, data = CASES[name], load("digits", (1, 16, 16), 3, 0.2, limit=320)
+    assert leg(tmp_path / "whole", text, data)
+    keep, broken = Trainer.keep, tmp_path / "broken"
+
+    def kept(trainer: Trainer, anew: bool = False) -> None:
+        keep(trainer, anew)
+        raise _Killed
+
+    host = server_of(broken, text)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "keep", kept)
+        assert leg(broken, text, data, None, host) is None
+    assert host.run and host.run.training and not host.run.training.rotated
+    if "server" in lost:
+        host.folder.close()
+    if "disk" in lost:
+        shutil.rmtree(broken / "device")
+    assert leg(broken, text, data, None, None if "server" in lost else host)
+    weights, losses = outcome(broken)
+    expected, expected_losses = outcome(tmp_path / "whole")
+    assert losses == expected_losses and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_other_pictures_are_not_gone_on_with(digits: Dataset, tmp_path: Path) -> None:
     from common.errors import DataError, MismatchError
 
@@ -278,6 +306,60 @@ def test_a_run_that_went_on_meanwhile_is_not_put_where_it_cannot_be(host: Host) 
         host.begin(late, pb.Begin(samples=64, step=0), Mock())
 
 
+def test_a_device_that_stayed_while_its_server_was_replaced_can_still_be_replaced_itself(
+    host: Host, tmp_path: Path
+) -> None:
+    """The server kept a checkpoint of where it was stopped; the device stood there too, without one of its own."""
+    assert host.run
+    host.run.pause()
+    host.close()
+    text = (tmp_path / "run" / "recipe.toml").read_text()
+    other = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    run = other.run
+    assert run
+    run.every = 5
+    session, told = other.open(True, run.run_id, (0, 5, 8), "")
+    assert told == 8
+    other.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)], step=8), Mock())
+    assert run.training
+    for _ in range(3):
+        run.training.learn(*BATCH)
+        run.keep(run.training.apply())
+    assert run.step == 11 and run.checkpoints.written >= {5, 8, 10}
+    # The device died before it kept one of step 10.
+    assert other.open(True, run.run_id, (0, 5), "")[1] == 5
+    # It tells of one after all: then the older ones may go.
+    run.checkpoints.confirm(10)
+    assert run.checkpoints.written == {8, 10}
+
+
+def test_a_step_that_fails_half_way_is_made_again_from_a_checkpoint(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had moved by then is in no weights: here the optimiser fails when it has moved some of them."""
+    text = CASES["frozen head"]
+    assert leg(tmp_path / "whole", text, digits)
+    apply, failing = Training.apply, [7, 12]
+
+    def halfway(training: Training) -> Decision:
+        if failing and training.step == failing[0]:
+            failing.pop(0)
+            training._optimiser.step()
+            raise RuntimeError("no more memory")
+        return apply(training)
+
+    host = server_of(tmp_path / "broken", text)
+    monkeypatch.setattr(Training, "apply", halfway)
+    for _ in range(2):
+        with pytest.raises(FaultError):
+            leg(tmp_path / "broken", text, digits, None, host)
+        assert host.run and host.run.training and host.run.training.spoiled
+    assert leg(tmp_path / "broken", text, digits, None, host)
+    weights, losses = outcome(tmp_path / "broken")
+    expected, expected_losses = outcome(tmp_path / "whole")
+    assert losses == expected_losses and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_no_checkpoint_has_the_outcome_of_an_evaluation_without_its_bytes(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,7 +378,7 @@ def test_no_checkpoint_has_the_outcome_of_an_evaluation_without_its_bytes(
     def slowly(training: Training, *arguments: Any) -> Decision:
         decision = judged(training, *arguments)
         order.clear()
-        threads.append(threading.Thread(target=runs[0].keep))
+        threads.append(threading.Thread(target=runs[0].pause))
         threads[-1].start()
         threads[-1].join(0.2)
         assert not order
