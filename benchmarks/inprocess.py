@@ -101,7 +101,7 @@ Watch = Callable[[int, Phase, Trainer, Training], None]
 
 def train(
     text: str, data: Dataset, remote_class: type[RemoteTail] = RemoteTail, folder: Path | None = None,
-    watch: Watch | None = None, limits: Limits | None = None, **remote: Any,
+    watch: Watch | None = None, limits: Limits | None = None, publish: bool = False, **remote: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the recipe in `text` on `data`; the device's summary.
 
@@ -125,7 +125,7 @@ def train(
         if watch:
             _observe(watch, trainer, host)
         run.start(text)
-        return trainer.run(publish=False)
+        return trainer.run(publish)
 
 
 def _observe(watch: Watch, trainer: Trainer, host: Host) -> None:

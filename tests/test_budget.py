@@ -122,6 +122,21 @@ def test_a_run_spends_its_budget_and_no_more(digits: Dataset) -> None:
     assert "of messages were spent of a budget of 500.0 kB." in shown and "width 2 → 4." in shown
 
 
+def test_a_published_head_is_in_the_budget(digits: Dataset) -> None:
+    """It crosses when all steps are done: what it takes is set aside from the first."""
+    kept, published = (
+        inprocess.train(
+            recipe_text(
+                "deprune", bottleneck='kind = "linear"', codec=CODEC, schedule="phases = [[2, 12]]\nbudget_mb = 0.5"
+            ),
+            digits,
+            publish=publish,
+        )
+        for publish in (False, True)
+    )
+    assert spent(published) <= 0.5e6 and published["steps"] < kept["steps"]
+
+
 def test_a_budget_that_is_not_reached_changes_nothing(digits: Dataset, tmp_path: Path) -> None:
     schedule = "phases = [[2, 1], [4, 1]]"
     free = run(digits, schedule, tmp_path / "free")

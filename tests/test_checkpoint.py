@@ -85,9 +85,15 @@ def test_the_newest_two_stay_and_the_one_that_the_other_side_has(tmp_path: Path)
     checkpoints.confirm(15)  # never kept here
     assert names(tmp_path) == [10, 40, 50]
     checkpoints.confirm(40)
-    assert names(tmp_path) == [40, 50]
-    checkpoints.forget_after(40)
-    assert names(tmp_path) == [40] == sorted(checkpoints.written)
+    checkpoints.confirm(0)  # no news
+    checkpoints.write(60, TENSORS, {})
+    checkpoints.write(70, TENSORS, {})
+    assert names(tmp_path) == [40, 60, 70]
+    checkpoints.confirm(60)
+    checkpoints.confirm(40)  # said long ago
+    assert names(tmp_path) == [60, 70]
+    checkpoints.forget_after(60)
+    assert names(tmp_path) == [60] == sorted(checkpoints.written)
     checkpoints.clear()
     assert not tmp_path.exists()
 

@@ -115,6 +115,22 @@ def test_an_evaluation_batch(serving: str) -> None:
                 stream.receive(Draft(RemoteTail("127.0.0.1:1", stub=object()).meter))
 
 
+def test_an_evaluation_of_more_pictures_than_were_told_of(serving: str) -> None:
+    def judged(told: int) -> int:
+        remote = RemoteTail(serving)
+        try:
+            phase = remote.open(trains=False).phase
+            assert phase
+            batch = np.zeros((3, phase.width or 32, 8, 8), np.float32), np.zeros(3, np.int64)
+            return remote.evaluate(lambda: [batch, batch], told, pb.TEST, phase, CLASSES).count
+        finally:
+            remote.close()
+
+    assert judged(6) == 6
+    with pytest.raises(FrameError, match="more than the 5 pictures came"):
+        judged(5)
+
+
 def test_a_silent_stream_is_ended_and_its_run_goes_on(server: str) -> None:
     remote = RemoteTail(server, give_up_s=60)
     remote.open(trains=True)

@@ -1,17 +1,21 @@
-"""A broken stream leaves nothing behind in memory."""
+"""Streams that break, and attempts to get one back."""
 
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import grpc
 import pytest
 
-from common.errors import LinkError
-from common.meter import Draft, Meter
-from device_client.link import Stream
+from common.errors import AuthError, FaultError, LinkError
+from common.meter import UP, Draft, Meter
+from common.rpc import split_pb2 as pb
+from device_client.link import Stream, Trouble
+from device_client.remote_tail import RemoteTail
 
 
 class _Lost(grpc.RpcError):
@@ -49,5 +53,48 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
+def test_attempts_may_go_on_for_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    trouble = Trouble(give_up_s=1e6)
+    for _ in range(3000):
+        trouble.wait(LinkError("lost"), lambda text: None)
+    assert pauses[0] < 0.5 and max(pauses) < 25
+
+
+def test_a_fault_of_the_servers_own_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    trouble = Trouble(give_up_s=1e6)
+    with pytest.raises(FaultError):
+        for _ in range(10):
+            trouble.wait(FaultError("its log has the details"), lambda text: None)
+
+
+def test_an_evaluation_keeps_sums_not_frames() -> None:
+    meter, frame = Meter(), pb.Frame(role=pb.EVALUATION, step=1)
+    draft = Draft(meter)
+    for _ in range(1000):
+        draft.frame(UP, frame)
+    assert sum(len(held) for held in vars(draft).values() if isinstance(held, dict | list)) == 1
+    draft.keep()
+    draft.keep()
+    assert meter.total(UP).message == 1000 * frame.ByteSize()
+
+
 def test_a_broken_stream_is_freed_without_the_garbage_collector(no_collector: None) -> None:
     assert _step()() is None
+
+
+def test_a_certificate_that_is_being_exchanged_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a new pair lies there when the device connects again: it waits for the other."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    remote = RemoteTail("127.0.0.1:1", give_up_s=60)
+    remote.opened, remote._begun = Mock(finished=False), pb.Begin()
+    monkeypatch.setattr(remote, "_start", Mock())
+    remote._train = Mock(wait_s=0.0)
+    connects = Mock(side_effect=[AuthError("the key is not that of the certificate"), None])
+    monkeypatch.setattr(remote, "_connect", connects)
+    attempts = Mock(side_effect=[LinkError("lost"), "done"])
+    assert remote._steadily(7, attempts) == "done"
+    assert connects.call_count == 2 and attempts.call_count == 2
+    remote.close()

@@ -150,6 +150,13 @@ def test_health_and_reflection(server: str) -> None:
     with grpc.insecure_channel(server) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="deprune.v1.Split"))
         assert health.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service="other"))
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+        # A watcher that reads nothing must not hold up anything: there is none.
+        with pytest.raises(grpc.RpcError) as refused:
+            list(health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()))
+        assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         reply = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request])))
         assert "deprune.v1.Split" in {service.name for service in reply.list_services_response.service}
