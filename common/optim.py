@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,12 +27,9 @@ class Optimiser:
         """`groups`: parameters, and the weight decay that they have in common."""
         self.lr = recipe.lr
         self.parameters = [parameter for parameters, _ in groups for parameter in parameters]
-        self.state: dict[int, dict[str, torch.Tensor]] = {}  # by the parameter's number, from its first step on
-        self._recipe = recipe
-        self._groups: list[tuple[range, float]] = []
-        for parameters, weight_decay in groups:
-            start = self._groups[-1][0].stop if self._groups else 0
-            self._groups.append((range(start, start + len(parameters)), weight_decay))
+        # What it remembers of a parameter, from its first step on.
+        self.state: defaultdict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
+        self._recipe, self._groups = recipe, groups
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -40,42 +38,35 @@ class Optimiser:
     @torch.no_grad()
     def step(self) -> None:
         """Move each parameter that has a gradient."""
-        for members, weight_decay in self._groups:
-            moving = [number for number in members if self.parameters[number].grad is not None]
+        move = self._adamw if self._recipe.name == "adamw" else self._sgd
+        for parameters, weight_decay in self._groups:
+            moving: list[torch.Tensor] = [parameter for parameter in parameters if parameter.grad is not None]
             if moving:
-                (self._adamw if self._recipe.name == "adamw" else self._sgd)(moving, weight_decay)
+                move(moving, [parameter.grad for parameter in moving if parameter.grad is not None], weight_decay)
 
-    def _sgd(self, moving: list[int], weight_decay: float) -> None:
-        recipe = self._recipe
-        buffers: list[torch.Tensor | None] = [self.state.get(number, {}).get("momentum_buffer") for number in moving]
+    def _sgd(self, moving: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float) -> None:
+        momentum = self._recipe.momentum
+        buffers = [self.state[parameter].get("momentum_buffer") for parameter in moving]
         sgd.sgd(
-            [self.parameters[number] for number in moving], self._gradients(moving), buffers,
-            lr=self.lr, weight_decay=weight_decay, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+            moving, gradients, buffers, lr=self.lr, weight_decay=weight_decay, momentum=momentum, nesterov=momentum > 0,
             dampening=0.0, maximize=False,
         )  # fmt: skip
-        # Those that were None have been made.
-        self.state |= {
-            number: {"momentum_buffer": value}
-            for number, value in zip(moving, buffers, strict=True)
-            if value is not None
-        }
+        for parameter, buffer in zip(moving, buffers, strict=True):
+            if buffer is not None:  # those that were have been made, unless there is no momentum
+                self.state[parameter]["momentum_buffer"] = buffer
 
-    def _adamw(self, moving: list[int], weight_decay: float) -> None:
-        parameters: list[torch.Tensor] = [self.parameters[number] for number in moving]
-        for number, parameter in zip(moving, parameters, strict=True):
-            if number not in self.state:
+    def _adamw(self, moving: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float) -> None:
+        for parameter in moving:
+            if not self.state[parameter]:
                 zeros = torch.zeros_like(parameter)
-                self.state[number] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+                self.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
         means, squares, steps = (
-            [self.state[number][name] for number in moving] for name in ("exp_avg", "exp_avg_sq", "step")
+            [self.state[parameter][name] for parameter in moving] for name in ("exp_avg", "exp_avg_sq", "step")
         )
         adamw.adamw(
-            parameters, self._gradients(moving), means, squares, [], steps,
-            lr=self.lr, weight_decay=weight_decay, beta1=0.9, beta2=0.999, eps=1e-8, amsgrad=False, maximize=False,
+            moving, gradients, means, squares, [], steps, lr=self.lr, weight_decay=weight_decay, beta1=0.9, beta2=0.999,
+            eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
-
-    def _gradients(self, moving: list[int]) -> list[torch.Tensor]:
-        return [gradient for number in moving if (gradient := self.parameters[number].grad) is not None]
 
 
 def build(recipe: OptimiserRecipe, layers: nn.Module, bottleneck: nn.Module) -> Optimiser:
@@ -99,22 +90,25 @@ def learning_rate(recipe: OptimiserRecipe, step: int, phase: Phase) -> float:
 
 def tensors_of(optimiser: Optimiser) -> dict[str, torch.Tensor]:
     """What the optimiser remembers of each parameter, by "number.name", for a checkpoint."""
-    return {f"{number}.{name}": value for number, slots in optimiser.state.items() for name, value in slots.items()}
+    return {
+        f"{number}.{name}": value
+        for number, parameter in enumerate(optimiser.parameters)
+        for name, value in optimiser.state.get(parameter, {}).items()
+    }
 
 
 def restore(optimiser: Optimiser, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Give a new optimiser back what `tensors_of` told; ModelError where it is of other parameters."""
     parameters = optimiser.parameters
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    optimiser.state.clear()
     for key, value in tensors.items():
         number, _, name = key.partition(".")
         fits = number.isdigit() and int(number) < len(parameters)
         if not fits or value.shape not in (parameters[int(number)].shape, ()):
             raise ModelError(f"the optimiser's state in {source} is of another model: {key} has no place in it")
+        parameter = parameters[int(number)]
         # A count of steps stays on the processor, where it is needed.
-        device = "cpu" if name == "step" else parameters[int(number)].device
-        state.setdefault(int(number), {})[name] = value.to(device)
-    optimiser.state = state
+        optimiser.state[parameter][name] = value.to("cpu" if name == "step" else parameter.device)
 
 
 def arithmetic(precision: str, kind: str = "cpu") -> contextlib.AbstractContextManager[object]:

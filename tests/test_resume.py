@@ -360,6 +360,19 @@ def test_a_step_that_fails_half_way_is_made_again_from_a_checkpoint(
     assert losses == expected_losses and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+def test_what_was_taken_for_a_checkpoint_does_not_change(host: Host) -> None:
+    """It is written while the next thing may happen to the network already."""
+    run = host.run
+    assert run and run.training
+    taken = run.taken()
+    assert taken
+    before = {name: value.clone() for name, value in taken.tensors.items()}
+    run.training.learn(*BATCH)
+    run.training.apply()
+    for name, value in taken.tensors.items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_no_checkpoint_has_the_outcome_of_an_evaluation_without_its_bytes(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
