@@ -10,30 +10,32 @@ import io
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import grpc
 import pytest
 import safetensors.torch
 import torch
 from rich.console import Console
 
+from benchmarks import inprocess
 from benchmarks.inprocess import Stub
-from benchmarks.recipes import BATCH, recipe_text
+from benchmarks.recipes import recipe_text
 from common.checkpoint import Checkpoints
-from common.errors import FaultError, FrameError, SessionError
+from common.errors import FaultError
 from common.recipe import parse
-from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from device_client.data import Dataset, load
+from device_client.link import Stream
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.coordinator import Decision
 from edge_server.host import Host
 from edge_server.live import LiveRun
 from edge_server.servicer import Servicer
-from edge_server.sessions import Session
 from edge_server.training import Training
 
 EVERY = 4
@@ -68,6 +70,19 @@ CASES = {
 
 class _Killed(Exception):
     pass
+
+
+class Lost(grpc.RpcError):
+    """What a call raises where the link is gone."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "lost"
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
 
 
 def server_of(path: Path, text: str) -> Host:
@@ -129,6 +144,15 @@ def outcome(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
     return weights, [line["loss"] for line in lines]
 
 
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights bit for bit, and the loss of each step."""
+    (weights, losses), (expected, expected_losses) = outcome(one), outcome(other)
+    assert losses == expected_losses
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(weights[key], value), key
+
+
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load("digits", (1, 16, 16), 3, 0.0, limit=640)
@@ -140,19 +164,14 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(name: str, digits: Dat
     data = load("digits", (1, 16, 16), 3, 0.2, limit=640) if "validation" in text else digits
     whole = leg(tmp_path / "whole", text, data)
     assert whole
-    expected, losses = outcome(tmp_path / "whole")
-    steps = len(losses)
+    steps = len(outcome(tmp_path / "whole")[1])
     # One run that is killed again and again: right after checkpoints, right before, and in between.
     broken, again = tmp_path / "broken", 0
     for until in (1, 3, 4, 9, 10, 15, steps - 1):
         assert leg(broken, text, data, until) is None
     summary = leg(broken, text, data)
     assert summary
-    weights, seen = outcome(broken)
-    assert seen == losses
-    assert weights.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(weights[key], value), key
+    assert_same_end(broken, tmp_path / "whole")
     for way in ("up", "down"):
         assert summary["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
         assert summary["bytes"][way]["again"] > again
@@ -170,18 +189,16 @@ def test_a_device_that_dies_right_after_a_validation_judges_again(tmp_path: Path
         assert leg(tmp_path / "broken", text, data, until, host) is None
     summary = leg(tmp_path / "broken", text, data, None, host)
     assert whole and summary
-    weights, losses = outcome(tmp_path / "broken")
-    expected, expected_losses = outcome(tmp_path / "whole")
-    assert losses == expected_losses and all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert_same_end(tmp_path / "broken", tmp_path / "whole")
     for way in ("up", "down"):
         assert summary["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
 
 
 @pytest.mark.parametrize("lost", ["device", "device and server", "device with its disk, and server"])
-@pytest.mark.parametrize("name", ["principal components, adamw", "plateau"])
+@pytest.mark.parametrize("name", ["principal components, adamw", "nested widths"])
 def test_lost_before_the_first_step(name: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device has kept where it begins, and what it sent then (its basis, where one is wanted) has not arrived."""
-    text, data = CASES[name], load("digits", (1, 16, 16), 3, 0.2, limit=320)
+    text, data = CASES[name], load("digits", (1, 16, 16), 3, 0.0, limit=320)
     assert leg(tmp_path / "whole", text, data)
     keep, broken = Trainer.keep, tmp_path / "broken"
 
@@ -199,9 +216,50 @@ def test_lost_before_the_first_step(name: str, lost: str, tmp_path: Path, monkey
     if "disk" in lost:
         shutil.rmtree(broken / "device")
     assert leg(broken, text, data, None, None if "server" in lost else host)
-    weights, losses = outcome(broken)
-    expected, expected_losses = outcome(tmp_path / "whole")
-    assert losses == expected_losses and all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert_same_end(broken, tmp_path / "whole")
+
+
+class _Cut(RemoteTail):
+    """In process, on a link that breaks once, right after the server has said that it wants the basis."""
+
+    def __init__(self, *arguments: Any, stub: Stub, **options: Any) -> None:
+        super().__init__(*arguments, stub=stub, **options)
+        self._channel, self._whole, self._calls = Mock(), stub, 0
+
+    def _connect(self) -> None:
+        pass
+
+    def _open_stream(self, call: Any) -> Stream:
+        self._calls += 1
+        return Stream(self._breaking if self._calls == 2 else call, self.server, watched=False)  # the first was Head
+
+    def _breaking(self, frames: Any) -> Any:
+        call = self._whole.Train(frames)
+
+        class Breaking:
+            answered = False
+
+            def __next__(self) -> Any:
+                if self.answered:
+                    call._frames.close()
+                    raise Lost
+                self.answered = True
+                return next(call)
+
+        return Breaking()
+
+
+def test_a_basis_that_was_lost_on_the_way_is_sent_again(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = CASES["principal components, adamw"]
+    whole = inprocess.train(text, digits, folder=tmp_path / "whole")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    cut = inprocess.train(text, digits, remote_class=_Cut, folder=tmp_path / "cut")
+    assert cut["faults"]["reconnects"] == 1
+    assert_same_end(tmp_path / "cut", tmp_path / "whole")
+    for way in ("up", "down"):
+        assert cut["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
 
 
 def test_other_pictures_are_not_gone_on_with(digits: Dataset, tmp_path: Path) -> None:
@@ -218,119 +276,6 @@ def test_other_pictures_are_not_gone_on_with(digits: Dataset, tmp_path: Path) ->
         leg(tmp_path, text, digits)
     (tmp_path / "away").rename(tmp_path / "server")
     assert leg(tmp_path, text, digits)
-
-
-def begun(host: Host, step: int = 0, run_id: str = "", kept: tuple[int, ...] = ()) -> tuple[Session, Mock]:
-    """A session that trains, and its stream."""
-    assert host.run
-    session, _ = host.open(True, run_id, kept, "")
-    stream = Mock()
-    stream.cancel.side_effect = lambda part=host.run.part: threading.Thread(target=part, args=(stream,)).start()
-    host.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)], step=step), stream)
-    return session, stream
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Host:
-    """Of a run of twenty steps, at step 8, with checkpoints of steps 0 and 5."""
-    text = recipe_text("plain", schedule="phases = [[0, 10]]")
-    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
-    assert host.run
-    host.run.every = 5
-    begun(host)
-    host.run.keep()
-    training = host.run.training
-    assert training
-    for _ in range(8):
-        training.learn(*BATCH)
-        host.run.keep(training.apply())
-    return host
-
-
-def test_an_evaluation_waits_while_the_run_is_put_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would tell the device an outcome that the server's books don't have, and that nobody asks for again."""
-    run = host.run
-    assert run and run.training
-    before = run.training
-    session, _ = begun(host, 8, run.run_id, (8,))
-    putting_back, judging = threading.Event(), threading.Event()
-    put_back, found = run.put_back, []
-
-    def slowly(step: int) -> None:
-        putting_back.set()
-        found.append(judging.wait(2))
-        put_back(step)
-
-    def judge() -> None:
-        with host.judging(session, Mock()) as training:
-            judging.set()
-            found.append(training is not before)
-
-    monkeypatch.setattr(run, "put_back", slowly)
-    threads = [threading.Thread(target=begun, args=(host, 5, run.run_id, (0, 5))), threading.Thread(target=judge)]
-    threads[0].start()
-    assert putting_back.wait(30)
-    threads[1].start()
-    for thread in threads:
-        thread.join(30)
-    assert found == [False, True]
-    assert run.step == 5
-
-
-def test_a_handshake_that_is_played_once_more_disturbs_nothing(host: Host) -> None:
-    run = host.run
-    assert run and run.training
-    training = run.training
-    _, stream = begun(host, 8, run.run_id, (5, 8))
-    # As a device of long ago sent it: what it was told then is not known to whoever plays it now.
-    stranger, told = host.open(True, run.run_id, (0, 5), "")
-    assert told == 5 and run.training is training and run.step == 8 and run.attended
-    stream.cancel.assert_not_called()
-    with pytest.raises(FrameError, match="Evaluate came before Begin"), host.judging(stranger, Mock()):
-        pass
-    with pytest.raises(FrameError, match="the handshake told this device to go on at 5"):
-        host.begin(stranger, pb.Begin(samples=64, step=0), Mock())
-    assert run.training is training
-    stream.cancel.assert_not_called()
-
-
-def test_a_run_that_went_on_meanwhile_is_not_put_where_it_cannot_be(host: Host) -> None:
-    run = host.run
-    assert run and run.training
-    late, told = host.open(True, run.run_id, (0,), "")
-    assert told == 0
-    for _ in range(7):  # checkpoints of steps 10 and 15 take the place of the first
-        run.training.learn(*BATCH)
-        run.keep(run.training.apply())
-    with pytest.raises(SessionError, match="the run has gone on from step 0 meanwhile; open another session"):
-        host.begin(late, pb.Begin(samples=64, step=0), Mock())
-
-
-def test_a_device_that_stayed_while_its_server_was_replaced_can_still_be_replaced_itself(
-    host: Host, tmp_path: Path
-) -> None:
-    """The server kept a checkpoint of where it was stopped; the device stood there too, without one of its own."""
-    assert host.run
-    host.run.pause()
-    host.close()
-    text = (tmp_path / "run" / "recipe.toml").read_text()
-    other = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
-    run = other.run
-    assert run
-    run.every = 5
-    session, told = other.open(True, run.run_id, (0, 5, 8), "")
-    assert told == 8
-    other.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)], step=8), Mock())
-    assert run.training
-    for _ in range(3):
-        run.training.learn(*BATCH)
-        run.keep(run.training.apply())
-    assert run.step == 11 and run.checkpoints.written >= {5, 8, 10}
-    # The device died before it kept one of step 10.
-    assert other.open(True, run.run_id, (0, 5), "")[1] == 5
-    # It tells of one after all: then the older ones may go.
-    run.checkpoints.confirm(10)
-    assert run.checkpoints.written == {8, 10}
 
 
 def test_a_step_that_fails_half_way_is_made_again_from_a_checkpoint(
@@ -355,22 +300,7 @@ def test_a_step_that_fails_half_way_is_made_again_from_a_checkpoint(
             leg(tmp_path / "broken", text, digits, None, host)
         assert host.run and host.run.training and host.run.training.spoiled
     assert leg(tmp_path / "broken", text, digits, None, host)
-    weights, losses = outcome(tmp_path / "broken")
-    expected, expected_losses = outcome(tmp_path / "whole")
-    assert losses == expected_losses and all(torch.equal(weights[name], expected[name]) for name in expected)
-
-
-def test_what_was_taken_for_a_checkpoint_does_not_change(host: Host) -> None:
-    """It is written while the next thing may happen to the network already."""
-    run = host.run
-    assert run and run.training
-    taken = run.taken()
-    assert taken
-    before = {name: value.clone() for name, value in taken.tensors.items()}
-    run.training.learn(*BATCH)
-    run.training.apply()
-    for name, value in taken.tensors.items():
-        assert torch.equal(value, before[name]), name
+    assert_same_end(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_no_checkpoint_has_the_outcome_of_an_evaluation_without_its_bytes(

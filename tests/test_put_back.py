@@ -1,0 +1,145 @@
+"""Where a run that both sides know is gone on from: what moves it back, and what must not."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.recipes import BATCH, recipe_text
+from common.errors import FrameError, SessionError
+from common.recipe import parse
+from common.rpc import split_pb2 as pb
+from common.run import RunFolder
+from edge_server.host import Host
+from edge_server.sessions import Session
+
+
+def begun(host: Host, step: int = 0, run_id: str = "", kept: tuple[int, ...] = ()) -> tuple[Session, Mock]:
+    """A session that trains, and its stream."""
+    assert host.run
+    session, _ = host.open(True, run_id, kept, "")
+    stream = Mock()
+    stream.cancel.side_effect = lambda part=host.run.part: threading.Thread(target=part, args=(stream,)).start()
+    host.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)], step=step), stream)
+    return session, stream
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    """Of a run of twenty steps, at step 8, with checkpoints of steps 0 and 5."""
+    text = recipe_text("plain", schedule="phases = [[0, 10]]")
+    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    assert host.run
+    host.run.every = 5
+    begun(host)
+    host.run.keep()
+    training = host.run.training
+    assert training
+    for _ in range(8):
+        training.learn(*BATCH)
+        host.run.keep(training.apply())
+    return host
+
+
+def test_an_evaluation_waits_while_the_run_is_put_back(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would tell the device an outcome that the server's books don't have, and that nobody asks for again."""
+    run = host.run
+    assert run and run.training
+    before = run.training
+    session, _ = begun(host, 8, run.run_id, (8,))
+    putting_back, judging = threading.Event(), threading.Event()
+    put_back, found = run.put_back, []
+
+    def slowly(step: int) -> None:
+        putting_back.set()
+        found.append(judging.wait(2))
+        put_back(step)
+
+    def judge() -> None:
+        with host.judging(session, Mock()) as training:
+            judging.set()
+            found.append(training is not before)
+
+    monkeypatch.setattr(run, "put_back", slowly)
+    threads = [threading.Thread(target=begun, args=(host, 5, run.run_id, (0, 5))), threading.Thread(target=judge)]
+    threads[0].start()
+    assert putting_back.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [False, True]
+    assert run.step == 5
+
+
+def test_a_handshake_that_is_played_once_more_disturbs_nothing(host: Host) -> None:
+    run = host.run
+    assert run and run.training
+    training = run.training
+    _, stream = begun(host, 8, run.run_id, (5, 8))
+    # As a device of long ago sent it: what it was told then is not known to whoever plays it now.
+    stranger, told = host.open(True, run.run_id, (0, 5), "")
+    assert told == 5 and run.training is training and run.step == 8 and run.attended
+    stream.cancel.assert_not_called()
+    with pytest.raises(FrameError, match="Evaluate came before Begin"), host.judging(stranger, Mock()):
+        pass
+    with pytest.raises(FrameError, match="the handshake told this device to go on at 5"):
+        host.begin(stranger, pb.Begin(samples=64, step=0), Mock())
+    assert run.training is training
+    stream.cancel.assert_not_called()
+
+
+def test_a_run_that_went_on_meanwhile_is_not_put_where_it_cannot_be(host: Host) -> None:
+    run = host.run
+    assert run and run.training
+    late, told = host.open(True, run.run_id, (0,), "")
+    assert told == 0
+    for _ in range(7):  # checkpoints of steps 10 and 15 take the place of the first
+        run.training.learn(*BATCH)
+        run.keep(run.training.apply())
+    with pytest.raises(SessionError, match="the run has gone on from step 0 meanwhile; open another session"):
+        host.begin(late, pb.Begin(samples=64, step=0), Mock())
+
+
+def test_a_device_that_stayed_while_its_server_was_replaced_can_still_be_replaced_itself(
+    host: Host, tmp_path: Path
+) -> None:
+    """The server kept a checkpoint of where it was stopped; the device stood there too, without one of its own."""
+    assert host.run
+    host.run.pause()
+    host.close()
+    text = (tmp_path / "run" / "recipe.toml").read_text()
+    other = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    run = other.run
+    assert run
+    run.every = 5
+    session, told = other.open(True, run.run_id, (0, 5, 8), "")
+    assert told == 8
+    other.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)], step=8), Mock())
+    assert run.training
+    for _ in range(3):
+        run.training.learn(*BATCH)
+        run.keep(run.training.apply())
+    assert run.step == 11 and run.checkpoints.written >= {5, 8, 10}
+    # The device died before it kept one of step 10.
+    assert other.open(True, run.run_id, (0, 5), "")[1] == 5
+    # It tells of one after all: then the older ones may go.
+    run.checkpoints.confirm(10)
+    assert run.checkpoints.written == {8, 10}
+
+
+def test_what_was_taken_for_a_checkpoint_does_not_change(host: Host) -> None:
+    """It is written while the next thing may happen to the network already."""
+    run = host.run
+    assert run and run.training
+    taken = run.taken()
+    assert taken
+    before = {name: value.clone() for name, value in taken.tensors.items()}
+    run.training.learn(*BATCH)
+    run.training.apply()
+    for name, value in taken.tensors.items():
+        assert torch.equal(value, before[name]), name
