@@ -7,8 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from common import optim
 from common.recipe import METHODS
 
 EPOCHS = 20
@@ -47,8 +46,7 @@ restart = {restart}
 
 def precision() -> str:
     """bf16 where the processor multiplies it; where it must imitate it, fp32 is twice as fast."""
-    able = torch.cpu.get_capabilities()
-    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
+    return "fp32" if optim.imitated("bf16") else "bf16"
 
 
 # The cut of most rows, and a later one: 32 channels of 16x16, then 64 of 8x8 (vgg11: 128 of 8x8, 256 of 4x4).

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,6 +110,14 @@ def restore(optimiser: Optimiser, tensors: Mapping[str, torch.Tensor], source: s
         parameter = parameters[int(number)]
         # A count of steps stays on the processor, where it is needed.
         optimiser.state[parameter][name] = value.to("cpu" if name == "step" else parameter.device)
+
+
+def imitated(precision: str) -> str:
+    """What to tell a user whose processor has no instructions for a recipe's `precision`; empty where it has."""
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if precision != "bf16" or any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")):
+        return ""
+    return 'the recipe computes in bf16, which this processor imitates: precision = "fp32" in it is faster here'
 
 
 def arithmetic(precision: str, kind: str = "cpu") -> contextlib.AbstractContextManager[object]:

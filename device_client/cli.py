@@ -214,8 +214,11 @@ def train(
             _, height, width = opened.recipe.model.input
             _say(f"pictures are scaled to the model's {width}x{height}, not cropped; {loaded.scaled}.")
         init = RunFolder(head_path) if head_path else None
+        from common.optim import imitated
         from device_client.trainer import train as train_run
 
+        if slow := imitated(opened.recipe.precision):
+            _say(f"{slow}.")
         _compute_with(threads)
         summary = train_run(remote, loaded, folder, console, allowed, init, publish_head)
     finally:

@@ -117,6 +117,7 @@ def serve(
         parsed, text = recipes.load(recipe)
     import torch
 
+    from common.optim import imitated
     from edge_server.host import Host
     from edge_server.processor import choose
     from edge_server.server import Server, run
@@ -149,6 +150,8 @@ def serve(
         doing = f"waiting for a device to train {parsed.name}"
     if host.run and host.run.step:
         doing = f"waiting for its device to go on with {parsed.name} at step {host.run.step:,}"
+    if chosen.type == "cpu" and (slow := imitated(host.recipe.precision)):
+        console.print(f"[yellow]Note[/yellow]: {escape(slow)}.", highlight=False)
     where = f" The tail computes on {torch.cuda.get_device_name(chosen)}." if chosen.type == "cuda" else ""
     console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.{where}", highlight=False)
     caught = run(server, once)

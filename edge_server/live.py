@@ -253,19 +253,20 @@ class LiveRun:
             f"[yellow]Warning[/yellow]: no checkpoint of step {step}: {error}; training goes on", highlight=False
         )
 
-    def pause(self) -> None:
-        """Keep where the run stands, if no step or evaluation holds it up."""
+    def pause(self) -> bool:
+        """Keep where the run stands, unless a step or an evaluation is at work for too long; whether it was not."""
         training = self.training
-        if training and training.lock.acquire(timeout=_PAUSE_S):
-            try:
-                self.keep()
-            finally:
-                training.lock.release()
+        if not training or not training.lock.acquire(timeout=_PAUSE_S):
+            return False
+        try:
+            self.keep()
+        finally:
+            training.lock.release()
+        return True
 
     def rest(self) -> None:
         """The process ends."""
-        self.pause()
-        if self.training:
+        if self.pause() and self.training:
             self.training.close()
         self.folder.close()
 

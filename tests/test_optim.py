@@ -46,3 +46,9 @@ def test_it_moves_as_torch_does(recipe: OptimiserRecipe) -> None:
     for mine, other in zip(halves, copies, strict=True):
         for name, value in mine.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("able", "slow"), [({}, True), ({"amx_bf16": True}, False), ({"avx2": True}, True)])
+def test_who_must_imitate_bf16_is_told(able: dict[str, bool], slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert bool(optim.imitated("bf16")) is slow and not optim.imitated("fp32")
