@@ -38,7 +38,8 @@ def add_targets(rows: list[dict[str, Any]]) -> None:
     for model in {row["model"] for row in rows}:
         plain = [row["accuracy"] for row in rows if row["model"] == model and row["method"] == "plain"]
         for row in rows:
-            if row["model"] != model or not plain:
+            # On five classes it is another, easier task.
+            if row["model"] != model or not plain or recipe.parse(row["recipe"]).model.classes != 10:
                 continue
             row["target"] = statistics.mean(plain) - MARGIN
             met = [point["bytes"] for point in row["curve"] if point["accuracy"] >= row["target"]]

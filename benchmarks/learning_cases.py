@@ -159,13 +159,14 @@ CASES = [
         "linear", "context:10", "context:5",
     ),
     _linear("fixed width 8", 8, quick=True, main=True),
+    Case("fixed width 8, longer", "fixed", "[8, 32]", "linear", "context:15", "context:10"),
     Case(
         "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "context:20",
         start=KNOWN, lr=0.05, warmup=0, quick=True,
     ),
     Case(
         "prune to 8, head frozen at first", "prune",
-        "{ width = 8, epochs = 2, views = 1 }, { width = 8, epochs = 0.75, lr = 0.02 }", "linear",
+        "{ width = 8, epochs = 2, views = 1 }, { width = 8, epochs = 0.75 }", "linear",
         up="context:20", down="context:10", start=KNOWN, lr=0.05, warmup=0, quick=True, main=True,
     ),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),

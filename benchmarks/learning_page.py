@@ -35,6 +35,11 @@ def _bytes(rows: Rows) -> float:
     return statistics.mean(row["bytes_up"] + row["bytes_down"] for row in rows)
 
 
+def _epochs(row: dict[str, Any]) -> float:
+    """Steps that were trained, those on kept activations too, in passes over the row's pictures."""
+    return round(row["steps"] / (row["pictures"] // 128), 1)
+
+
 def rows_table(rows: Rows) -> str:
     """A line for each row of the benchmark, means over its seeds."""
     result = []
@@ -43,13 +48,14 @@ def rows_table(rows: Rows) -> str:
         reached = [row["bytes_to_target"] for row in group if row.get("bytes_to_target")]
         values = [100 * row["accuracy"] for row in group]
         result.append([
-            name, model, str(len(group)), f"{statistics.mean(values):.1f}", f"{min(values):.1f} to {max(values):.1f}",
+            name, model, str(len(group)), f"{_epochs(group[0]):g}",
+            f"{statistics.mean(values):.1f}", f"{min(values):.1f} to {max(values):.1f}",
             f"{_mean(group, 'bytes_up') / 1e6:,.1f}", f"{_mean(group, 'bytes_down') / 1e6:,.1f}",
             f"{_bytes(plain) / _bytes(group):,.1f}" if plain else "",
             f"{statistics.mean(reached) / 1e6:,.0f}" if len(reached) == len(group) else "not met",
             f"{_mean(group, 'wall_s'):,.0f}", f"{_mean(group, 'device_s'):,.0f}",
         ])  # fmt: skip
-    head = ["row", "model", "seeds", "accuracy", "from, to", "MB up", "MB down", "times fewer than plain",
+    head = ["row", "model", "seeds", "epochs", "accuracy", "from, to", "MB up", "MB down", "times fewer than plain",
             "MB to target", "wall s", "device s"]  # fmt: skip
     return table(head, result)
 

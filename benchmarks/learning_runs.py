@@ -146,7 +146,7 @@ def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]
 def _whole(case: Case, text: str, data: Dataset, epochs: int) -> dict[str, Any]:
     """Federated averaging, or training on pictures that were uploaded."""
     parsed, curve = recipe.parse(text), _Curve(len(data.train) // 128)
-    last: list[tuple[int, int]] = []
+    now: list[tuple[int, nn.Module, Meter]] = []
 
     @torch.no_grad()
     def accuracy(model: nn.Module) -> float:
@@ -160,19 +160,25 @@ def _whole(case: Case, text: str, data: Dataset, epochs: int) -> dict[str, Any]:
         model.train()
         return right / len(data.test)
 
+    def judge_now(step: int, model: nn.Module, meter: Meter) -> None:
+        started = time.monotonic()
+        found = accuracy(model)
+        curve.spent += time.monotonic() - started
+        curve.add(step, found, *_sent(meter))
+
     def watch(step: int, model: nn.Module, meter: Meter) -> None:
+        now[:] = [(step, model, meter)]
         if curve.due(step):
-            started = time.monotonic()
-            found = accuracy(model)
-            curve.spent += time.monotonic() - started
-            last[:] = [_sent(meter)]
-            curve.add(step, found, *last[0])
+            judge_now(*now[0])
 
     if case.method == "federated":
         busy = whole.federated(parsed, data, epochs, watch)
     else:
         busy = whole.central(parsed, data, epochs, _pictures.upload, watch)
-    (up, down), wall = last[0], curve.wall_s
+    step, _, meter = now[0]
+    if not curve.points or curve.points[-1]["step"] != step + 1:
+        judge_now(*now[0])
+    (up, down), wall = _sent(meter), curve.wall_s
     return {
         "accuracy": curve.points[-1]["accuracy"], "bytes_up": up, "bytes_down": down, "wall_s": round(wall, 1),
         "device_s": round(busy, 1), "steps": curve.points[-1]["step"], "phases": [], "curve": curve.points,

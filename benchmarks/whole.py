@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -52,6 +53,12 @@ def _course(recipe: Recipe, steps: int) -> Phase:
     return Phase(0, 0, 1, "fp32", "fp32", recipe.optimiser.lr, 0, steps)
 
 
+def _as_long_a_warmup(recipe: Recipe, steps: int, of: int) -> Recipe:
+    """The recipe with the share of `steps` to warm up in that it has of a central run's `of`."""
+    optimiser = replace(recipe.optimiser, warmup=round(recipe.optimiser.warmup * steps / of))
+    return replace(recipe, optimiser=optimiser)
+
+
 def central(recipe: Recipe, data: Dataset, epochs: int, size: int, watch: Watch) -> float:
     """Train on pictures that were uploaded once, of `size` bytes each; seconds on the device: none to speak of.
 
@@ -83,6 +90,7 @@ def federated(recipe: Recipe, data: Dataset, rounds: int, watch: Watch) -> float
     shares = list(_shares(data.train, recipe.seed))
     local = len(shares[0]) // recipe.data.batch
     course = _course(recipe, rounds * local)
+    recipe = _as_long_a_warmup(recipe, local, len(data.train) // recipe.data.batch)
     for number in range(rounds):
         sent = weights.to_bytes(model)
         total: dict[str, torch.Tensor] = {}

@@ -7,6 +7,8 @@ important ones (the paper's way), "linear" a learnt 1x1 map. Shapes: activation 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +84,12 @@ class LinearEncoder(_Sized):
         """Let z be the activation's channels in this order."""
         self.weight.copy_(torch.eye(self.channels)[order])
 
+    @torch.no_grad()
+    def close_from(self, width: int) -> None:
+        """Let the channels from `width` on be zero, until they learn to be more."""
+        self.weight[width:] = 0
+        self.bias[width:] = 0
+
 
 class LinearDecoder(_Sized):
     """x = D[:, :width] z + b: `weight` is D [C, C], its first columns are used, `bias` is b [C]."""
@@ -137,13 +145,19 @@ def build(kind: str, channels: int, seed: int) -> tuple[Encoder, Decoder]:
     return encoder, decoder
 
 
-def principal_components(activation: Tensor) -> tuple[Tensor, Tensor]:
-    """Components [C, C] (rows, largest variance first) and mean [C] of an activation [B, C, ...] over all else."""
-    channels = activation.shape[1]
-    points = activation.detach().transpose(0, 1).reshape(channels, -1).double()
-    mean = points.mean(dim=1)
-    centred = points - mean[:, None]
-    _, vectors = torch.linalg.eigh(centred @ centred.T / points.shape[1])
+def principal_components(activations: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Components [C, C] (rows, largest variance first) and mean [C] of activations [B, C, ...] over all else.
+
+    Batch by batch: all of them at once would take gigabytes where maps are large.
+    """
+    count, total, products = 0, torch.zeros(()), torch.zeros(())
+    for activation in activations:
+        points = activation.detach().transpose(0, 1).reshape(activation.shape[1], -1).double()
+        count += points.shape[1]
+        total = total + points.sum(dim=1)
+        products = products + points @ points.T
+    mean = total / count
+    _, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
     components = vectors.flip(1).T.contiguous()
     # eigh leaves the sign open; the largest entry is made positive so that equal data give equal components.
     largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))

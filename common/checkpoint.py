@@ -59,7 +59,8 @@ class Checkpoints:
         import safetensors.torch  # torch takes seconds to load: not for a command that only looks into a folder
 
         head = json.dumps({"step": step, "run_id": self.run_id, "digest": self.digest, "state": state})
-        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        # Copies, for tied weights share their memory, which safetensors refuses.
+        whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
         data = safetensors.torch.save(whole, {"deprune": head, "sha256": _digest(head, whole)})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

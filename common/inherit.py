@@ -40,6 +40,9 @@ def adopt(
     if isinstance(half, Tail):
         half.norms.start()
     if old == new:
+        if isinstance(half.bottleneck, LinearEncoder):
+            # Rows that were never sent are as they were drawn: with them, components would not be those of what was.
+            half.bottleneck.close_from(manifest.phase.width)
         return dict(half.state_dict())
     order = torch.tensor(manifest.phase.order or range(half.bottleneck.channels))
     if isinstance(half.bottleneck, LinearEncoder | LinearDecoder):

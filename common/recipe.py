@@ -212,6 +212,10 @@ class Recipe:
         _one_of("precision", self.precision, ("fp32", "bf16"))
         _demand(0 <= self.seed < 2**32, f"seed is {self.seed}; give 0 to 2^32 - 1")
         channels = self.model.input[0]
+        _demand(
+            self.data.crop < min(self.model.input[1:], default=65),
+            f"data.crop is {self.data.crop}; pictures of {list(self.model.input)} can be shifted by less than a side",
+        )
         for name, values in (("mean", self.data.mean), ("std", self.data.std)):
             _demand(len(values) in (1, channels), f"data.{name} has {len(values)} numbers; give 1 or {channels}")
         _demand(
@@ -235,6 +239,19 @@ class Recipe:
         _demand(
             kind != "none" or all(width == 0 for width in widths),
             'bottleneck.kind "none" sends all channels; write width 0 in the schedule, or choose channels or linear',
+        )
+        ranked = False
+        for phase in self.schedule.phases:
+            _demand(
+                not (kind == "channels" and phase.views and phase.width and not ranked),
+                'bottleneck.kind "channels" ranks them by their gradients, and none comes back in a phase with views: '
+                "put a phase without views before it, or choose linear",
+            )
+            ranked = ranked or (phase.width > 0 and not phase.views)
+        _demand(
+            self.optimiser.restart or not any(phase.lr for phase in self.schedule.phases),
+            "schedule.phases has an lr of its own, which needs optimiser.restart = true: without, the learning rate "
+            "falls once over the whole run",
         )
         _demand(
             kind != "none" or not self.schedule.nested,

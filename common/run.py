@@ -117,12 +117,17 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel, however the process ends
                 if not os.path.samestat(os.fstat(file.fileno()), (self.path / _LOCK).stat()):
                     raise BlockingIOError  # its last holder took it away just now
-            except OSError:
+            except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise RunFolderError(
                     f"run folder {self.path} is in use by {holder}; stop that first, or choose another --run"
                 ) from None
+            except OSError as error:
+                raise RunFolderError(
+                    f"run folder {self.path} cannot be locked against other processes ({error.strerror}); choose one "
+                    f"on a local disk"
+                ) from error
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()

@@ -16,7 +16,8 @@ from common.errors import ModelError
 def to_bytes(module: nn.Module) -> bytes:
     """safetensors bytes of the module's whole state (parameters and buffers)."""
     state = module.state_dict()
-    return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in state.items()})
+    # Copies: tied weights share their memory, which safetensors refuses.
+    return safetensors.torch.save({name: value.detach().cpu().clone().contiguous() for name, value in state.items()})
 
 
 def room(module: nn.Module) -> int:

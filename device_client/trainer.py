@@ -260,9 +260,11 @@ class Trainer:
         encoder.resize(self.start_width)
         self.head.eval()
         count = min(self.recipe.bottleneck.principal_pictures, len(self.data.train))
-        part = Part(self.data.train.pictures[:count], self.data.train.labels[:count])
-        sent = [torch.from_numpy(batch) for batch, _ in sent_batches(self.head, part, self.recipe)]
-        components, mean = principal_components(torch.cat(sent))
+        # Some of all classes: a folder lists one after the other.
+        chosen = batches.order(self.recipe.seed, 0, len(self.data.train))[:count]
+        part = Part(self.data.train.pictures[chosen], self.data.train.labels[chosen])
+        sent = (torch.from_numpy(batch) for batch, _ in sent_batches(self.head, part, self.recipe))
+        components, mean = principal_components(sent)
         encoder.rotate(components, mean)
         self.basis = np.concatenate([components.numpy(), mean.numpy()[None]])
         self.remote.send_basis(self.basis)

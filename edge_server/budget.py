@@ -86,6 +86,10 @@ class Budget:
             )
             for entry in recipe.schedule.phases
         ]  # fmt: skip
+        self._widest = [
+            Load(entry.width or channels, load.activation, load.gradient)
+            for entry, load in zip(recipe.schedule.phases, self._loads, strict=True)
+        ]  # an evaluation takes all that a nested phase has
         self._channels = channels
         self._ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
         self.ends = ends_of(recipe.schedule, steps_per_epoch)
@@ -116,10 +120,11 @@ class Budget:
         spent = self._spent
         if not spent.steps:
             return True
-        ahead = _AHEAD * (spent.up + spent.down + _FRAMING) + self._judging(self._test, self._loads[-1])
+        ahead = _AHEAD * (spent.up + spent.down + _FRAMING) + self._judging(self._test, self._widest[-1])
         load = _load(coming.widths, coming.activation_codec, coming.gradient_codec)
         if validates:
-            ahead += self._judging(self._validation, load)
+            widest = Load(coming.width, coming.activation_codec, coming.gradient_codec)
+            ahead += self._judging(self._validation, widest)
         if load != spent.load:
             ahead += (_AHEAD + (self._ranking if coming.kind == RANK else 0)) * sum(load.of_step(spent))
         return spent.total + ahead <= self._allowed
@@ -133,8 +138,8 @@ class Budget:
         coming = range(entry, len(self._loads))
         costs = {other: self._step(other) for other in coming}
         for other in coming:
-            costs[other] += self._judging(self._validation, self._loads[other]) / self._epoch
-        left = self._allowed - spent.total - costs[entry] - self._judging(self._test, self._loads[-1])
+            costs[other] += self._judging(self._validation, self._widest[other]) / self._epoch
+        left = self._allowed - spent.total - costs[entry] - self._judging(self._test, self._widest[-1])
         # Where choosing channels would take nearly all, better a good first phase than none.
         left -= min(left / 2, sum(self._to_rank(other) for other in coming[1:]))
         whole = sum(self._asked[other] * costs[other] for other in coming)

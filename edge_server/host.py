@@ -83,6 +83,7 @@ class Host:
         host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed)
         _check_sizes(recipe, halves, host.limits.elements)
+        _check_output(recipe, halves)
         saved = None if overwrite else folder.unfinished()
         if saved and saved["digest"] != recipe.digest():
             raise RunFolderError(
@@ -298,6 +299,20 @@ class Host:
         return self._first_head
 
 
+def _check_output(recipe: Recipe, halves: Halves) -> None:
+    """ModelError where the model does not end in a number for each class: better now than in the first step."""
+    halves.head.eval(), halves.tail.eval()
+    with torch.no_grad():
+        sent = halves.head(torch.zeros(1, *recipe.model.input))
+        logits = halves.tail.layers(halves.tail.bottleneck(sent))
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, recipe.model.classes):
+        what = f"of shape {list(logits.shape[1:])}" if isinstance(logits, torch.Tensor) else "that is no tensor"
+        raise ModelError(
+            f"the model {recipe.model.name} has an output {what}; {recipe.model.classes} numbers a picture were "
+            f"expected, one for each class: change model.classes, or the model"
+        )
+
+
 def _check_whole(training: Training) -> None:
     if training.spoiled:
         raise SessionError("a step failed half-way, and the run goes on from a checkpoint; open another session")
@@ -318,6 +333,12 @@ def _check_sizes(recipe: Recipe, halves: Halves, most: int) -> None:
             f"the schedule flips or shifts what was kept by {largest_shift} places, which an activation of shape "
             f"{list(halves.cut)} at the cut {recipe.model.cut} does not allow; leave them out"
         )
+    for phase in recipe.schedule.phases:
+        if phase.nested and max(phase.nested) >= (phase.width or channels):
+            raise ModelError(
+                f"the schedule has nested {list(phase.nested)}, and {phase.width or channels} channels cross at most "
+                f"in that phase: give narrower ones"
+            )
     too_wide = [width for width in recipe.schedule.width_list if width > channels]
     if too_wide:
         raise ModelError(

@@ -50,6 +50,7 @@ def _split(whole: Mapping[str, torch.Tensor], halves: Halves, source: str) -> In
     unknown = whole.keys() - set(halves.head.layers.state_dict()) - set(halves.tail.layers.state_dict())
     if unknown:
         raise ModelError(f"the weights in {source} are of another model: it has the unknown {sorted(unknown)[0]}")
+    halves.tail.norms.start()
     return Initial(halves.head.state_dict(), halves.tail.state_dict())
 
 

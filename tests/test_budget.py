@@ -122,6 +122,24 @@ def test_a_run_spends_its_budget_and_no_more(digits: Dataset) -> None:
     assert "of messages were spent of a budget of 500.0 kB." in shown and "width 2 → 4." in shown
 
 
+def test_evaluations_of_a_nested_phase_take_its_whole_width() -> None:
+    """Its steps draw narrower ones too, and say nothing of that by themselves."""
+    phases = "phases = [{ width = 8, epochs = 60, nested = [1, 2] }]\nbudget_mb = 3"
+    recipe = parse(recipe_text("fixed", bottleneck='kind = "linear"', codec=CODEC, schedule=phases))
+    test, channel = 10_000, 100  # pictures, and bytes that a channel of a batch takes
+    coordinator = Coordinator(recipe, CHANNELS, EPOCH, Budget(recipe, CHANNELS, EPOCH, BATCH, Beside(0, test)))
+    books, then, step = Books(0, 5000), pb.STEP, 0
+    coordinator.book(books)  # type: ignore[arg-type]
+    while then != pb.FINISH:
+        phase = coordinator.phase
+        books.add(channel * phase.width_at(recipe.seed, step), channel * phase.width_at(recipe.seed, step))
+        then = coordinator.after_step(step).then
+        coordinator.book(books, phase)  # type: ignore[arg-type]
+        step += 1
+    books.add(channel * 8 * test / BATCH, 0)
+    assert 0.85 * 3e6 < sum(books.spent.values()) + 160 * step <= 3e6
+
+
 def test_a_published_head_is_in_the_budget(digits: Dataset) -> None:
     """It crosses when all steps are done: what it takes is set aside from the first."""
     kept, published = (

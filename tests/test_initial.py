@@ -1,18 +1,29 @@
-"""First weights from a .safetensors of the whole model, or from a run that was cut elsewhere."""
+"""First weights: of the whole model, of a run that was cut elsewhere or was narrower; models that cannot be trained."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from rich.console import Console
+from torch import nn
 
+from benchmarks import inprocess
 from benchmarks.recipes import recipe_text
-from common import halves, models
+from common import halves, models, weights
+from common.bottleneck import principal_components
 from common.errors import ModelError, RunFolderError
+from common.inherit import adopt
 from common.recipe import load, parse
-from common.run import RunFolder
+from common.run import Manifest, RunFolder
+from common.schedule import Phase
+from device_client import data, trainer
+from device_client.data import Dataset, Part
+from edge_server.host import Host
 from edge_server.initial import initial_weights
 from tests.conftest import Run
 
@@ -52,3 +63,96 @@ def test_a_run_goes_on_at_another_cut(plain_run: Run, deprune_run: Run) -> None:
     recipe = parse(recipe_text("fixed", model=table.format("stage2_1_relu2", deprune_run.path)))
     with pytest.raises(RunFolderError, match="without a linear bottleneck"):
         initial_weights(recipe, halves.build(recipe), ())
+
+
+def test_going_on_from_a_narrower_bottleneck_keeps_its_map() -> None:
+    """Channels that were never sent are noise, and must not be among the principal components of those that were."""
+    recipe = parse(recipe_text("deprune", bottleneck='kind = "linear"', schedule="phases = [[2, 1], [8, 1]]"))
+    trained, fresh = halves.build(recipe), halves.build(recipe)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for half in (trained.head, trained.tail):
+            half.bottleneck.weight.normal_()
+            half.bottleneck.bias.normal_()
+    manifest = Manifest("run", recipe.digest(), (), Phase(0, 0, 8, "fp32", "fp32", 0.1, 0, 1), True)
+    for new, old in ((fresh.head, trained.head), (fresh.tail, trained.tail)):
+        adopt(new, old.state_dict(), recipe, recipe, manifest)
+    activation = torch.randn(64, trained.channels, 4, 4).relu()
+
+    def mapped(of: halves.Halves, width: int) -> torch.Tensor:
+        for half in (of.head, of.tail):
+            half.bottleneck.resize(width)
+        with torch.no_grad():
+            return of.tail.bottleneck(of.head.bottleneck(activation))
+
+    expected = mapped(trained, 8)
+    fresh.head.bottleneck.resize(fresh.channels)
+    components, mean = principal_components([fresh.head.bottleneck(activation)])
+    fresh.head.bottleneck.rotate(components, mean)
+    fresh.tail.bottleneck.rotate(components, mean)
+    assert (mapped(fresh, 8) - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_principal_components_are_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder lists one class after the other."""
+    digits = data.load("digits", (1, 16, 16), 3, 0.0, limit=400)
+    order = np.argsort(digits.train.labels, kind="stable")
+    sorted_ = Part(digits.train.pictures[order], digits.train.labels[order])
+    seen: list[Part] = []
+    whole = trainer.sent_batches
+    monkeypatch.setattr(
+        trainer, "sent_batches", lambda head, part, recipe: seen.append(part) or whole(head, part, recipe)
+    )
+    bottleneck = 'kind = "linear"\nstart = "principal"\nprincipal_pictures = 64'
+    text = recipe_text("fixed", bottleneck=bottleneck, schedule="phases = [[4, 0.1]]")
+    inprocess.train(text, Dataset(digits.classes, sorted_, digits.validation, digits.test, ()))
+    assert len(seen[0]) == 64 and len(set(seen[0].labels.tolist())) == 10
+
+
+def test_tied_weights_can_be_kept() -> None:
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    again = weights.from_bytes(weights.to_bytes(tied), "here")
+    assert torch.equal(again["0.weight"], again["1.weight"])
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 12), nn.Linear(12, 10)
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.first(pictures.mean(dim=(1, 2)))
+        logits = self.second(hidden)
+        return logits, logits
+
+
+class SevenOutputs(TwoOutputs):
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.second(self.first(pictures.mean(dim=(1, 2))))[:, :7]
+
+
+def two_outputs(_input: tuple[int, ...], _classes: int) -> nn.Module:
+    return TwoOutputs()
+
+
+def seven_outputs(_input: tuple[int, ...], _classes: int) -> nn.Module:
+    return SevenOutputs()
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"), [("two_outputs", "that is no tensor"), ("seven_outputs", r"shape \[7\]")]
+)
+def test_models_whose_output_is_not_one_number_a_class(factory: str, words: str, tmp_path: Path) -> None:
+    name = f"tests.test_initial:{factory}"
+    text = recipe_text(model=f'name = "{name}"\ninput = [1, 16, 16]\nclasses = 10\ncut = "first"')
+    with pytest.raises(ModelError, match=words):
+        Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(file=io.StringIO()), (name,), False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nested_widths_that_cannot_cross(tmp_path: Path) -> None:
+    schedule = "phases = [{ width = 0, epochs = 1, nested = [2, 64] }]"
+    text = recipe_text("fixed", bottleneck='kind = "linear"', schedule=schedule)
+    with pytest.raises(ModelError, match=r"nested \[2, 64\], and 32 channels cross"):
+        Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(file=io.StringIO()), (), False)

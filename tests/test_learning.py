@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks import learning, whole
 from benchmarks.learning_cases import CASES, CUTS, shortened
+from benchmarks.recipes import recipe_text
 from common import halves, weights
 from common.meter import DOWN, UP, Meter
 from common.recipe import parse
@@ -94,7 +95,7 @@ def _row(name: str, method: str, seed: int, curve: list[tuple[float, int]]) -> d
     total = curve[-1][1]
     return {
         "name": name, "method": method, "model": "tiny", "seed": seed, "accuracy": curve[-1][0], "bytes_up": total - 1,
-        "bytes_down": 1, "curve": points,
+        "bytes_down": 1, "curve": points, "recipe": recipe_text(),
     }  # fmt: skip
 
 

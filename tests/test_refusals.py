@@ -255,6 +255,12 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
             'write "step" or "context" in [codec], which has "auto" by default',
         ),
         ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
+        ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
+        ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
+        (
+            {"bottleneck": 'kind = "channels"', "schedule": "phases = [{ width = 4, epochs = 2, views = 1 }]"},
+            "none comes back in a phase with views: put a phase without views before it",
+        ),
     ],
 )
 def test_recipes(change: dict[str, str], words: str) -> None:
