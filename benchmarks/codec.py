@@ -228,7 +228,8 @@ def main() -> None:
     source = options.source if options.source.startswith("npz:") or Path(where).is_dir() else "digits"
     if source == "digits":
         console.print(f"{where} is not there: the tensors come from the bundled digits, enlarged, not from CIFAR-10.")
-    folder = Path("runs/tensors") / ("digits" if source == "digits" else "pictures")
+    pictures = "digits" if source == "digits" else Path(where).stem
+    folder = Path("runs/tensors") / pictures
     samples = tensors.samples(folder, lambda: load(source, (3, 32, 32), 0, 0.0))
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -255,7 +256,7 @@ def main() -> None:
         row |= {
             "machine": machine(),
             "date": date.today().isoformat(),
-            "source": "digits" if source == "digits" else "CIFAR-10",
+            "source": pictures,
         }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(rows, indent=1) + "\n")

@@ -44,7 +44,7 @@ gradient = "{down}"
 phases = [[0, 1]]
 """
 UNSPLIT = """
-import sys, time, torch
+import statistics, sys, time, torch
 from torch.nn import functional
 from common import models, optim
 from common.recipe import OptimiserRecipe
@@ -54,24 +54,25 @@ torch.manual_seed(0)
 model = models.build("resnet20", (3, 32, 32), 10).train()
 optimiser = optim.build(OptimiserRecipe(), model, torch.nn.Identity())
 pictures, labels = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
+times = []
 for step in range(steps):
-    if step == warmup:
-        started = time.perf_counter()
+    started = time.perf_counter()
     optimiser.zero_grad()
     functional.cross_entropy(model(pictures), labels).backward()
     optimiser.step()
-print((time.perf_counter() - started) / (steps - warmup))
+    times.append(time.perf_counter() - started)
+print(statistics.median(times[warmup:]))
 """
 
 
 def unsplit(threads: int) -> float:
-    """Seconds a step of the whole model in one process."""
+    """Seconds a step of the whole model in one process, in the median."""
     line = [sys.executable, "-c", UNSPLIT, str(STEPS), str(WARMUP), str(threads)]
     return float(subprocess.run(line, env=pair.environment(), check=True, capture_output=True, text=True).stdout)
 
 
 def split(codec: str, threads: int, folder: Path, data: Path) -> tuple[float, dict[str, float]]:
-    """Seconds a step of the two processes, and where they go."""
+    """Seconds a step of the two processes, in the median, and where they go."""
     recipe = folder / "recipe.toml"
     up, down = CODECS[codec]
     recipe.write_text(RECIPE.format(up=up, down=down))
@@ -80,15 +81,16 @@ def split(codec: str, threads: int, folder: Path, data: Path) -> tuple[float, di
         train = ("train", address, "--data", f"npz:{data}", "--run", folder / "device", "--overwrite")
         pair.device(*train, "--threads", threads, capture_output=True, check=True)
         process.wait(timeout=60)
-    sides = {}
+    steps, sides = {}, {}
     for side in ("device", "server"):
         lines = [json.loads(line) for line in (folder / side / "metrics.jsonl").read_text().splitlines()][WARMUP:]
-        sides[side] = {name: statistics.median(line["seconds"][name] for line in lines) for name in lines[0]["seconds"]}
+        steps[side] = [line["seconds"] for line in lines]
+        sides[side] = {name: statistics.median(step[name] for step in steps[side]) for name in steps[side][0]}
     device, server = sides["device"], sides["server"]
     ours = {"head": device["head"], "tail": server["tail"]}
     for name in ("encode", "decode"):
         ours |= {f"{name} on {side}": sides[side][name] for side in sides}
-    total = sum(device.values())
+    total = statistics.median(sum(step.values()) for step in steps["device"])
     # What the device waited for beyond the server's own work: gRPC, copies, the kernel, switching processes.
     return total, ours | {"wire": total - sum(ours.values())}
 
