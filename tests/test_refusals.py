@@ -20,9 +20,8 @@ import pytest
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
 from common import wire
-from common.errors import DepruneError, FrameError, RecipeError, TooLargeError, VersionError, from_rpc
+from common.errors import DepruneError, FrameError, TooLargeError, VersionError, from_rpc
 from common.meter import Draft
-from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.wire import Place
@@ -223,53 +222,6 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"optimiser": "learning_rate = 1"}, "unknown key optimiser.learning_rate"),
-        ({"optimiser": 'lr = "fast"'}, "optimiser.lr is 'fast'; give a number"),
-        ({"data": "batch = true"}, "data.batch is True; give a whole number"),
-        (
-            {"codec": 'activation = "jpeg"'},
-            "codec.activation is 'jpeg': there is no codec 'jpeg'; there are fp32, fp16, int8",
-        ),
-        ({"schedule": "phases = [[0, 1, 2]]"}, "schedule.phases[0] has 3 items; give [width, epochs]"),
-        (
-            {
-                "top": 'name = "x"\nmethod = "deprune"',
-                "bottleneck": 'kind = "linear"',
-                "schedule": "phases = [[16, 1], [8, 1]]",
-            },
-            'the schedule has [16, 8]: put the widths in rising order (0 is all), or take method "prune"',
-        ),
-        ({"top": 'name = "x"\nmethod = "deprune"'}, 'bottleneck.kind is "none": choose channels or linear'),
-        ({"schedule": "phases = [[4, 1]]"}, 'bottleneck.kind "none" sends all channels'),
-        ({"schedule": 'kind = "plateau"\nwidths = [0]'}, "needs data.validation above 0"),
-        ({"schedule": "phases = [[0, 1]]\nbudget_mb = -1"}, "schedule.budget_mb is -1.0; give 0 (no limit) or more"),
-        ({"schedule": 'kind = "plateau"\nwidths = [0]\nbudget_mb = 1'}, "a plateau decides its own length"),
-        (
-            {"schedule": "phases = [{ width = 0, epochs = 2, views = 1 }]\nbudget_mb = 1"},
-            "send each picture a given number of times: leave one of the two out",
-        ),
-        (
-            {"codec": 'activation = "auto:20"', "schedule": "phases = [[0, 1]]\nbudget_mb = 1"},
-            'write "step" or "context" in [codec], which has "auto" by default',
-        ),
-        ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
-        ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
-        ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
-        (
-            {"bottleneck": 'kind = "channels"', "schedule": "phases = [{ width = 4, epochs = 2, views = 1 }]"},
-            "none comes back in a phase with views: put a phase without views before it",
-        ),
-    ],
-)
-def test_recipes(change: dict[str, str], words: str) -> None:
-    with pytest.raises(RecipeError) as refused:
-        parse(recipe_text(**change), "my.toml")
-    assert words in str(refused.value) and str(refused.value).startswith("my.toml: ")
-
-
-@pytest.mark.parametrize(
     ("model", "words"),
     [
         ('name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage9"', "there is no cut 'stage9'"),
@@ -402,12 +354,3 @@ def test_a_port_that_is_taken(server: str, tmp_path: Path) -> None:
     assert done.returncode == 1 and f"cannot listen on {server}: Address already in use" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, "nothing of gRPC's own"
     assert not (tmp_path / "run").exists()
-
-
-def test_codecs_that_a_recipe_leaves_out() -> None:
-    """The recommended ones, but for plain, which has none."""
-    for method, expected in (("plain", ("fp32", "fp32")), ("fixed", ("auto:20", "auto:5"))):
-        text = recipe_text(method)
-        start, end = text.index("[codec]"), text.index("[schedule]")
-        codec = parse(text[:start] + text[end:]).codec
-        assert (codec.activation, codec.gradient) == expected
