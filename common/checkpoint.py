@@ -55,12 +55,14 @@ class Checkpoints:
     written: set[int] = field(default_factory=set)  # steps of those that are here and sound
 
     def write(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Keep a checkpoint and drop those that are needed no more; RunFolderError, and none lost, without room."""
+        """Keep a checkpoint and drop those that are needed no more; RunFolderError, and none lost, without room.
+
+        `tensors` share no memory, as tied weights do: safetensors refuses that.
+        """
         import safetensors.torch  # torch takes seconds to load: not for a command that only looks into a folder
 
         head = json.dumps({"step": step, "run_id": self.run_id, "digest": self.digest, "state": state})
-        # Copies, for tied weights share their memory, which safetensors refuses.
-        whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+        whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         data = safetensors.torch.save(whole, {"deprune": head, "sha256": _digest(head, whole)})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

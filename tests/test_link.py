@@ -18,7 +18,7 @@ from device_client.link import Stream, Trouble
 from device_client.remote_tail import RemoteTail
 
 
-class _Lost(grpc.RpcError):
+class Lost(grpc.RpcError):
     """A call that raises itself where the link is lost, as gRPC's calls do."""
 
     def __next__(self) -> None:
@@ -40,7 +40,7 @@ class _Batch:
 
 def _step() -> weakref.ref[_Batch]:
     batch = _Batch()
-    stream = Stream(lambda _: _Lost(), "127.0.0.1:1", watched=False)
+    stream = Stream(lambda _: Lost(), "127.0.0.1:1", watched=False)
     with pytest.raises(LinkError):
         stream.receive(Draft(Meter()))
     return weakref.ref(batch)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import grpc
 import pytest
 import safetensors.torch
 import torch
@@ -37,6 +36,7 @@ from edge_server.host import Host
 from edge_server.live import LiveRun
 from edge_server.servicer import Servicer
 from edge_server.training import Training
+from tests.test_link import Lost
 
 EVERY = 4
 CODEC = 'activation = "step:15"\ngradient = "step:10"'
@@ -70,19 +70,6 @@ CASES = {
 
 class _Killed(Exception):
     pass
-
-
-class Lost(grpc.RpcError):
-    """What a call raises where the link is gone."""
-
-    def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.UNAVAILABLE
-
-    def details(self) -> str:
-        return "lost"
-
-    def trailing_metadata(self) -> tuple[()]:
-        return ()
 
 
 def server_of(path: Path, text: str) -> Host:
@@ -242,7 +229,7 @@ class _Cut(RemoteTail):
             def __next__(self) -> Any:
                 if self.answered:
                     call._frames.close()
-                    raise Lost
+                    raise Lost()
                 self.answered = True
                 return next(call)
 
