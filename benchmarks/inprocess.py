@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import torch
 from rich.console import Console
 
 from common import recipe as recipes
+from common.halves import CPU
 from common.run import RunFolder
 from common.schedule import Phase
 from device_client.data import Dataset
@@ -101,18 +103,27 @@ Watch = Callable[[int, Phase, Trainer, Training], None]
 
 def train(
     text: str, data: Dataset, remote_class: type[RemoteTail] = RemoteTail, folder: Path | None = None,
-    watch: Watch | None = None, limits: Limits | None = None, publish: bool = False, **remote: Any,
+    watch: Watch | None = None, limits: Limits | None = None, publish: bool = False, processor: torch.device = CPU,
+    **remote: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the recipe in `text` on `data`; the device's summary.
 
     `remote_class`: a RemoteTail that also looks on. `folder`: where the two run folders are kept, `device` and
-    `server`, if they are. `watch` sees the halves as they are after each step.
+    `server`, if they are. `watch` sees the halves as they are after each step;
+    both compute on `processor`.
     """
     quiet = Console(file=io.StringIO())
     with contextlib.ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         host = Host.to_train(
-            recipes.parse(text), text, RunFolder(place / "server"), quiet, (), folder is not None, limits
+            recipes.parse(text),
+            text,
+            RunFolder(place / "server"),
+            quiet,
+            (),
+            folder is not None,
+            limits,
+            processor,
         )
         stack.callback(host.close)
         tail = remote_class("127.0.0.1:1", stub=Stub(Servicer(host)), **remote)
@@ -120,7 +131,7 @@ def train(
         tail.open(trains=True)
         run = RunFolder(place / "device")
         run.prepare(overwrite=folder is not None)
-        trainer = Trainer(tail, data, run, quiet)
+        trainer = Trainer(tail, data, run, quiet, processor)
         trainer.prepare((), None)
         if watch:
             _observe(watch, trainer, host)

@@ -14,7 +14,9 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from rich.table import Table
 from benchmarks.learning_cases import CASES, CUTS, Case
 from benchmarks.learning_runs import Job, is_kept, recipe_of, run, start
 from common import recipe
+from common.files import write_atomically
 
 RESULTS = Path("benchmarks/results")
 PICTURES, QUICK_PICTURES = 20_000, 4_000
@@ -36,16 +39,17 @@ MARGIN = 0.005
 def add_targets(rows: list[dict[str, Any]]) -> None:
     """Put the target, plain's mean accuracy less MARGIN, and the bytes until it was first met into every row."""
     for model in {row["model"] for row in rows}:
-        plain = [row["accuracy"] for row in rows if row["model"] == model and row["method"] == "plain"]
+        plain = [row["accuracy"] for row in rows if row["model"] == model and row["name"] == "plain"]
         for row in rows:
             # On five classes it is another, easier task.
             if row["model"] != model or not plain or recipe.parse(row["recipe"]).model.classes != 10:
                 continue
             row["target"] = statistics.mean(plain) - MARGIN
-            met = [point["bytes"] for point in row["curve"] if point["accuracy"] >= row["target"]]
-            if row["accuracy"] >= row["target"]:
-                met.append(row["bytes_up"] + row["bytes_down"])
-            row["bytes_to_target"] = min(met, default=None)
+            ends = {"bytes": row["bytes_up"] + row["bytes_down"], "context": row["context_up"] + row["context_down"]}
+            points = [*row["curve"], {"accuracy": row["accuracy"], **ends}]
+            met = [point for point in points if point["accuracy"] >= row["target"]]
+            for coder in ends:
+                row[f"{coder}_to_target"] = min((point[coder] for point in met), default=None)
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -94,33 +98,69 @@ def is_current(row: dict[str, Any], quick: bool) -> bool:
     return old == new
 
 
-def waves(
-    chosen: Sequence[Case], seeds: Sequence[int], model: str, quick: bool, done: set[tuple[str, int, str]]
-) -> tuple[list[Job], list[Job]]:
-    """The runs that have no row yet, in two waves: the second starts from the networks of the first.
+def planned(
+    chosen: Sequence[tuple[Case, str]], seeds: Sequence[int], quick: bool, done: set[tuple[str, int, str]]
+) -> tuple[list[Job], dict[Job, list[Job]]]:
+    """The runs of `chosen`, cases and models, that have no row yet, the long ones first; and for each those that start
+    from its network.
 
     Rows outlive the networks they trained (runs/ is nobody's to keep): one that is started from and gone is trained
     again.
     """
+    cases = {case.name: case for case in CASES}
     todo = [
-        (case.name, seed, model, quick) for case in chosen for seed in seeds if (case.name, seed, model) not in done
+        (case.name, seed, model, quick)
+        for case, model in chosen
+        for seed in seeds
+        if (case.name, seed, model) not in done
     ]
-    starts = {case.name: case.start for case in chosen}
-    needed = dict.fromkeys((starts[job[0]], *job[1:]) for job in todo if starts[job[0]])
-    first = [job for job in needed if job in todo or not is_kept(job)]
-    return first, [job for job in todo if job not in first]
+    after: dict[Job, list[Job]] = {}
+    for job in todo:
+        if start := cases[job[0]].start:
+            after.setdefault((start, *job[1:]), []).append(job)
+    free = [job for job in todo if not cases[job[0]].start]
+    missing = [job for job in after if job not in free and not is_kept(job)]
+    ready = [job for begun, jobs in after.items() if begun not in free and is_kept(begun) for job in jobs]
+    # What others wait for begins first.
+    models = list(dict.fromkeys(model for _, model in chosen))
+    first = sorted([*missing, *free], key=lambda job: (job not in after, models.index(job[2]), -cases[job[0]].epochs))
+    return [*first, *ready], {job: after.get(job, []) for job in first}
+
+
+def trained(
+    jobs: Sequence[Job], after: dict[Job, list[Job]], workers: int, setting: tuple[str, int, str]
+) -> Iterator[tuple[Job, dict[str, Any] | None, str]]:
+    """Each job with its row as it is done, or with what went wrong: the others go on."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, start, setting) as pool:
+        ready, going = deque(jobs), dict[Future[dict[str, Any]], Job]()
+        while ready or going:
+            while ready and len(going) < workers:
+                job = ready.popleft()
+                going[pool.submit(run, job)] = job
+            ended, _ = wait(going, return_when=FIRST_COMPLETED)
+            for future in ended:
+                job = going.pop(future)
+                if error := future.exception():
+                    yield job, None, f"{type(error).__name__}: {error}"
+                    continue
+                ready.extendleft(after.get(job, []))
+                yield job, future.result(), ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
     parser.add_argument("--quick", action="store_true", help="a few rows on few pictures; some 20 minutes without AMX")
-    parser.add_argument("--model", default="tiny", choices=CUTS, help="the larger ones have fewer rows and epochs")
+    parser.add_argument(
+        "--model", action="append", choices=CUTS, help="tiny unless given; the larger ones have fewer rows and epochs"
+    )
     parser.add_argument(
         "--only", action="append", help="a row, and what it starts from; or rows whose names contain it"
     )
     parser.add_argument("--seeds", type=int, help=f"how many; default {SEEDS}, quick {QUICK_SEEDS}")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="cpu", help="where both halves compute: cpu, cuda, cuda:NUMBER or auto")
     options = parser.parse_args()
     console = Console()
     if not console.is_terminal:
@@ -128,35 +168,40 @@ def main() -> None:
     result = RESULTS / ("learning-quick.json" if options.quick else "learning.json")
     rows = json.loads(result.read_text()) if result.is_file() else []
     seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-    larger = options.model != "tiny" and not options.only
     chosen = [
-        case
+        (case, model)
+        for model in options.model or ["tiny"]
         for case in CASES
-        if (case.quick or not options.quick) and (case.main or not larger) and is_wanted(case.name, options.only)
+        if (case.quick or not options.quick)
+        and (case.main or model == "tiny" or options.only)
+        and is_wanted(case.name, options.only)
     ]
     done = {(row["name"], row["seed"], row["model"]) for row in rows if is_current(row, options.quick)}
-    jobs = waves(chosen, seeds, options.model, options.quick, done)
-    started, count = time.monotonic(), 0
-    total = sum(map(len, jobs))
+    jobs, after = planned(chosen, seeds, options.quick, done)
+    started, count, failures = time.monotonic(), 0, 0
+    total = len(jobs) + sum(map(len, after.values()))
     pictures = QUICK_PICTURES if options.quick else PICTURES
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(options.workers, start, (options.source, pictures)) as pool:
-        for wave in jobs:
-            for row in pool.imap_unordered(run, wave):
-                same = [row[key] for key in ("name", "seed", "model")]
-                rows = [other for other in rows if [other[key] for key in ("name", "seed", "model")] != same]
-                rows.append(row)
-                count += 1
-                add_targets(rows)
-                RESULTS.mkdir(parents=True, exist_ok=True)
-                result.write_text(json.dumps(rows, indent=1) + "\n")
-                minutes = (time.monotonic() - started) / count * (total - count) / 60
-                console.print(
-                    f"{row['name']}, seed {row['seed']}: {row['accuracy']:.2%}, "
-                    f"{(row['bytes_up'] + row['bytes_down']) / 1e6:,.1f} MB; {total - count} runs left, "
-                    f"about {minutes:.0f} min", highlight=False,
-                )  # fmt: skip
+    for job, row, error in trained(jobs, after, options.workers, (options.source, pictures, options.device)):
+        count += 1
+        left = total - count
+        minutes = (time.monotonic() - started) / count * left / 60
+        if not row:
+            failures += 1
+            console.print(f"{job[0]}, {job[2]}, seed {job[1]}: failed, {error}", style="red", highlight=False)
+            continue
+        rows = [other for other in rows if (other["name"], other["seed"], other["model"]) != job[:3]]
+        rows.append(row)
+        add_targets(rows)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write_atomically(result, (json.dumps(rows, indent=1) + "\n").encode())
+        console.print(
+            f"{job[0]}, {job[2]}, seed {job[1]}: {row['accuracy']:.2%}, "
+            f"{(row['bytes_up'] + row['bytes_down']) / 1e6:,.1f} MB in {row['wall_s']:,.0f} s; {left} runs left, "
+            f"about {minutes:.0f} min", highlight=False,
+        )  # fmt: skip
     show(console, rows)
+    if failures:
+        raise SystemExit(f"{failures} of {total} runs failed")
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ restart = {restart}
 """
 
 
-def precision() -> str:
-    """bf16 where the processor multiplies it; where it must imitate it, fp32 is twice as fast."""
-    return "fp32" if optim.imitated("bf16") else "bf16"
+def precision(kind: str = "cpu") -> str:
+    """bf16 where such a processor multiplies it; where it must imitate it, fp32 is twice as fast."""
+    return "fp32" if kind == "cpu" and optim.imitated("bf16") else "bf16"
 
 
 # The cut of most rows, and a later one: 32 channels of 16x16, then 64 of 8x8 (vgg11: 128 of 8x8, 256 of 4x4).
@@ -56,8 +56,8 @@ CUTS = {
     "mobilenetv2": ("stage3_0_out", "stage4_0_out"),
     "vgg11": ("stage2_pool", "stage3_pool"),
 }
-# Epochs as a share of a row's own where it starts from nothing: a step of these takes a processor several times longer.
-SHARES = {"resnet20": 0.3, "mobilenetv2": 0.3, "vgg11": 0.3}
+# Epochs as a share of a row's own where it starts from nothing: a step of these takes several times longer.
+SHARES = {"resnet20": 0.5, "mobilenetv2": 0.5, "vgg11": 0.5}
 QUICK_SHARE = 0.5
 # Which pictures a row trains on: a half of those that are read, all classes or five of them.
 ALL, OTHERS, LAST_FIVE, FIRST_FIVE = "all", "others", "last five", "first five"
@@ -83,7 +83,13 @@ class Case:
     quick: bool = False  # in the quick benchmark too
     main: bool = False  # of the larger networks too
 
-    def recipe(self, model: str, seed: int, init: str, quick: bool = False) -> str:
+    @property
+    def epochs(self) -> float:
+        """Of all phases, without the shares that larger networks and the quick benchmark take."""
+        return sum(whole[1] if isinstance(whole, list) else whole["epochs"] for whole in _parsed(self.phases))
+
+    def recipe(self, model: str, seed: int, init: str, quick: bool = False, kind: str = "cpu") -> str:
+        """`kind` of processor: what it computes in follows from it."""
         classes = 10 if self.part in (ALL, OTHERS) else 5
         method = self.method if self.method in METHODS else "plain"
         phases = self.phases if self.start else shortened(self.phases, share(model, quick))
@@ -91,7 +97,7 @@ class Case:
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
             init=f"run:{init}" if init else "", kind=self.kind, basis=self.basis, up=self.up, down=self.down,
             phases=phases, lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(),
-            precision=precision(),
+            precision=precision(kind),
         )  # fmt: skip
 
 
@@ -100,12 +106,16 @@ def share(model: str, quick: bool) -> float:
     return SHARES.get(model, 1) * (QUICK_SHARE if quick else 1)
 
 
+def _parsed(phases: str) -> list[Any]:
+    return tomllib.loads(f"phases = [{phases}]")["phases"]  # type: ignore[no-any-return]
+
+
 def shortened(phases: str, share: float) -> str:
     """TOML phases with so much of their epochs."""
     if share == 1:
         return phases
     result = []
-    for phase in tomllib.loads(f"phases = [{phases}]")["phases"]:
+    for phase in _parsed(phases):
         if isinstance(phase, list):
             result.append(json.dumps([phase[0], phase[1] * share]))
         else:
@@ -115,7 +125,7 @@ def shortened(phases: str, share: float) -> str:
 
 
 def _linear(name: str, width: int, up: int = 15, down: int = 10, **more: bool) -> Case:
-    return Case(name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"context:{up}", f"context:{down}", **more)
+    return Case(name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"step:{up}", f"step:{down}", **more)
 
 
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
@@ -132,7 +142,7 @@ def _from_scratch(name: str, method: str, *phases: tuple[int, int], db: int, qui
     written = ", ".join(
         f"{{ width = {width}, epochs = {epochs}, views = 1, flip = true, shift = 2 }}" for width, epochs in phases
     )
-    return Case(name, method, written, "linear", f"context:{db}", basis="principal", quick=quick)
+    return Case(name, method, written, "linear", f"step:{db}", basis="principal", quick=quick)
 
 
 def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
@@ -149,58 +159,59 @@ def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
 KNOWN, KNOWN_FIVE = "plain on other pictures", "plain on five other classes"
 CASES = [
     Case("plain", "plain", quick=True, main=True),
+    Case("plain, longer", "plain", "[0, 32]"),
     Case(KNOWN, "pretrained", part=OTHERS, quick=True, main=True),
     Case(
-        "deprune 8 then 16", "deprune", "[8, 18], { width = 16, epochs = 8, activation = 'context:15' }", "linear",
-        "context:10", "context:5", quick=True, main=True,
+        "deprune 8 then 16", "deprune", "[8, 18], { width = 16, epochs = 8, activation = 'step:15' }", "linear",
+        "step:10", "step:5", quick=True, main=True,
     ),
     Case(
-        "deprune 8 then 16, longer", "deprune", "[8, 20], { width = 16, epochs = 12, activation = 'context:15' }",
-        "linear", "context:10", "context:5",
+        "deprune 8 then 16, longer", "deprune", "[8, 20], { width = 16, epochs = 12, activation = 'step:15' }",
+        "linear", "step:10", "step:5",
     ),
     _linear("fixed width 8", 8, quick=True, main=True),
-    Case("fixed width 8, longer", "fixed", "[8, 32]", "linear", "context:15", "context:10"),
+    Case("fixed width 8, longer", "fixed", "[8, 32]", "linear", "step:15", "step:10"),
     Case(
-        "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "context:20",
+        "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "step:20",
         start=KNOWN, lr=0.05, warmup=0, quick=True,
     ),
     Case(
         "prune to 8, head frozen at first", "prune",
         "{ width = 8, epochs = 2, views = 1 }, { width = 8, epochs = 0.75 }", "linear",
-        up="context:20", down="context:10", start=KNOWN, lr=0.05, warmup=0, quick=True, main=True,
+        up="step:20", down="step:10", start=KNOWN, lr=0.05, warmup=0, quick=True, main=True,
     ),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
-    _stored("prune to 24 of 64, later cut", 24, "context:10", later=True),
+    _stored("prune to 24 of 64, later cut", 24, "step:10", later=True),
     _linear("fixed width 1", 1, quick=True),
-    Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "context:10", "context:5", warmup=50, quick=True),
+    Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "step:10", "step:5", warmup=50, quick=True),
     _from_scratch("deprune 4 then 8, head frozen", "deprune", (4, 6), (8, 14), db=8),
     _from_scratch("fixed width 8, head frozen", "fixed", (8, 20), db=10, quick=True),
     Case(
         "deprune 8, then 16 with the head frozen", "deprune",
-        "[8, 6], { width = 16, epochs = 14, views = 6, flip = true, shift = 1 }", "linear", "context:10", "context:5",
+        "[8, 6], { width = 16, epochs = 14, views = 6, flip = true, shift = 1 }", "linear", "step:10", "step:5",
     ),
     Case(
         "deprune 8 frozen, then 16", "deprune",
         "{ width = 8, epochs = 10, views = 1, flip = true, shift = 2 }, { width = 16, epochs = 3 }", "linear",
-        "context:10", "context:5", "principal",
+        "step:10", "step:5", "principal",
     ),
     Case("paper's deprune 2, 4, 8", "deprune", THIRDS, "channels"),
     Case("paper's fixed width 8", "fixed", f"[8, {EPOCHS}]", "channels"),
     Case("paper's fixed width 2", "fixed", f"[2, {EPOCHS}]", "channels"),
     Case("paper's prune to 8", "prune", "[8, 2]", "channels", start=KNOWN, lr=0.05, warmup=0),
     _stored("fine-tuned, no codec", 0, "fp32"),
-    _stored("prune to 8, below the pictures", 8, "context:10"),
-    Case("all channels, coarse codec", "fixed", up="context:10", down="context:5"),
+    _stored("prune to 8, below the pictures", 8, "step:10"),
+    Case("all channels, coarse codec", "fixed", up="step:10", down="step:5"),
     Case("fixed width 8, no codec", "fixed", f"[8, {EPOCHS}]", "linear"),
     _linear("fixed width 4", 4),
     _linear("fixed width 2", 2),
     Case("federated averaging", "federated"),
     _five(KNOWN_FIVE, "pretrained", f"[0, {EPOCHS}]"),
-    _five("five classes: fixed width 8", "fixed", f"[8, {EPOCHS}]", "linear", up="context:15", down="context:10"),
+    _five("five classes: fixed width 8", "fixed", f"[8, {EPOCHS}]", "linear", up="step:15", down="step:10"),
     _five(
         "five classes: prune to 8, head frozen", "prune",
         "{ width = 8, epochs = 4, views = 1, flip = true, shift = 2 }",
-        "linear", up="context:20", start=KNOWN_FIVE, lr=0.05, warmup=0,
+        "linear", up="step:20", start=KNOWN_FIVE, lr=0.05, warmup=0,
     ),
     Case("pictures uploaded", "jpeg", quick=True),
 ]  # fmt: skip

@@ -15,10 +15,11 @@ from torch import nn
 from benchmarks import inprocess, whole
 from benchmarks.learning_cases import ALL, CASES, EPOCHS, LAST_FIVE, OTHERS, Case, precision, share
 from benchmarks.machine import machine
-from common import optim, recipe
+from benchmarks.priced import Priced, Prices
+from common import optim, processor, recipe
 from common.codecs import codec
 from common.halves import Head
-from common.meter import Meter
+from common.meter import DOWN, UP, Meter
 from common.schedule import Phase
 from device_client import batches
 from device_client.data import Dataset, Part, load
@@ -61,34 +62,39 @@ class _Pictures:
 
 
 _pictures: _Pictures
+_processor = torch.device("cpu")  # where all that a worker trains is computed
 
 
-def start(source: str, count: int) -> None:
-    global _pictures
+def start(source: str, count: int, device: str) -> None:
+    global _pictures, _processor
     torch.set_num_threads(1)
-    _pictures = _Pictures(source, count)
+    _pictures, _processor = _Pictures(source, count), processor.choose(device)
 
 
 class _Curve:
-    """Test accuracy every second epoch, with the bytes and seconds until then; its own time is not counted."""
+    """Test accuracy every second epoch, with the bytes and seconds until then; its own time and that of pricing are
+    not counted."""
 
-    def __init__(self, per_epoch: int) -> None:
+    def __init__(self, per_epoch: int, prices: Prices | None = None) -> None:
         self.points: list[dict[str, float]] = []
         self.spent = 0.0
         self._every = 2 * per_epoch
+        self.prices = prices or Prices()
         self._started = time.monotonic()
 
     @property
     def wall_s(self) -> float:
-        return time.monotonic() - self._started - self.spent
+        return time.monotonic() - self._started - self.spent - self.prices.spent
 
     def due(self, step: int) -> bool:
         return (step + 1) % self._every == 0
 
     def add(self, step: int, accuracy: float, up: int, down: int, **more: float) -> None:
-        self.points.append(
-            {"step": step + 1, "accuracy": accuracy, "bytes": up + down, "wall_s": round(self.wall_s, 1), **more}
-        )
+        self.points.append({
+            "step": step + 1, "accuracy": accuracy, "bytes": up + down,
+            "context": up + down - self.prices.saved(UP) - self.prices.saved(DOWN),
+            "wall_s": round(self.wall_s, 1), **more,
+        })  # fmt: skip
 
 
 def _sent(meter: Meter) -> tuple[int, int]:
@@ -103,7 +109,8 @@ def _sent(meter: Meter) -> tuple[int, int]:
 
 def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]:
     """A row of ours."""
-    curve = _Curve(len(data.train) // 128)
+    prices = Prices()
+    curve = _Curve(len(data.train) // 128, prices)
     last: list[Meter] = []
 
     def accuracy(head: Head, training: Training, phase: Phase) -> float:
@@ -134,11 +141,13 @@ def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]
             curve.spent += time.monotonic() - started
             curve.add(step, found, *_sent(trainer.remote.meter), width=phase.width)
 
-    summary = inprocess.train(text, data, folder=folder, watch=watch)
+    summary = inprocess.train(text, data, Priced, folder=folder, watch=watch, processor=_processor, prices=prices)
     up, down = _sent(last[0])
     return {
         "accuracy": summary["accuracy"], "bytes_up": up, "bytes_down": down,
-        "wall_s": round(summary["wall_s"] - curve.spent, 1), "device_s": round(summary["busy_s"], 1),
+        "context_up": up - prices.saved(UP), "context_down": down - prices.saved(DOWN),
+        "wall_s": round(summary["wall_s"] - curve.spent - prices.spent, 1),
+        "device_s": round(summary["busy_s"] - prices.seconds[UP], 1),
         "steps": summary["steps"], "phases": summary["phases"], "curve": curve.points,
     }  # fmt: skip
 
@@ -154,9 +163,9 @@ def _whole(case: Case, text: str, data: Dataset, epochs: int) -> dict[str, Any]:
         right = 0
         for start in range(0, len(data.test), 256):
             pictures = batches.normalise(data.test.pictures[start:][:256], parsed.data.mean, parsed.data.std)
-            with optim.arithmetic(parsed.precision):
-                found = model(torch.from_numpy(pictures)).argmax(1)
-            right += int((found.numpy() == data.test.labels[start:][:256]).sum())
+            with optim.arithmetic(parsed.precision, _processor.type):
+                found = model(torch.from_numpy(pictures).to(_processor)).argmax(1)
+            right += int((found.cpu().numpy() == data.test.labels[start:][:256]).sum())
         model.train()
         return right / len(data.test)
 
@@ -172,15 +181,16 @@ def _whole(case: Case, text: str, data: Dataset, epochs: int) -> dict[str, Any]:
             judge_now(*now[0])
 
     if case.method == "federated":
-        busy = whole.federated(parsed, data, epochs, watch)
+        busy = whole.federated(parsed, data, epochs, watch, _processor)
     else:
-        busy = whole.central(parsed, data, epochs, _pictures.upload, watch)
+        busy = whole.central(parsed, data, epochs, _pictures.upload, watch, _processor)
     step, _, meter = now[0]
     if not curve.points or curve.points[-1]["step"] != step + 1:
         judge_now(*now[0])
     (up, down), wall = _sent(meter), curve.wall_s
     return {
-        "accuracy": curve.points[-1]["accuracy"], "bytes_up": up, "bytes_down": down, "wall_s": round(wall, 1),
+        "accuracy": curve.points[-1]["accuracy"], "bytes_up": up, "bytes_down": down,
+        "context_up": up, "context_down": down, "wall_s": round(wall, 1),
         "device_s": round(busy, 1), "steps": curve.points[-1]["step"], "phases": [], "curve": curve.points,
     }  # fmt: skip
 
@@ -192,7 +202,9 @@ def _case(name: str) -> Case:
 def recipe_of(job: Job) -> str:
     name, seed, model, quick = job
     start = _case(name).start
-    return _case(name).recipe(model, seed, str(_network(start, seed, model, quick)) if start else "", quick)
+    return _case(name).recipe(
+        model, seed, str(_network(start, seed, model, quick)) if start else "", quick, _processor.type
+    )
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -208,9 +220,13 @@ def run(job: Job) -> dict[str, Any]:
         **head,
         **found,
         "recipe": text,
-        "machine": f"{machine()}, one thread, {precision()}",
+        "machine": f"{machine()}{_card()}, one thread, {precision(_processor.type)}",
         "date": str(date.today()),
     }
+
+
+def _card() -> str:
+    return f", {torch.cuda.get_device_name(_processor)}" if _processor.type == "cuda" else ""
 
 
 def _network(name: str, seed: int, model: str, quick: bool) -> Path:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from common import models, optim, weights, wire
+from common.halves import CPU
 from common.meter import DOWN, UP, Meter
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
@@ -27,9 +28,9 @@ DEVICES = 10
 Watch = Callable[[int, nn.Module, Meter], None]
 
 
-def network(recipe: Recipe) -> nn.Module:
+def network(recipe: Recipe, processor: torch.device = CPU) -> nn.Module:
     torch.manual_seed(recipe.seed)
-    return models.build(recipe.model.name, recipe.model.input, recipe.model.classes)
+    return models.build(recipe.model.name, recipe.model.input, recipe.model.classes).to(processor)
 
 
 def _optimiser(recipe: Recipe, model: nn.Module) -> optim.Optimiser:
@@ -40,9 +41,10 @@ def _learn(recipe: Recipe, model: nn.Module, optimiser: optim.Optimiser, part: P
     chosen = batches.indices(recipe.seed, step, len(part), recipe.data.batch)
     pictures = batches.augment(part.pictures[chosen], recipe.seed, step, recipe.data.crop, recipe.data.flip)
     inputs = torch.from_numpy(batches.normalise(pictures, recipe.data.mean, recipe.data.std))
-    with optim.arithmetic(recipe.precision):
-        logits = model(inputs)
-        loss = functional.cross_entropy(logits.float(), torch.from_numpy(part.labels[chosen]))
+    where = next(model.parameters()).device
+    with optim.arithmetic(recipe.precision, where.type):
+        logits = model(inputs.to(where))
+        loss = functional.cross_entropy(logits.float(), torch.from_numpy(part.labels[chosen]).to(where))
     optimiser.zero_grad()
     loss.backward()
     optimiser.lr = rate
@@ -59,7 +61,9 @@ def _as_long_a_warmup(recipe: Recipe, steps: int, of: int) -> Recipe:
     return replace(recipe, optimiser=optimiser)
 
 
-def central(recipe: Recipe, data: Dataset, epochs: int, size: int, watch: Watch) -> float:
+def central(
+    recipe: Recipe, data: Dataset, epochs: int, size: int, watch: Watch, processor: torch.device = CPU
+) -> float:
     """Train on pictures that were uploaded once, of `size` bytes each; seconds on the device: none to speak of.
 
     The server has the pictures then: what split learning keeps on the device has left it.
@@ -69,7 +73,7 @@ def central(recipe: Recipe, data: Dataset, epochs: int, size: int, watch: Watch)
         _count(meter, UP, bytes(size))
     for frame in wire.pack_labels(Place(pb.LABEL, 0, 0), data.train.labels, recipe.model.classes):
         meter.frame(UP, frame)
-    model = network(recipe).train()
+    model = network(recipe, processor).train()
     optimiser = _optimiser(recipe, model)
     steps = epochs * (len(data.train) // recipe.data.batch)
     course = _course(recipe, steps)
@@ -79,14 +83,14 @@ def central(recipe: Recipe, data: Dataset, epochs: int, size: int, watch: Watch)
     return 0.0
 
 
-def federated(recipe: Recipe, data: Dataset, rounds: int, watch: Watch) -> float:
+def federated(recipe: Recipe, data: Dataset, rounds: int, watch: Watch, processor: torch.device = CPU) -> float:
     """Federated averaging (McMahan et al., arXiv 1602.05629) over DEVICES with equal shares of the pictures, an epoch
     of their own a round, all of them in every round; the seconds that the devices compute, added up.
 
     `watch` is called as often as a central run of as many epochs would, once for all steps of a round.
     """
     meter, busy = Meter(), 0.0
-    model = network(recipe)
+    model = network(recipe, processor)
     shares = list(_shares(data.train, recipe.seed))
     local = len(shares[0]) // recipe.data.batch
     course = _course(recipe, rounds * local)
@@ -97,7 +101,7 @@ def federated(recipe: Recipe, data: Dataset, rounds: int, watch: Watch) -> float
         for share in shares:
             started = time.perf_counter()
             _count(meter, DOWN, sent)
-            device = network(recipe).train()
+            device = network(recipe, processor).train()
             weights.fill(device, weights.from_bytes(sent, "the server"), "the server")
             optimiser = _optimiser(recipe, device)
             for step in range(number * local, (number + 1) * local):

@@ -75,7 +75,7 @@ class LinearEncoder(_Sized):
     @torch.no_grad()
     def rotate(self, components: Tensor, mean: Tensor) -> None:
         """Let z become components (z - mean) for the first channels, as many as `components` [w, w] has rows."""
-        count = len(mean)
+        components, mean, count = components.to(self.weight.device), mean.to(self.weight.device), len(mean)
         self.weight[:count] = components @ self.weight[:count]
         self.bias[:count] = components @ (self.bias[:count] - mean)
 
@@ -105,7 +105,7 @@ class LinearDecoder(_Sized):
     @torch.no_grad()
     def rotate(self, components: Tensor, mean: Tensor) -> None:
         """The answer to the encoder's `rotate`: what is decoded stays the same."""
-        count = len(mean)
+        components, mean, count = components.to(self.weight.device), mean.to(self.weight.device), len(mean)
         self.bias.add_(self.weight[:, :count] @ mean)
         self.weight[:, :count] = self.weight[:, :count] @ components.T
 

@@ -28,8 +28,13 @@ class Head(nn.Module):
         self.layers = layers
         self.bottleneck = encoder
 
+    @property
+    def processor(self) -> torch.device:
+        """Where it computes; what it sends is on the processor again."""
+        return self.bottleneck.order.device
+
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.bottleneck(self.layers(pictures)).float()
+        return self.bottleneck(self.layers(pictures.to(self.processor))).float()
 
 
 class Tail(nn.Module):
@@ -65,7 +70,7 @@ class Halves:
     tail: Tail
     cut: tuple[int, ...]  # shape of one picture's activation at the cut, channels first
     gate: Gate
-    processor: torch.device = CPU  # where the tail is; the head is always on the processor
+    processor: torch.device = CPU  # where the tail is; who trains the head moves it where it belongs
     # Held while the tail computes for devices that are served at the same time.
     lock: threading.Lock = field(default_factory=threading.Lock)
 

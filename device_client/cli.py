@@ -7,7 +7,7 @@ that help, wrong options, a server that is not there and pictures that cannot be
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -29,6 +29,9 @@ from device_client.connection import GIVE_UP_S
 from device_client.remote_tail import RemoteTail
 from device_client.sources import check_source
 
+if TYPE_CHECKING:
+    import torch
+
 console = Console(soft_wrap=True)
 
 _PLACE = click.Path(file_okay=False, path_type=Path)
@@ -42,6 +45,8 @@ _SHARED = [
     click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
                  help="Code that the server's recipe may name as its model; can be repeated."),
     click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores."),
+    click.option("--device", "processor", default="cpu", show_default=True, metavar="NAME",
+                 help="Where the head computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one."),
     click.option("--tls-ca", type=click.Path(exists=True, dir_okay=False, path_type=Path),
                  help="Encrypt, and trust servers whose certificate this authority (PEM) signed."),
     click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -102,11 +107,15 @@ def _connect(
     return RemoteTail(server, access, give_up_s=give_up_s, stalled_s=stalled_s)
 
 
-def _compute_with(threads: int | None) -> None:
-    if threads:
-        import torch
+def _compute_with(threads: int | None, name: str) -> torch.device:
+    """Where the head computes."""
+    import torch
 
+    from common.processor import choose
+
+    if threads:
         torch.set_num_threads(threads)
+    return choose(name)
 
 
 def _say(sentence: str) -> None:
@@ -172,7 +181,7 @@ def _load(
 )
 @click.option("--publish-head", is_flag=True, help="Give the trained head to the server at the end.")
 def train(
-    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
+    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, processor: str, tls_ca: Path | None,
     tls_cert: Path | None, tls_key: Path | None, token_file: Path | None, source: str, skip_unreadable: bool,
     limit: int | None, overwrite: bool, head_path: Path | None, wait: float, give_up_after: float, stalled_after: float,
     publish_head: bool,
@@ -217,10 +226,10 @@ def train(
         from common.optim import imitated
         from device_client.trainer import train as train_run
 
-        if slow := imitated(opened.recipe.precision):
+        chosen = _compute_with(threads, processor)
+        if chosen.type == "cpu" and (slow := imitated(opened.recipe.precision)):
             _say(f"{slow}.")
-        _compute_with(threads)
-        summary = train_run(remote, loaded, folder, console, allowed, init, publish_head)
+        summary = train_run(remote, loaded, folder, console, allowed, init, publish_head, chosen)
     finally:
         remote.close()
     report.show(console, summary)
@@ -230,8 +239,8 @@ def train(
 @cli.command()
 @_with(_SHARED + _ANY_RUN + _WIDTH + _DATA)
 def evaluate(
-    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
-    tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
+    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str,
+    tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
     width: int | None, source: str, skip_unreadable: bool,
 ) -> None:  # fmt: skip
     """Judge the trained halves on the test part of SOURCE."""
@@ -241,8 +250,8 @@ def evaluate(
         finished = _finished(run_path)
         from device_client import use
 
-        _compute_with(threads)
-        head = use.open_finished(remote, finished, allowed, width, _say)
+        chosen = _compute_with(threads, processor)
+        head = use.open_finished(remote, finished, allowed, width, _say).to(chosen)
         loaded = _load(remote, source, skip_unreadable, ("test",))
         verdict = use.evaluate(remote, head, loaded, _say)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
@@ -259,8 +268,8 @@ def evaluate(
 @_with(_SHARED + _ANY_RUN + _WIDTH)
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 def predict(
-    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, tls_ca: Path | None,
-    tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
+    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str,
+    tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
     width: int | None, pictures: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Name the class of each PICTURE, with its probability."""
@@ -269,8 +278,8 @@ def predict(
         finished = _finished(run_path)
         from device_client import use
 
-        _compute_with(threads)
-        head = use.open_finished(remote, finished, allowed, width, _say)
+        chosen = _compute_with(threads, processor)
+        head = use.open_finished(remote, finished, allowed, width, _say).to(chosen)
         answers = list(use.predict(remote, head, pictures, _say))
     finally:
         remote.close()

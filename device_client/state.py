@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def state_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors of the head, copied, and of its optimiser, and the rest as JSON."""
-    tensors = {f"head.{name}": value.clone() for name, value in trainer.head.state_dict().items()}
+    tensors = {f"head.{name}": value.to("cpu", copy=True) for name, value in trainer.head.state_dict().items()}
     tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(trainer.optimiser).items()}
     if trainer.step == 0 and trainer.basis is not None:  # the server may not have got it yet
         tensors["basis"] = torch.from_numpy(trainer.basis)

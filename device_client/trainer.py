@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from common.halves import Head
 from common.inherit import adopt
 from common.meter import DOWN, UP
 from common.phase_message import phase_of
+from common.processor import fits
 from common.progress import Live, duration
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
@@ -34,8 +36,12 @@ from device_client.state import fingerprint, restore, state_of
 class Trainer:
     """One run on the device: `prepare` the head, `run` from the first step, or from a checkpoint, to the end."""
 
-    def __init__(self, remote: RemoteTail, data: Dataset, folder: RunFolder, console: Console) -> None:
-        self.remote, self.data, self.folder, self.console = remote, data, folder, console
+    def __init__(
+        self, remote: RemoteTail, data: Dataset, folder: RunFolder, console: Console,
+        processor: torch.device = halves.CPU,
+    ) -> None:  # fmt: skip
+        """`processor`: where the head computes."""
+        self.remote, self.data, self.folder, self.console, self.processor = remote, data, folder, console, processor
         self.opened = remote.opened
         self.recipe: Recipe = self.opened.recipe
         self.phases: list[Phase] = []
@@ -60,7 +66,7 @@ class Trainer:
     def prepare(self, allowed: tuple[str, ...], init: RunFolder | None) -> None:
         """Build the head and fill it: from where the run was left, or with its first weights."""
         built = halves.build(self.recipe, allowed)
-        self.head, self.cut, self.gate = built.head, built.cut, built.gate
+        self.head, self.cut, self.gate = built.head.to(self.processor), built.cut, built.gate
         self.start_width = built.channels
         self.optimiser = optim.build(self.recipe.optimiser, self.head.layers, self.head.bottleneck)
         if self.opened.step is not None or self.opened.finished:
@@ -167,10 +173,10 @@ class Trainer:
         self.head.bottleneck.resize(phase.width_at(self.recipe.seed, step))
         halves.reseed(self.recipe.seed, step, "head")
         begun = clock()
-        with torch.set_grad_enabled(not phase.frozen), optim.arithmetic(self.recipe.precision):
+        with torch.set_grad_enabled(not phase.frozen), _computing(self.head, self.recipe, f"step {step}"):
             activation = self.head(inputs)
+            sent = activation.detach().cpu().numpy()
         forward = clock()
-        sent = activation.detach().numpy()
         support = None if phase.frozen else self.gate.support(sent, phase)
         gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._news())
         received = clock()
@@ -186,13 +192,13 @@ class Trainer:
     def _learn(self, activation: torch.Tensor, gradient: np.ndarray) -> None:
         """Backward through the head and one move of its weights."""
         self.optimiser.zero_grad()
-        if activation.requires_grad:
-            # Not activation.backward(gradient): torch loads sympy to compare the two shapes, a second and 36 MB. The
-            # derivative of this sum is the gradient, bit for bit.
-            (activation * torch.from_numpy(gradient)).sum().backward()
-        rate = optim.learning_rate(self.recipe.optimiser, self.step, self.phase)
-        self.optimiser.lr = rate
-        self.optimiser.step()
+        with fits(f"step {self.step}", self.processor):
+            if activation.requires_grad:
+                # Not activation.backward(gradient): torch loads sympy to compare the two shapes, a second and 36 MB.
+                # The derivative of this sum is the gradient, bit for bit.
+                (activation * torch.from_numpy(gradient).to(self.processor)).sum().backward()
+            self.optimiser.lr = optim.learning_rate(self.recipe.optimiser, self.step, self.phase)
+            self.optimiser.step()
 
     def _recall_step(self) -> dict[str, Any]:
         """One step that the server makes from what it has kept; the line for metrics.jsonl."""
@@ -317,22 +323,29 @@ def sent_batches(head: Head, part: Part, recipe: Recipe) -> Iterator[tuple[np.nd
     size = recipe.data.evaluation_batch
     for start in range(0, len(part), size):
         inputs = batches.normalise(part.pictures[start : start + size], recipe.data.mean, recipe.data.std)
-        with torch.no_grad(), optim.arithmetic(recipe.precision):
-            sent = head(torch.from_numpy(inputs)).numpy()
+        with torch.no_grad(), _computing(head, recipe, "an evaluation's batch"):
+            sent = head(torch.from_numpy(inputs)).cpu().numpy()
         yield sent, part.labels[start : start + size]
+
+
+@contextlib.contextmanager
+def _computing(head: Head, recipe: Recipe, what: str) -> Iterator[None]:
+    """The head's arithmetic; ModelError where `what` does not fit into its card."""
+    with fits(what, head.processor), optim.arithmetic(recipe.precision, head.processor.type):
+        yield
 
 
 def train(
     remote: RemoteTail, data: Dataset, folder: RunFolder, console: Console, allowed: tuple[str, ...],
-    init: RunFolder | None, publish: bool,
+    init: RunFolder | None, publish: bool, processor: torch.device = halves.CPU,
 ) -> dict[str, Any]:  # fmt: skip
-    """A whole run over an opened session, or what is left of one; the summary.
+    """A whole run over an opened session, or what is left of one, the head on `processor`; the summary.
 
     The first Ctrl-C (or SIGTERM) lets the present step end, keeps a checkpoint and tells the server; a second one, or
     one while there is no connection, ends at once, and the run goes on from its newest checkpoint. The process then
     ends as shells have it for a program that a signal stopped: with 130, or 143 after SIGTERM.
     """
-    trainer = Trainer(remote, data, folder, console)
+    trainer = Trainer(remote, data, folder, console, processor)
     trainer.prepare(allowed, init)
     if not trainer.phases:
         folder.start(remote.opened.text)

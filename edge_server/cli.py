@@ -118,8 +118,8 @@ def serve(
     import torch
 
     from common.optim import imitated
+    from common.processor import choose
     from edge_server.host import Host
-    from edge_server.processor import choose
     from edge_server.server import Server, run
 
     if threads:

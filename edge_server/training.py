@@ -17,8 +17,9 @@ from torch.nn import functional
 from common import optim, weights
 from common.bottleneck import LinearDecoder
 from common.checkpoint import Checkpoint, part
-from common.errors import DivergedError, FrameError, ModelError
+from common.errors import DivergedError, FrameError
 from common.halves import Halves, reseed
+from common.processor import fits
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.schedule import RANK, RECALL, STORE, Phase, phase_from
@@ -45,18 +46,6 @@ class Judgement:
     @property
     def accuracy(self) -> float:
         return self.correct / max(1, self.count)
-
-
-@contextlib.contextmanager
-def fits(what: str, processor: torch.device) -> Iterator[None]:
-    """ModelError where a card has no room for it; the processor's own memory is the system's matter."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{what} does not fit into the memory of {processor}; lower data.batch and data.evaluation_batch in the "
-            f"recipe, or start the server with --device cpu"
-        ) from error
 
 
 def logits_of(halves: Halves, sent: np.ndarray, width: int, precision: str) -> torch.Tensor:
@@ -135,7 +124,7 @@ class Training:
         """Start from the device's principal components: `basis` [w + 1, w], components as rows, then the mean."""
         decoder = self.halves.tail.bottleneck
         assert isinstance(decoder, LinearDecoder)
-        moved = torch.from_numpy(basis.copy()).to(self.halves.processor)
+        moved = torch.from_numpy(basis.copy())
         decoder.rotate(moved[:-1], moved[-1])
         self.rotated = True
 

@@ -91,11 +91,11 @@ def test_an_upload_costs_its_files_and_labels_once(digits: Dataset) -> None:
 
 
 def _row(name: str, method: str, seed: int, curve: list[tuple[float, int]]) -> dict[str, Any]:
-    points = [{"accuracy": accuracy, "bytes": count} for accuracy, count in curve]
+    points = [{"accuracy": accuracy, "bytes": count, "context": count // 2} for accuracy, count in curve]
     total = curve[-1][1]
     return {
         "name": name, "method": method, "model": "tiny", "seed": seed, "accuracy": curve[-1][0], "bytes_up": total - 1,
-        "bytes_down": 1, "curve": points, "recipe": recipe_text(),
+        "bytes_down": 1, "context_up": total // 2, "context_down": 0, "curve": points, "recipe": recipe_text(),
     }  # fmt: skip
 
 
@@ -109,18 +109,29 @@ def test_bytes_to_target_are_those_of_the_first_time_it_was_met() -> None:
     learning.add_targets(rows)
     assert np.isclose(rows[0]["target"], 0.805)
     assert [row["bytes_to_target"] for row in rows] == [None, 200, 20, None]
+    assert [row["context_to_target"] for row in rows] == [None, 100, 10, None]
 
 
 def test_a_network_that_others_start_from_is_trained_again_when_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = [case for case in CASES if case.name in ("plain", "prune to 8, head frozen")]
+    chosen = [(case, "tiny") for case in CASES if case.name in ("plain", "prune to 8, head frozen")]
     start, kept = "plain on other pictures", [True]
     monkeypatch.setattr(learning, "is_kept", lambda _job: kept[0])
     done = {("plain", 0, "tiny"), (start, 0, "tiny")}
     prune, network = ("prune to 8, head frozen", 0, "tiny", False), (start, 0, "tiny", False)
-    assert learning.waves(chosen, [0], "tiny", False, done) == ([], [prune])
+    assert learning.planned(chosen, [0], False, done) == ([prune], {})
     kept[0] = False
-    assert learning.waves(chosen, [0], "tiny", False, done) == ([network], [prune])
-    assert learning.waves(chosen, [0], "tiny", False, done | {prune[:3]}) == ([], [])
+    assert learning.planned(chosen, [0], False, done) == ([network], {network: [prune]})
+    assert learning.planned(chosen, [0], False, done | {prune[:3]}) == ([], {})
+
+
+def test_what_others_start_from_begins_first_and_the_longest_of_the_rest_after_it() -> None:
+    names = ("plain", "plain, longer", "plain on other pictures", "prune to 8, head frozen")
+    chosen = [(case, model) for case in CASES if case.name in names for model in ("tiny", "vgg11")]
+    jobs, after = learning.planned(chosen, [0], False, set())
+    started = [(name, model) for name, _, model, _ in jobs]
+    begins = [("plain on other pictures", "tiny"), ("plain on other pictures", "vgg11")]
+    assert started[:3] == [*begins, ("plain, longer", "tiny")] and started[-1] == ("plain", "vgg11")
+    assert [job[0] for jobs in after.values() for job in jobs] == ["prune to 8, head frozen"] * 2
 
 
 def test_a_row_is_trained_again_when_its_case_has_changed_and_not_when_the_machine_has() -> None:

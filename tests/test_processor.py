@@ -11,11 +11,10 @@ import torch
 from torch.nn import functional
 
 from benchmarks.recipes import recipe_text
-from common import halves, optim
+from common import halves, optim, processor
 from common.errors import ModelError
+from common.processor import choose
 from common.recipe import parse
-from edge_server import processor
-from edge_server.processor import choose
 
 ELSEWHERE = torch.device("meta")
 KINDS = {

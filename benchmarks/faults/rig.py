@@ -58,6 +58,7 @@ class Rig:
     checkpoint_every: int = 5
     pictures: int = 0  # for training; 0: all of the digits
     tls: Path | None = None  # what `edge-server certs` made
+    processor: str = "cpu"  # where both halves compute
     proxy: Proxy = field(default_factory=Proxy)
     finished: bool = False
     restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SIDES, 0))
@@ -103,8 +104,8 @@ class Rig:
         every: tuple[object, ...] = () if done else ("--checkpoint-every", self.checkpoint_every)
         trust = ("--tls-cert", self.tls / "server.pem", "--tls-key", self.tls / "server.key") if self.tls else ()
         process = self.processes["server"] = pair.start(
-            "edge-server", "serve", *what, "--run", run, "--listen", "127.0.0.1:0", "--threads", 1, *every, *trust,
-            log=log,
+            "edge-server", "serve", *what, "--run", run, "--listen", "127.0.0.1:0", "--threads", 1,
+            "--device", self.processor, *every, *trust, log=log,
         )  # fmt: skip
         try:
             self.proxy.target = pair.address_of(process, log)
@@ -117,7 +118,8 @@ class Rig:
         trust = ("--tls-ca", self.tls / "ca.pem") if self.tls else ()
         self.processes["device"] = pair.start(
             "device-client", "train", self.proxy.address, "--data", "digits", "--run", self.run_of("device"),
-            "--threads", 1, "--wait", 120, "--give-up-after", 120, *limit, *trust, log=self._log("device"),
+            "--threads", 1, "--device", self.processor, "--wait", 120, "--give-up-after", 120, *limit, *trust,
+            log=self._log("device"),
         )  # fmt: skip
 
     def tick(self) -> None:

@@ -61,10 +61,10 @@ def long_enough(count: int) -> str:
     return recipe(*((2 if 3 * i < stretches else 4 if 3 * i < 2 * stretches else 8, 1.5) for i in range(stretches)))
 
 
-def fault_free(folder: Path, text: str, pictures: int = PICTURES) -> Path:
+def fault_free(folder: Path, text: str, pictures: int = PICTURES, processor: str = "cpu") -> Path:
     """Train `text` with nothing happening to it; the folder to compare with."""
     shutil.rmtree(folder, ignore_errors=True)
-    with Rig(folder, text, pictures=pictures) as rig:
+    with Rig(folder, text, pictures=pictures, processor=processor) as rig:
         rig.finish()
     return folder
 

@@ -1,8 +1,10 @@
-"""Where the tail computes: the processor, or a graphics card. `edge-server serve --device` calls it once."""
+"""Where a half computes: the processor, or a graphics card. `--device` of either side calls it once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -34,6 +36,8 @@ def choose(name: str) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the card is first used
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Set by the line above, to make programs that read memory before they write it repeatable: none here does.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     chosen = torch.device("cuda", chosen.index or 0)
     try:
         _touch(chosen)
@@ -46,3 +50,15 @@ def choose(name: str) -> torch.device:
 def _touch(card: torch.device) -> None:
     """Use it for the first time: what is wrong with a driver, or with a card that is full, shows here."""
     torch.zeros(1, device=card)
+
+
+@contextlib.contextmanager
+def fits(what: str, processor: torch.device) -> Iterator[None]:
+    """ModelError where a card has no room for it; the processor's own memory is the system's matter."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{what} does not fit into the memory of {processor}; lower data.batch and data.evaluation_batch in the "
+            f"recipe, or give --device cpu"
+        ) from error

@@ -1,0 +1,77 @@
+"""What a run coded by `step` would have sent with `context`: both train alike, so a sample of its steps tells it.
+
+`context` takes so long that coding all tensors of all rows of a benchmark by it would take most of its time. Of each
+phase the first step that sends and every 16th after it are coded by both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from common.codecs import NOTHING, Aside
+from common.codecs.base import Buffer, Tensor
+from common.codecs.step import Step
+from common.meter import DOWN, UP
+from common.schedule import Phase
+from device_client.remote_tail import RemoteTail
+
+EVERY = 16
+
+
+class Prices:
+    """Bytes that `context` saves in one run, and the seconds that finding out has taken."""
+
+    def __init__(self, every: int = EVERY) -> None:
+        self.seconds = {UP: 0.0, DOWN: 0.0}
+        self._every = every
+        self._steps: Counter[int] = Counter()  # that sent something, by the number of their phase
+        self._sampled: Counter[int] = Counter()
+        self._saved = {UP: Counter[int](), DOWN: Counter[int]()}
+
+    @property
+    def spent(self) -> float:
+        return sum(self.seconds.values())
+
+    def saved(self, way: str) -> int:
+        """Bytes until now: in each phase as many a step as the sampled ones had on average."""
+        saved = self._saved[way]
+        return round(sum(saved[phase] / count * self._steps[phase] for phase, count in self._sampled.items()))
+
+    @contextlib.contextmanager
+    def step(self, phase: int) -> Iterator[None]:
+        """One step's way there and back, in one thread: first the activation is coded, then the gradient."""
+        due = self._steps[phase] % self._every == 0
+        self._steps[phase] += 1
+        if not due:
+            yield
+            return
+        self._sampled[phase] += 1
+        plain, ways = Step.encode, iter((UP, DOWN))
+
+        def encode(codec: Step, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
+            payload, way = plain(codec, tensor, aside), next(ways)
+            if codec.coder == "step":
+                started = time.perf_counter()
+                self._saved[way][phase] += len(payload) - len(plain(codec.by("context"), tensor, aside))
+                self.seconds[way] += time.perf_counter() - started
+            return payload
+
+        with mock.patch.object(Step, "encode", encode):
+            yield
+
+
+class Priced(RemoteTail):
+    """A RemoteTail whose training steps are priced."""
+
+    def __init__(self, *arguments: Any, prices: Prices, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._prices = prices
+
+    def learn(self, step: int, phase: Phase, *arguments: Any, **options: Any) -> Any:
+        with self._prices.step(phase.index):
+            return super().learn(step, phase, *arguments, **options)
