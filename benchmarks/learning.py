@@ -57,16 +57,17 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(show_edge=False, pad_edge=False)
     for name in ("row", "model", "seeds"):
         table.add_column(name, no_wrap=name == "row")
-    for name in ("accuracy", "MB", "to target", "wall s", "device s"):
+    for name in ("accuracy", "MB", "by context", "to target", "wall s", "device s"):
         table.add_column(name, justify="right")
     for (name, model), group in grouped(rows).items():
         sent = statistics.mean(row["bytes_up"] + row["bytes_down"] for row in group)
-        reached = [row["bytes_to_target"] for row in group if row.get("bytes_to_target")]
+        context = statistics.mean(row["context_up"] + row["context_down"] for row in group)
+        reached = [row["context_to_target"] for row in group if row.get("context_to_target")]
         to_target = f"{statistics.mean(reached) / 1e6:,.0f}" if len(reached) == len(group) else "not met"
         values = [100 * row["accuracy"] for row in group]
         accuracy = f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
         table.add_row(
-            name, model, str(len(group)), accuracy, f"{sent / 1e6:,.1f}", to_target,
+            name, model, str(len(group)), accuracy, f"{sent / 1e6:,.1f}", f"{context / 1e6:,.1f}", to_target,
             *(f"{statistics.mean(row[key] for row in group):,.0f}" for key in ("wall_s", "device_s")),
         )  # fmt: skip
     console.print(table)
@@ -160,12 +161,13 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, help=f"how many; default {SEEDS}, quick {QUICK_SEEDS}")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--into", default="", help="write benchmarks/results/NAME.json instead", metavar="NAME")
     parser.add_argument("--device", default="cpu", help="where both halves compute: cpu, cuda, cuda:NUMBER or auto")
     options = parser.parse_args()
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a file has no width of its own, and 80 columns are too few for the table
-    result = RESULTS / ("learning-quick.json" if options.quick else "learning.json")
+    result = RESULTS / f"{options.into or ('learning-quick' if options.quick else 'learning')}.json"
     rows = json.loads(result.read_text()) if result.is_file() else []
     seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
     chosen = [

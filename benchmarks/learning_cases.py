@@ -145,6 +145,18 @@ def _from_scratch(name: str, method: str, *phases: tuple[int, int], db: int, qui
     return Case(name, method, written, "linear", f"step:{db}", basis="principal", quick=quick)
 
 
+def _frozen(name: str, width: int, basis: str = "principal", learnt: float = 0, **more: bool) -> Case:
+    """From the trained network, by its principal components: each picture crosses once and is recalled once; then the
+    head learns for so many epochs."""
+    phases = f"{{ width = {width}, epochs = 2, views = 1 }}" + f", {{ width = {width}, epochs = {learnt} }}" * (
+        learnt > 0
+    )
+    return Case(
+        name, "prune", phases, "linear", "step:20", "step:10" if learnt else "fp32", basis, start=KNOWN, lr=0.05,
+        warmup=0, **more,
+    )  # fmt: skip
+
+
 def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
     """From the trained network, its head frozen: each picture crosses once. Width 0: without compression.
 
@@ -153,7 +165,7 @@ def _stored(name: str, width: int, up: str, later: bool = False) -> Case:
     more = "epochs = 8, views = 1, flip = true" if later else "epochs = 12, views = 1, flip = true, shift = 2"
     method, kind = ("prune", "linear") if width else ("fine-tuned", "none")
     phase, lr = f"{{ width = {width}, {more} }}", 0.02 if later else 0.05
-    return Case(name, method, phase, kind, up, start=KNOWN, lr=lr, warmup=0, later=later)
+    return Case(name, method, phase, kind, up, basis="principal", start=KNOWN, lr=lr, warmup=0, later=later)
 
 
 KNOWN, KNOWN_FIVE = "plain on other pictures", "plain on five other classes"
@@ -171,15 +183,12 @@ CASES = [
     ),
     _linear("fixed width 8", 8, quick=True, main=True),
     Case("fixed width 8, longer", "fixed", "[8, 32]", "linear", "step:15", "step:10"),
-    Case(
-        "prune to 8, head frozen", "prune", "{ width = 8, epochs = 2, views = 1 }", "linear", "step:20",
-        start=KNOWN, lr=0.05, warmup=0, quick=True,
-    ),
-    Case(
-        "prune to 8, head frozen at first", "prune",
-        "{ width = 8, epochs = 2, views = 1 }, { width = 8, epochs = 0.75 }", "linear",
-        up="step:20", down="step:10", start=KNOWN, lr=0.05, warmup=0, quick=True, main=True,
-    ),
+    _frozen("prune to 8, head frozen", 8, quick=True),
+    _frozen("prune to 8 weighted, head frozen", 8, "weighted"),
+    _frozen("prune to 8, head frozen at first", 8, learnt=0.75, quick=True, main=True),
+    _frozen("prune to 8 weighted, head frozen at first", 8, "weighted", learnt=0.75),
+    _frozen("prune to 4, head frozen", 4),
+    _frozen("prune to 4 weighted, head frozen", 4, "weighted"),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
     _stored("prune to 24 of 64, later cut", 24, "step:10", later=True),
     _linear("fixed width 1", 1, quick=True),
@@ -211,7 +220,7 @@ CASES = [
     _five(
         "five classes: prune to 8, head frozen", "prune",
         "{ width = 8, epochs = 4, views = 1, flip = true, shift = 2 }",
-        "linear", up="step:20", start=KNOWN_FIVE, lr=0.05, warmup=0,
+        "linear", up="step:20", basis="principal", start=KNOWN_FIVE, lr=0.05, warmup=0,
     ),
     Case("pictures uploaded", "jpeg", quick=True),
 ]  # fmt: skip

@@ -31,8 +31,14 @@ def _mean(rows: Rows, key: str) -> float:
     return statistics.mean(row[key] for row in rows)
 
 
-def _bytes(rows: Rows) -> float:
-    return statistics.mean(row["bytes_up"] + row["bytes_down"] for row in rows)
+def _bytes(rows: Rows, coder: str = "bytes") -> float:
+    return statistics.mean(row[f"{coder}_up"] + row[f"{coder}_down"] for row in rows)
+
+
+def _reached(rows: Rows, coder: str) -> str:
+    """MB to the target, of a row all of whose seeds met it."""
+    reached = [row[f"{coder}_to_target"] for row in rows if row.get(f"{coder}_to_target")]
+    return f"{statistics.mean(reached) / 1e6:,.0f}" if len(reached) == len(rows) else "not met"
 
 
 def _epochs(row: dict[str, Any]) -> float:
@@ -44,25 +50,27 @@ def rows_table(rows: Rows) -> str:
     """A line for each row of the benchmark, means over its seeds."""
     result = []
     for (name, model), group in grouped(rows).items():
-        plain = [row for row in rows if row["model"] == model and row["method"] == "plain"]
-        reached = [row["bytes_to_target"] for row in group if row.get("bytes_to_target")]
+        plain = [row for row in rows if row["model"] == model and row["name"] == "plain"]
+        coded = _bytes(group, "context") != _bytes(group)
         values = [100 * row["accuracy"] for row in group]
         result.append([
             name, model, str(len(group)), f"{_epochs(group[0]):g}",
             f"{statistics.mean(values):.1f}", f"{min(values):.1f} to {max(values):.1f}",
             f"{_mean(group, 'bytes_up') / 1e6:,.1f}", f"{_mean(group, 'bytes_down') / 1e6:,.1f}",
             f"{_bytes(plain) / _bytes(group):,.1f}" if plain else "",
-            f"{statistics.mean(reached) / 1e6:,.0f}" if len(reached) == len(group) else "not met",
+            f"{_bytes(group, 'context') / 1e6:,.1f}" if coded else "",
+            f"{_bytes(plain) / _bytes(group, 'context'):,.1f}" if coded and plain else "",
+            _reached(group, "context"),
             f"{_mean(group, 'wall_s'):,.0f}", f"{_mean(group, 'device_s'):,.0f}",
         ])  # fmt: skip
     head = ["row", "model", "seeds", "epochs", "accuracy", "from, to", "MB up", "MB down", "times fewer than plain",
-            "MB to target", "wall s", "device s"]  # fmt: skip
+            "MB by `context`", "times fewer", "MB to target", "wall s", "device s"]  # fmt: skip
     return table(head, result)
 
 
 def _curve(group: Rows, key: str) -> tuple[list[float], list[float]]:
     """Mean over the seeds of `key` and of the accuracy in percent, point by point, to the end of the run."""
-    ends = [row | {"bytes": row["bytes_up"] + row["bytes_down"], "step": row["steps"]} for row in group]
+    ends = [row | {"context": row["context_up"] + row["context_down"], "step": row["steps"]} for row in group]
     points = list(zip(*(row["curve"] for row in group), strict=False))
     if not points or points[-1][0]["step"] < ends[0]["step"] - 1:
         points.append(tuple(ends))
@@ -104,10 +112,10 @@ def _names(axes: Axes, ends: list[tuple[str, str, float, float]]) -> None:
 
 def plots(rows: Rows) -> None:
     """learning-bytes.png, learning-seconds.png, learning-widths.png."""
-    tiny = [row for row in rows if row["model"] == "tiny"]
+    tiny = [row for row in rows if row["model"] == "tiny" and "target" in row]  # five classes are another task
     for name, key, scale, label in (
-        ("bytes", "bytes", 1e6, "MB on the link, both ways"),
-        ("seconds", "wall_s", 1.0, "seconds, device and server in turn on one thread, no link"),
+        ("bytes", "context", 1e6, "MB on the link, both ways, coded by context where a row is coded"),
+        ("seconds", "wall_s", 1.0, "seconds, device and server in turn, no link"),
     ):
         figure, axes = plt.subplots(figsize=(10, 6), dpi=110)
         ends = _lines(axes, tiny, key, scale)

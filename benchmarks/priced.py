@@ -7,6 +7,7 @@ phase the first step that sends and every 16th after it are coded by both.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -75,3 +76,28 @@ class Priced(RemoteTail):
     def learn(self, step: int, phase: Phase, *arguments: Any, **options: Any) -> Any:
         with self._prices.step(phase.index):
             return super().learn(step, phase, *arguments, **options)
+
+
+def main() -> None:
+    """`python -m benchmarks.priced SOURCE`: how far the sample is off in two epochs of "fixed width 8"."""
+    from benchmarks.inprocess import train
+    from benchmarks.learning_cases import CASES
+    from device_client.data import load
+
+    data = load(sys.argv[1], (3, 32, 32), 0, 0.0, limit=20_000)
+    text = next(case for case in CASES if case.name == "fixed width 8").recipe("tiny", 0, "")
+    prices = Prices(every=1)
+    told: list[tuple[int, int]] = []
+    train(
+        text.replace("[8, 20]", "[8, 2]"), data, Priced, prices=prices,
+        watch=lambda *_: told.append((prices.saved(UP), prices.saved(DOWN))),
+    )  # fmt: skip
+    for way, total in zip((UP, DOWN), zip(*told, strict=True), strict=True):
+        each = [after - before for before, after in zip((0, *total), total, strict=False)]
+        sampled = each[::EVERY]
+        off = sum(sampled) / len(sampled) * len(each) / total[-1] - 1
+        print(f"{way}: {total[-1] / 1e6:.2f} MB saved in {len(each)} steps; every {EVERY}th tells {off:+.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -103,11 +103,11 @@ class LinearDecoder(_Sized):
         return _map_channels(sent, self.weight[:, : self.width], self.bias)
 
     @torch.no_grad()
-    def rotate(self, components: Tensor, mean: Tensor) -> None:
-        """The answer to the encoder's `rotate`: what is decoded stays the same."""
-        components, mean, count = components.to(self.weight.device), mean.to(self.weight.device), len(mean)
+    def rotate(self, inverse: Tensor, mean: Tensor) -> None:
+        """The answer to the encoder's `rotate`, with the components' inverse: what is decoded stays the same."""
+        inverse, mean, count = inverse.to(self.weight.device), mean.to(self.weight.device), len(mean)
         self.bias.add_(self.weight[:, :count] @ mean)
-        self.weight[:, :count] = self.weight[:, :count] @ components.T
+        self.weight[:, :count] = self.weight[:, :count] @ inverse
 
     @torch.no_grad()
     def select(self, order: Tensor) -> None:
@@ -145,9 +145,15 @@ def build(kind: str, channels: int, seed: int) -> tuple[Encoder, Decoder]:
     return encoder, decoder
 
 
-def principal_components(activations: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Components [C, C] (rows, largest variance first) and mean [C] of activations [B, C, ...] over all else.
+# Of the sensitivity's mean, what every direction has: one that the loss never felt is not thrown away for nothing.
+_FELT_AT_LEAST = 0.01
 
+
+def principal_components(activations: Iterable[Tensor], sensitivity: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Components [C, C] (rows, most important first) and mean [C] of activations [B, C, ...] over all else.
+
+    Orthonormal and by their variance; with a `sensitivity` S [C, C] (`feel`) those that keep x - x' small where it
+    counts, in (x - x')' S (x - x'): components of sqrt(S) x, as far apart as the loss feels them.
     Batch by batch: all of them at once would take gigabytes where maps are large.
     """
     count, total, products = 0, torch.zeros(()), torch.zeros(())
@@ -157,11 +163,29 @@ def principal_components(activations: Iterable[Tensor]) -> tuple[Tensor, Tensor]
         total = total + points.sum(dim=1)
         products = products + points @ points.T
     mean = total / count
-    _, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
-    components = vectors.flip(1).T.contiguous()
+    covariance, root = products / count - torch.outer(mean, mean), torch.eye(len(mean), dtype=torch.float64)
+    if sensitivity is not None:
+        root = _root(sensitivity.double())
+    _, vectors = torch.linalg.eigh(root @ covariance @ root)
+    components = vectors.flip(1).T @ root
     # eigh leaves the sign open; the largest entry is made positive so that equal data give equal components.
     largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-    return (components * largest.sign()).float(), mean.float()
+    return (components * largest.sign()).float().contiguous(), mean.float()
+
+
+def _root(sensitivity: Tensor) -> Tensor:
+    """Symmetric square root of a sensitivity whose mean is made 1."""
+    values, vectors = torch.linalg.eigh(sensitivity)
+    values = values.clamp_min(0)
+    values = values / values.mean() * (1 - _FELT_AT_LEAST) + _FELT_AT_LEAST
+    return vectors @ torch.diag(values.sqrt()) @ vectors.T
+
+
+def feel(gradient: Tensor) -> Tensor:
+    """What the loss feels of each direction of the sent channels [w, w], from dLoss/dSent [B, w, ...]: the mean of
+    g g' over pictures and places (the Fisher information of the activation, as in Hsu et al., arXiv 2207.00112)."""
+    points = gradient.detach().transpose(0, 1).reshape(gradient.shape[1], -1)
+    return points @ points.T / points.shape[1]
 
 
 def rank_channels(activation: Tensor, gradient: Tensor) -> Tensor:

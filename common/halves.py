@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common import bottleneck, models
+from common.errors import ModelError
 from common.gate import Gate, rectified
 from common.norms import Norms
 from common.partition import cut_shape, split
@@ -40,17 +41,43 @@ class Head(nn.Module):
 class Tail(nn.Module):
     """What was sent [B, width, ...] to logits [B, classes], fp32 whatever the arithmetic inside."""
 
+    sensitivity: Tensor
+
     def __init__(self, layers: nn.Module, decoder: bottleneck.Decoder, nested: Sequence[int] = ()) -> None:
         super().__init__()
         self.layers = layers
         self.bottleneck = decoder
         self.norms = Norms(layers, nested)
+        # What the loss has felt of late of each direction of what is sent; for a run that starts from this one.
+        self.register_buffer(
+            "sensitivity", torch.zeros(decoder.channels, decoder.channels, device=decoder.order.device)
+        )
 
     def resize(self, width: int, order: tuple[int, ...] = ()) -> None:
         """Be ready for `width` channels; `order` as in bottleneck.resize."""
         if width != self.norms.width:
             self.norms.switch(width)
         self.bottleneck.resize(width, order)
+
+    @torch.no_grad()
+    def feel(self, gradient: Tensor) -> None:
+        """Take in dLoss/dSent [B, width, ...] of a step."""
+        felt = torch.zeros_like(self.sensitivity)
+        width = gradient.shape[1]
+        felt[:width, :width] = bottleneck.feel(gradient)
+        self.sensitivity.lerp_(felt, 0.1)
+
+    @torch.no_grad()
+    def rotate(self, components: Tensor, mean: Tensor) -> None:
+        """The answer to the encoder's `rotate`; ModelError where the components cannot be undone."""
+        assert isinstance(self.bottleneck, bottleneck.LinearDecoder)
+        inverse, info = torch.linalg.inv_ex(components.double())
+        if info or not torch.isfinite(inverse).all() or not torch.isfinite(mean).all():
+            raise ModelError("the principal components cannot be undone")
+        self.bottleneck.rotate(inverse.float(), mean)
+        whole = torch.eye(len(self.sensitivity), dtype=torch.float64, device=self.sensitivity.device)
+        whole[: len(mean), : len(mean)] = inverse
+        self.sensitivity.copy_(whole.T @ self.sensitivity.double() @ whole)
 
     def settle(self, width: int, order: tuple[int, ...] = ()) -> None:
         """Be ready for `width` channels and to be written: what each width has learnt apart is in its own place."""

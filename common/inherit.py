@@ -31,7 +31,9 @@ def adopt(
             f'model.init has learnt a linear bottleneck; bottleneck.kind "{new}" cannot go on from it: choose '
             f'"linear", or start from a run without one'
         )
-    kept = ("layers.", "bottleneck.") if old == new else ("layers.",)
+    kept: tuple[str, ...] = ("layers.", "bottleneck.") if old == new else ("layers.",)
+    if new in (old, "linear"):  # else its channels may be others
+        kept += ("sensitivity",)
     # What the widths of a nested run learnt apart is not taken over: the new run has widths of its own.
     theirs = {name: value for name, value in trained.items() if not name.startswith("norms.")}
     theirs = {name: value for name, value in theirs.items() if old == new or name.startswith(kept)}

@@ -71,15 +71,15 @@ class DataRecipe:
 @dataclass(frozen=True)
 class BottleneckRecipe:
     kind: str = "none"  # "none" all channels as they are, "channels" the most important, "linear" a learnt 1x1 map
-    start: str = (
-        "auto"  # linear: "orthogonal", "principal" (components of the activation), or auto: principal with init
-    )
-    principal_pictures: int = 1024  # linear, principal: pictures that the device takes the components of
+    # linear: "orthogonal" at random, "principal" components of the activation, "weighted" by what the loss felt of each
+    # direction in the run that `model.init` names (else as principal), or "auto": weighted with init, else orthogonal.
+    start: str = "auto"
+    principal_pictures: int = 1024  # linear, principal and weighted: pictures that the device takes the components of
     ranking_steps: int = 4  # channels: steps at full width before each phase, to measure what a channel is worth
 
     def __post_init__(self) -> None:
         _one_of("bottleneck.kind", self.kind, ("none", "channels", "linear"))
-        _one_of("bottleneck.start", self.start, ("auto", "orthogonal", "principal"))
+        _one_of("bottleneck.start", self.start, ("auto", "orthogonal", "principal", "weighted"))
         _demand(self.principal_pictures >= 1, "bottleneck.principal_pictures must be 1 or more")
         _demand(self.ranking_steps >= 1, "bottleneck.ranking_steps must be 1 or more")
 
@@ -292,9 +292,14 @@ class Recipe:
 
     @property
     def principal(self) -> bool:
-        """Whether the linear bottleneck starts from the principal components of the activation."""
+        """Whether the linear bottleneck starts from principal components of the activation, weighted or not."""
+        return self.bottleneck.kind == "linear" and (self.bottleneck.start == "principal" or self.weighted)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether those are weighted by what the loss felt, where that is known."""
         start = self.bottleneck.start
-        wanted = start == "principal" or (start == "auto" and bool(self.model.init))
+        wanted = start == "weighted" or (start == "auto" and bool(self.model.init))
         return self.bottleneck.kind == "linear" and wanted
 
     def digest(self) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import grpc
+import numpy as np
 
 from common import channel, recipe, wire
 from common.errors import (
@@ -88,6 +89,8 @@ class Connection:
         self._basis: Sequence[pb.Frame] = ()
         self._basis_on: Stream | None = None
         self._basis_booked = False
+        self.channels = 0  # of the cut, set by whoever has built the head
+        self.sensitivity: np.ndarray | None = None  # [C, C], by which the basis is to be weighted
         self._answered = 0  # answers still to come to steps that were sent on an earlier stream
         self._wait_s = 0.0  # on streams before this one
 
@@ -272,6 +275,7 @@ class Connection:
             answer = stream.receive(draft)
             if not answer.HasField("ready"):
                 raise FrameError(f"Ready was expected, {answer.WhichOneof('body')} came")
+            self.sensitivity = self._felt(stream, draft) if answer.ready.felt else None
             # The books have the first of a run; where this one is not, they have it already.
             if not self._joined:
                 draft.keep()
@@ -280,6 +284,14 @@ class Connection:
         self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
         self._find_connection()
         self._bring_basis()
+
+    def _felt(self, stream: Stream, draft: Draft) -> np.ndarray:
+        """What the server says that the loss feels of each direction [C, C]."""
+
+        def receive() -> pb.Frame:
+            return stream.receive(draft)
+
+        return wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self.channels, self.channels), "fp32")
 
     def _bring_basis(self) -> None:
         """Send the basis where the server has not got it and this stream has not brought it."""

@@ -67,7 +67,7 @@ class Trainer:
         """Build the head and fill it: from where the run was left, or with its first weights."""
         built = halves.build(self.recipe, allowed)
         self.head, self.cut, self.gate = built.head.to(self.processor), built.cut, built.gate
-        self.start_width = built.channels
+        self.start_width = self.remote.channels = built.channels
         self.optimiser = optim.build(self.recipe.optimiser, self.head.layers, self.head.bottleneck)
         if self.opened.step is not None or self.opened.finished:
             self._take_up()
@@ -260,7 +260,10 @@ class Trainer:
 
     @torch.no_grad()
     def _rotate(self) -> None:
-        """Turn the bottleneck into the principal components of what is sent, and tell the server."""
+        """Turn the bottleneck into the principal components of what is sent, and tell the server.
+
+        They are weighted by what the loss feels, where the server has said that.
+        """
         encoder = self.head.bottleneck
         assert isinstance(encoder, LinearEncoder)
         encoder.resize(self.start_width)
@@ -270,7 +273,8 @@ class Trainer:
         chosen = batches.order(self.recipe.seed, 0, len(self.data.train))[:count]
         part = Part(self.data.train.pictures[chosen], self.data.train.labels[chosen])
         sent = (torch.from_numpy(batch) for batch, _ in sent_batches(self.head, part, self.recipe))
-        components, mean = principal_components(sent)
+        felt = self.remote.sensitivity
+        components, mean = principal_components(sent, None if felt is None else torch.from_numpy(felt.copy()))
         encoder.rotate(components, mean)
         self.basis = np.concatenate([components.numpy(), mean.numpy()[None]])
         self.remote.send_basis(self.basis)

@@ -40,11 +40,15 @@ class TrainStream:
         run, receive, training, meter = self.run, self.receive, self.training, self.run.meter
         answers = training.answered_from(receive.begin.step)
         wanted = training.recipe.principal and not training.rotated
-        ready = pb.Ready(basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers))
-        first = wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready))
+        felt = self._felt() if wanted else []
+        ready = pb.Ready(
+            basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers), felt=bool(felt)
+        )
+        first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *felt]
         count = meter.frame if begun else meter.again
         count(UP, receive.first)
-        count(DOWN, first)
+        for out in first:
+            count(DOWN, out)
         if begun:  # a device that has heard Ready must find the run again
             self._keep()
         what = f"The device is connected again, at step {receive.begin.step:,}."
@@ -57,7 +61,7 @@ class TrainStream:
         run.console.print(what, highlight=False)
         load(training.phase.activation_codec, training.phase.gradient_codec)
         with Live(run.console, training.coordinator.steps, training.step) as live:
-            yield first
+            yield from first
             for answer in answers:
                 for out in answer:
                     yield meter.again(DOWN, out)
@@ -83,6 +87,13 @@ class TrainStream:
                     yield from self._recall(frame, live)
                 else:
                     yield from self._step(frame, chooser, live)
+
+    def _felt(self) -> list[pb.Frame]:
+        """The sensitivity, where components are to be weighted by it and the run that this one starts from had one."""
+        sensitivity = self.training.halves.tail.sensitivity
+        if not self.training.recipe.weighted or not sensitivity.any():
+            return []
+        return list(wire.pack_raw(Place(pb.WEIGHTS, 0, 0), sensitivity.cpu().numpy()))
 
     def _basis(self) -> np.ndarray:
         receive, training = self.receive, self.training

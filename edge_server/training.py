@@ -15,9 +15,8 @@ import torch
 from torch.nn import functional
 
 from common import optim, weights
-from common.bottleneck import LinearDecoder
 from common.checkpoint import Checkpoint, part
-from common.errors import DivergedError, FrameError
+from common.errors import DivergedError, FrameError, ModelError
 from common.halves import Halves, reseed
 from common.processor import fits
 from common.recipe import Recipe
@@ -26,6 +25,8 @@ from common.schedule import RANK, RECALL, STORE, Phase, phase_from
 from edge_server.budget import Beside
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.store import Store
+
+FELT_EVERY = 8  # steps: what the loss feels changes slowly
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,11 @@ class Training:
 
     def rotate(self, basis: np.ndarray) -> None:
         """Start from the device's principal components: `basis` [w + 1, w], components as rows, then the mean."""
-        decoder = self.halves.tail.bottleneck
-        assert isinstance(decoder, LinearDecoder)
         moved = torch.from_numpy(basis.copy())
-        decoder.rotate(moved[:-1], moved[-1])
+        try:
+            self.halves.tail.rotate(moved[:-1], moved[-1])
+        except ModelError as error:
+            raise FrameError(f"the basis is of no use: {error}") from error
         self.rotated = True
 
     def switch(self, phase: Phase) -> None:
@@ -210,6 +212,8 @@ class Training:
         correct = int((logits.argmax(1) == truth).sum())
         if activation.grad is None:
             return None, loss.item(), correct
+        if self.step % FELT_EVERY == 0:
+            self.halves.tail.feel(activation.grad)
         if self.phase.kind == RANK:
             self.coordinator.observe(activation.detach(), activation.grad)
         return activation.grad.cpu().numpy(), loss.item(), correct

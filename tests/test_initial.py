@@ -89,7 +89,7 @@ def test_going_on_from_a_narrower_bottleneck_keeps_its_map() -> None:
     fresh.head.bottleneck.resize(fresh.channels)
     components, mean = principal_components([fresh.head.bottleneck(activation)])
     fresh.head.bottleneck.rotate(components, mean)
-    fresh.tail.bottleneck.rotate(components, mean)
+    fresh.tail.rotate(components, mean)
     assert (mapped(fresh, 8) - expected).norm() < 1e-3 * expected.norm()
 
 

@@ -209,6 +209,8 @@ def test_lost_before_the_first_step(name: str, lost: str, tmp_path: Path, monkey
 class _Cut(RemoteTail):
     """In process, on a link that breaks once, right after the server has said that it wants the basis."""
 
+    passing = 1  # frames of that
+
     def __init__(self, *arguments: Any, stub: Stub, **options: Any) -> None:
         super().__init__(*arguments, stub=stub, **options)
         self._channel, self._whole, self._calls = Mock(), stub, 0
@@ -221,16 +223,16 @@ class _Cut(RemoteTail):
         return Stream(self._breaking if self._calls == 2 else call, self.server, watched=False)  # the first was Head
 
     def _breaking(self, frames: Any) -> Any:
-        call = self._whole.Train(frames)
+        call, passing = self._whole.Train(frames), self.passing
 
         class Breaking:
-            answered = False
+            answered = 0
 
             def __next__(self) -> Any:
-                if self.answered:
+                if self.answered == passing:
                     call._frames.close()
                     raise Lost()
-                self.answered = True
+                self.answered += 1
                 return next(call)
 
         return Breaking()
