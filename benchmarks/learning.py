@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import replace
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.learning_cases import CASES, CUTS, Case
-from benchmarks.learning_runs import Job, is_kept, recipe_of, run, start
+from benchmarks.learning_runs import Job, alike, is_kept, recipe_of, run, start
 from common import recipe
 from common.files import write_atomically
 
@@ -94,9 +94,7 @@ def is_current(row: dict[str, Any], quick: bool) -> bool:
     """Whether a row's recipe is still that of its case; the arithmetic is the machine's and may differ."""
     if row["name"] not in {case.name for case in CASES}:
         return False
-    texts = row["recipe"], recipe_of((row["name"], row["seed"], row["model"], quick))
-    old, new = (replace(recipe.parse(text), precision="fp32") for text in texts)
-    return old == new
+    return alike(row["recipe"], recipe_of((row["name"], row["seed"], row["model"], quick)))
 
 
 def planned(
@@ -138,12 +136,17 @@ def trained(
         while ready or going:
             while ready and len(going) < workers:
                 job = ready.popleft()
-                going[pool.submit(run, job)] = job
+                try:
+                    going[pool.submit(run, job)] = job
+                except BrokenProcessPool as error:
+                    yield job, None, str(error)
             ended, _ = wait(going, return_when=FIRST_COMPLETED)
             for future in ended:
                 job = going.pop(future)
                 if error := future.exception():
                     yield job, None, f"{type(error).__name__}: {error}"
+                    for later in after.get(job, []):
+                        yield later, None, "what it starts from failed"
                     continue
                 ready.extendleft(after.get(job, []))
                 yield job, future.result(), ""
@@ -169,6 +172,7 @@ def main() -> None:
         console = Console(width=120)  # a file has no width of its own, and 80 columns are too few for the table
     result = RESULTS / f"{options.into or ('learning-quick' if options.quick else 'learning')}.json"
     rows = json.loads(result.read_text()) if result.is_file() else []
+    rows = [row for row in rows if "context_up" in row]  # others were measured before that was
     seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
     chosen = [
         (case, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -235,5 +236,12 @@ def _network(name: str, seed: int, model: str, quick: bool) -> Path:
 
 
 def is_kept(job: Job) -> bool:
-    """Whether the network that this job trained is on the disk, for others to start from."""
-    return (_network(*job) / "device" / "head.safetensors").is_file()
+    """Whether the network that this job trains is on the disk, for others to start from."""
+    folder = _network(*job) / "device"
+    return (folder / "head.safetensors").is_file() and alike((folder / "recipe.toml").read_text(), recipe_of(job))
+
+
+def alike(text: str, other: str) -> bool:
+    """Whether two recipes train the same but for the machine's arithmetic."""
+    one, two = (replace(recipe.parse(written), precision="fp32") for written in (text, other))
+    return one == two

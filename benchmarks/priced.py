@@ -45,17 +45,17 @@ class Prices:
 
     @contextlib.contextmanager
     def step(self, phase: int) -> Iterator[None]:
-        """One step's way there and back, in one thread: first the activation is coded, then the gradient."""
+        """One step's way there and back, in one thread."""
         due = self._steps[phase] % self._every == 0
         self._steps[phase] += 1
         if not due:
             yield
             return
         self._sampled[phase] += 1
-        plain, ways = Step.encode, iter((UP, DOWN))
+        plain = Step.encode
 
         def encode(codec: Step, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
-            payload, way = plain(codec, tensor, aside), next(ways)
+            payload, way = plain(codec, tensor, aside), DOWN if aside.dither else UP
             if codec.coder == "step":
                 started = time.perf_counter()
                 self._saved[way][phase] += len(payload) - len(plain(codec.by("context"), tensor, aside))

@@ -33,6 +33,10 @@ class _Sized(nn.Module):
         if order:
             self.order.copy_(torch.tensor(order))
 
+    def places(self, width: int) -> Tensor:
+        """Which channel of the cut (linear: which direction) each of `width` sent channels is."""
+        return torch.arange(width, device=self.order.device)
+
 
 class PassEncoder(_Sized):
     def forward(self, activation: Tensor) -> Tensor:
@@ -53,6 +57,9 @@ class ChannelEncoder(_Sized):
 
 class ChannelDecoder(_Sized):
     """Puts the sent channels in their places; the others are zero."""
+
+    def places(self, width: int) -> Tensor:
+        return super().places(width) if width == self.channels else self.order[:width]
 
     def forward(self, sent: Tensor) -> Tensor:
         if self.width == self.channels:
@@ -183,7 +190,8 @@ def _root(sensitivity: Tensor) -> Tensor:
 
 def feel(gradient: Tensor) -> Tensor:
     """What the loss feels of each direction of the sent channels [w, w], from dLoss/dSent [B, w, ...]: the mean of
-    g g' over pictures and places (the Fisher information of the activation, as in Hsu et al., arXiv 2207.00112)."""
+    g g' over pictures and places (the activation's empirical Fisher information; Hsu et al., arXiv 2207.00112, weight a
+    factorisation by that of the weights)."""
     points = gradient.detach().transpose(0, 1).reshape(gradient.shape[1], -1)
     return points @ points.T / points.shape[1]
 

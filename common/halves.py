@@ -31,11 +31,14 @@ class Head(nn.Module):
 
     @property
     def processor(self) -> torch.device:
-        """Where it computes; what it sends is on the processor again."""
+        """Where it computes, and what it sends is."""
         return self.bottleneck.order.device
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.bottleneck(self.layers(pictures.to(self.processor))).float()
+
+
+MOST_FELT = 2048  # channels: the matrix of more would take over 16 MB on either side, whatever they are used for
 
 
 class Tail(nn.Module):
@@ -48,10 +51,9 @@ class Tail(nn.Module):
         self.layers = layers
         self.bottleneck = decoder
         self.norms = Norms(layers, nested)
-        # What the loss has felt of late of each direction of what is sent; for a run that starts from this one.
-        self.register_buffer(
-            "sensitivity", torch.zeros(decoder.channels, decoder.channels, device=decoder.order.device)
-        )
+        # What the loss has felt of late of each direction at the cut; for a run that starts from this one.
+        size = decoder.channels if decoder.channels <= MOST_FELT else 0
+        self.register_buffer("sensitivity", torch.zeros(size, size, device=decoder.order.device))
 
     def resize(self, width: int, order: tuple[int, ...] = ()) -> None:
         """Be ready for `width` channels; `order` as in bottleneck.resize."""
@@ -61,23 +63,29 @@ class Tail(nn.Module):
 
     @torch.no_grad()
     def feel(self, gradient: Tensor) -> None:
-        """Take in dLoss/dSent [B, width, ...] of a step."""
-        felt = torch.zeros_like(self.sensitivity)
-        width = gradient.shape[1]
-        felt[:width, :width] = bottleneck.feel(gradient)
-        self.sensitivity.lerp_(felt, 0.1)
+        """Take in dLoss/dSent [B, width, ...] of a step; what is not sent stays as it was felt before."""
+        if not len(self.sensitivity):
+            return
+        places = self.bottleneck.places(gradient.shape[1])
+        here = places[:, None], places[None]
+        before, now = self.sensitivity[here], bottleneck.feel(gradient)
+        # What was never felt is taken as it comes.
+        self.sensitivity[here] = torch.where(before == 0, now, before.lerp(now, 0.1))
 
     @torch.no_grad()
     def rotate(self, components: Tensor, mean: Tensor) -> None:
         """The answer to the encoder's `rotate`; ModelError where the components cannot be undone."""
         assert isinstance(self.bottleneck, bottleneck.LinearDecoder)
         inverse, info = torch.linalg.inv_ex(components.double())
-        if info or not torch.isfinite(inverse).all() or not torch.isfinite(mean).all():
+        turned = self.sensitivity.cpu().double()
+        if len(turned):
+            turned[: len(mean)] = inverse.T @ turned[: len(mean)]
+            turned[:, : len(mean)] = turned[:, : len(mean)] @ inverse
+        inverse, turned = inverse.float(), turned.float()
+        if info or not all(torch.isfinite(values).all() for values in (inverse, turned, mean)):
             raise ModelError("the principal components cannot be undone")
-        self.bottleneck.rotate(inverse.float(), mean)
-        whole = torch.eye(len(self.sensitivity), dtype=torch.float64, device=self.sensitivity.device)
-        whole[: len(mean), : len(mean)] = inverse
-        self.sensitivity.copy_(whole.T @ self.sensitivity.double() @ whole)
+        self.bottleneck.rotate(inverse, mean)
+        self.sensitivity.copy_(turned)
 
     def settle(self, width: int, order: tuple[int, ...] = ()) -> None:
         """Be ready for `width` channels and to be written: what each width has learnt apart is in its own place."""

@@ -31,9 +31,7 @@ def adopt(
             f'model.init has learnt a linear bottleneck; bottleneck.kind "{new}" cannot go on from it: choose '
             f'"linear", or start from a run without one'
         )
-    kept: tuple[str, ...] = ("layers.", "bottleneck.") if old == new else ("layers.",)
-    if new in (old, "linear"):  # else its channels may be others
-        kept += ("sensitivity",)
+    kept = ("layers.", "bottleneck.", "sensitivity") if old == new else ("layers.", "sensitivity")
     # What the widths of a nested run learnt apart is not taken over: the new run has widths of its own.
     theirs = {name: value for name, value in trained.items() if not name.startswith("norms.")}
     theirs = {name: value for name, value in theirs.items() if old == new or name.startswith(kept)}
@@ -49,4 +47,6 @@ def adopt(
     order = torch.tensor(manifest.phase.order or range(half.bottleneck.channels))
     if isinstance(half.bottleneck, LinearEncoder | LinearDecoder):
         half.bottleneck.select(order)
+        if isinstance(half, Tail) and len(half.sensitivity):
+            half.sensitivity.copy_(half.sensitivity[order][:, order])
     return dict(half.state_dict())

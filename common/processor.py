@@ -36,7 +36,7 @@ def choose(name: str) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the card is first used
     torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Set by the line above, to make programs that read memory before they write it repeatable: none here does.
+    # With the line above new memory is filled, for programs that read it before they write it: none here does.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     chosen = torch.device("cuda", chosen.index or 0)
     try:

@@ -214,6 +214,8 @@ def train(
         if opened.step == 0:
             going = ", beginning again: no later checkpoint had been taken"
         console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {server}{going}.", highlight=False)
+        if processor != "cpu":  # one that is not there is told before the pictures are read
+            _compute_with(threads, processor)
         loaded = _load(remote, source, skip_unreadable, ("train", "validation", "test"), limit)
         console.print(
             f"{len(loaded.train):,} training and {len(loaded.test):,} test pictures in {len(loaded.classes)} classes.",
@@ -251,7 +253,7 @@ def evaluate(
         from device_client import use
 
         chosen = _compute_with(threads, processor)
-        head = use.open_finished(remote, finished, allowed, width, _say).to(chosen)
+        head = use.open_finished(remote, finished, allowed, width, _say, chosen)
         loaded = _load(remote, source, skip_unreadable, ("test",))
         verdict = use.evaluate(remote, head, loaded, _say)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
@@ -279,7 +281,7 @@ def predict(
         from device_client import use
 
         chosen = _compute_with(threads, processor)
-        head = use.open_finished(remote, finished, allowed, width, _say).to(chosen)
+        head = use.open_finished(remote, finished, allowed, width, _say, chosen)
         answers = list(use.predict(remote, head, pictures, _say))
     finally:
         remote.close()

@@ -275,7 +275,7 @@ class Connection:
             answer = stream.receive(draft)
             if not answer.HasField("ready"):
                 raise FrameError(f"Ready was expected, {answer.WhichOneof('body')} came")
-            self.sensitivity = self._felt(stream, draft) if answer.ready.felt else None
+            self.sensitivity = self._felt(stream, draft) if answer.ready.sensitivity_follows else None
             # The books have the first of a run; where this one is not, they have it already.
             if not self._joined:
                 draft.keep()
@@ -291,7 +291,10 @@ class Connection:
         def receive() -> pb.Frame:
             return stream.receive(draft)
 
-        return wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self.channels, self.channels), "fp32")
+        felt = wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self.channels, self.channels), "fp32")
+        if not np.allclose(felt, felt.T) or not felt.trace() > 0:
+            raise FrameError("the sensitivity that came is not symmetric and positive: nothing can be weighted by it")
+        return felt
 
     def _bring_basis(self) -> None:
         """Send the basis where the server has not got it and this stream has not brought it."""

@@ -66,7 +66,9 @@ class Trainer:
     def prepare(self, allowed: tuple[str, ...], init: RunFolder | None) -> None:
         """Build the head and fill it: from where the run was left, or with its first weights."""
         built = halves.build(self.recipe, allowed)
-        self.head, self.cut, self.gate = built.head.to(self.processor), built.cut, built.gate
+        self.cut, self.gate = built.cut, built.gate
+        with fits("the head", self.processor):
+            self.head = built.head.to(self.processor)
         self.start_width = self.remote.channels = built.channels
         self.optimiser = optim.build(self.recipe.optimiser, self.head.layers, self.head.bottleneck)
         if self.opened.step is not None or self.opened.finished:
@@ -273,7 +275,7 @@ class Trainer:
         chosen = batches.order(self.recipe.seed, 0, len(self.data.train))[:count]
         part = Part(self.data.train.pictures[chosen], self.data.train.labels[chosen])
         sent = (torch.from_numpy(batch) for batch, _ in sent_batches(self.head, part, self.recipe))
-        felt = self.remote.sensitivity
+        felt, self.remote.sensitivity = self.remote.sensitivity, None
         components, mean = principal_components(sent, None if felt is None else torch.from_numpy(felt.copy()))
         encoder.rotate(components, mean)
         self.basis = np.concatenate([components.numpy(), mean.numpy()[None]])

@@ -16,6 +16,7 @@ import torch
 from common import halves, weights
 from common.errors import BusyError, MismatchError
 from common.halves import Head
+from common.processor import fits
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
@@ -33,9 +34,9 @@ TRIES = 12
 
 def open_finished(
     remote: RemoteTail, folder: RunFolder | None, allowed: tuple[str, ...], width: int | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None, processor: torch.device = halves.CPU,
 ) -> Head:  # fmt: skip
-    """Open a session with the server of a finished run and return its head, ready to use at `width`.
+    """Open a session with the server of a finished run and return its head, ready to use at `width` on `processor`.
 
     The head is this folder's; without a folder, the one that was published to the server. Without a width, it is the
     run's last; MismatchError where the network was not trained for the one that is asked for.
@@ -54,7 +55,8 @@ def open_finished(
         weights.fill(head, weights.from_bytes(remote.head_weights(), "the server"), "the server")
     phase = _phase(remote, width)
     head.bottleneck.resize(phase.width, phase.order)
-    return head.eval()
+    with fits("the head", processor):
+        return head.to(processor).eval()
 
 
 def _phase(remote: RemoteTail, width: int | None) -> Phase:

@@ -42,7 +42,10 @@ class TrainStream:
         wanted = training.recipe.principal and not training.rotated
         felt = self._felt() if wanted else []
         ready = pb.Ready(
-            basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers), felt=bool(felt)
+            basis_wanted=wanted,
+            phase=phase_message(training.phase),
+            answered=len(answers),
+            sensitivity_follows=bool(felt),
         )
         first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *felt]
         count = meter.frame if begun else meter.again

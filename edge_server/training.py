@@ -209,11 +209,11 @@ class Training:
                 )
             self._optimiser.zero_grad()
             loss.backward()
+            if activation.grad is not None and self.step % FELT_EVERY == 0 and sent.shape[1] == self.phase.width:
+                self.halves.tail.feel(activation.grad)  # of nested widths the widest alone: it has all directions
         correct = int((logits.argmax(1) == truth).sum())
         if activation.grad is None:
             return None, loss.item(), correct
-        if self.step % FELT_EVERY == 0:
-            self.halves.tail.feel(activation.grad)
         if self.phase.kind == RANK:
             self.coordinator.observe(activation.detach(), activation.grad)
         return activation.grad.cpu().numpy(), loss.item(), correct

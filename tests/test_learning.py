@@ -134,6 +134,15 @@ def test_what_others_start_from_begins_first_and_the_longest_of_the_rest_after_i
     assert [job[0] for jobs in after.values() for job in jobs] == ["prune to 8, head frozen"] * 2
 
 
+def test_a_run_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a worker that dies leave them without a word."""
+    jobs = [("plain", 0, "tiny", False), ("plain", 1, "tiny", False)]
+    later = ("prune to 8, head frozen", 0, "tiny", False)
+    ended = list(learning.trained(jobs, {jobs[0]: [later]}, 1, ("folder:/nowhere", 10, "cpu")))
+    assert [job for job, _, _ in ended] in ([jobs[0], later, jobs[1]], [jobs[0], later, *jobs[1:]])
+    assert all(row is None and error for _, row, error in ended)
+
+
 def test_a_row_is_trained_again_when_its_case_has_changed_and_not_when_the_machine_has() -> None:
     job = ("prune to 8, head frozen", 0, "tiny", False)
     text = learning.recipe_of(job)

@@ -44,6 +44,7 @@ def test_a_card_is_taken_by_its_number_and_computes_in_a_fixed_order(monkeypatch
     asked: list[bool] = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only: asked.append(on))
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 
     def full(_: torch.device) -> None:
@@ -56,6 +57,7 @@ def test_a_card_is_taken_by_its_number_and_computes_in_a_fixed_order(monkeypatch
     assert choose("auto") == choose("cuda") == torch.device("cuda", 0)
     assert choose("cuda:1") == torch.device("cuda", 1)
     assert torch.backends.cudnn.deterministic and all(asked)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
     with pytest.raises(ModelError, match="finds 2 CUDA devices here"):
         choose("cuda:2")
 

@@ -184,8 +184,12 @@ def test_a_device_that_dies_right_after_a_validation_judges_again(tmp_path: Path
 @pytest.mark.parametrize("lost", ["device", "device and server", "device with its disk, and server"])
 @pytest.mark.parametrize("name", ["principal components, adamw", "nested widths"])
 def test_lost_before_the_first_step(name: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose_before_the_first_step(CASES[name], lost, tmp_path, monkeypatch)
+
+
+def lose_before_the_first_step(text: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device has kept where it begins, and what it sent then (its basis, where one is wanted) has not arrived."""
-    text, data = CASES[name], load("digits", (1, 16, 16), 3, 0.0, limit=320)
+    data = load("digits", (1, 16, 16), 3, 0.0, limit=320)
     assert leg(tmp_path / "whole", text, data)
     keep, broken = Trainer.keep, tmp_path / "broken"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,20 @@ import pytest
 import torch
 
 from benchmarks import inprocess
-from benchmarks.recipes import recipe_text
-from common import bottleneck, halves, weights
+from benchmarks.recipes import PHASE, recipe_text
+from common import bottleneck, halves, weights, wire
 from common.errors import FrameError
+from common.inherit import adopt
+from common.meter import Draft
 from common.recipe import parse
+from common.run import Manifest
 from common.schedule import Phase
 from device_client.data import Dataset, load
+from device_client.link import Stream
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.training import Training
-from tests.test_resume import _Cut, assert_same_end
+from tests.test_resume import _Cut, assert_same_end, lose_before_the_first_step
 
 CODEC = 'activation = "step:20"\ngradient = "step:10"'
 
@@ -49,11 +55,14 @@ def _text(source: Path, start: str = "auto", cut: str = "stage1_relu2") -> str:
 class _Seen(RemoteTail):
     """Remembers what crossed before the first step."""
 
-    felt: list[np.ndarray | None] = []
+    felt: list[np.ndarray] = []
     basis: list[np.ndarray] = []
 
+    def _felt(self, stream: Stream, draft: Draft) -> np.ndarray:
+        self.felt.append(super()._felt(stream, draft))
+        return self.felt[-1]
+
     def send_basis(self, basis: np.ndarray) -> None:
-        self.felt.append(self.sensitivity)
         self.basis.append(basis)
         super().send_basis(basis)
 
@@ -89,10 +98,42 @@ def test_a_run_notes_what_its_loss_feels(source: Path) -> None:
     assert float(torch.linalg.eigvalsh(felt)[0]) > -1e-6 * float(felt.trace())
 
 
+def _tail(kind: str = "linear") -> halves.Tail:
+    return halves.build(parse(recipe_text("fixed", bottleneck=f'kind = "{kind}"', schedule="phases = [[4, 1]]"))).tail
+
+
 def test_a_narrow_run_leaves_what_it_does_not_send_alone() -> None:
-    tail = halves.build(parse(recipe_text("fixed", bottleneck='kind = "linear"', schedule="phases = [[4, 1]]"))).tail
-    tail.feel(torch.randn(8, 4, 8, 8))
-    assert tail.sensitivity[:4, :4].diagonal().all() and not tail.sensitivity[4:].any()
+    """What was never felt is taken as it comes, what was is averaged, and what is not sent stays as it was."""
+    tail = _tail()
+    for scale in (1.0, 3.0):
+        tail.feel(scale * torch.ones(8, 4, 8, 8))
+    assert torch.allclose(tail.sensitivity[:4, :4], torch.tensor(1 + 0.1 * (9 - 1)))
+    assert not tail.sensitivity[4:].any() and not tail.sensitivity[:, 4:].any()
+    tail.feel(torch.ones(8, 32, 8, 8))
+    tail.feel(torch.zeros(8, 2, 8, 8))
+    assert torch.allclose(tail.sensitivity[4:, 4:], torch.ones(28, 28))
+
+
+def test_ranked_channels_are_noted_by_their_place_at_the_cut_and_taken_over_in_their_order() -> None:
+    tail, order = _tail("channels"), tuple(reversed(range(32)))
+    tail.bottleneck.resize(4, order)
+    tail.feel(torch.arange(1.0, 5.0)[None, :, None, None] * torch.ones(8, 4, 8, 8))
+    assert tail.sensitivity.diagonal()[-4:].tolist() == [16.0, 9.0, 4.0, 1.0] and not tail.sensitivity[:28].any()
+    table, manifest = "phases = [[4, 1]]", Manifest("run", "digest", (), PHASE, True)
+    manifest = replace(manifest, phase=replace(PHASE, width=4, order=order))
+    source = parse(recipe_text("fixed", bottleneck='kind = "channels"', schedule=table))
+    recipe = parse(recipe_text("fixed", bottleneck='kind = "linear"', schedule=table))
+    taken = adopt(halves.build(recipe).tail, tail.state_dict(), recipe, source, manifest)
+    assert taken["sensitivity"].diagonal()[:5].tolist() == [1.0, 4.0, 9.0, 16.0, 0.0]
+
+
+def test_there_is_none_where_it_would_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "MOST_FELT", 31)
+    tail = _tail()
+    tail.feel(torch.ones(8, 4, 8, 8))
+    tail.rotate(2 * torch.eye(32), torch.zeros(32))
+    assert tail.sensitivity.shape == (0, 0)
+    assert torch.equal(tail.bottleneck.weight, _tail().bottleneck.weight / 2)
 
 
 def test_the_device_weights_by_it_and_both_sides_turn_alike(digits: Dataset, source: Path, seen: type[_Seen]) -> None:
@@ -106,7 +147,7 @@ def test_the_device_weights_by_it_and_both_sides_turn_alike(digits: Dataset, sou
 
     inprocess.train(_text(source), digits, seen, watch=watch)
     felt = weights.read(source / "server" / "tail.safetensors")["sensitivity"]
-    assert seen.felt[0] is not None and np.array_equal(seen.felt[0], felt.numpy())
+    assert np.array_equal(seen.felt[0], felt.numpy())
     encoder, now = turned
     # In the new directions the loss feels all alike, but for the hundredth that every one has.
     assert torch.allclose(now / now.diagonal().mean(), torch.eye(len(now)), atol=0.15)
@@ -117,7 +158,7 @@ def test_without_weights_it_is_by_variance_alone(digits: Dataset, source: Path, 
     for text in (_text(source, "principal"), _text(source, cut="stage2_1_relu2")):
         inprocess.train(text, digits, seen)
         components = seen.basis[-1][:-1]
-        assert seen.felt[-1] is None
+        assert not seen.felt
         assert np.allclose(components @ components.T, np.eye(len(components)), atol=1e-4)
 
 
@@ -133,12 +174,33 @@ def test_what_was_lost_on_the_way_is_sent_again(
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
     for way in ("up", "down"):
         assert cut["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
+    ours, theirs = (json.loads((tmp_path / name / "server" / "summary.json").read_text()) for name in ("cut", "whole"))
+    for way in ("up", "down"):
+        assert ours["bytes"][way]["by_role"] == theirs["bytes"][way]["by_role"]
 
 
-def test_a_basis_that_cannot_be_undone_is_refused(digits: Dataset, source: Path, seen: type[_Seen]) -> None:
+@pytest.mark.parametrize("lost", ["device", "device and server", "device with its disk, and server"])
+def test_lost_before_the_first_step(lost: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lose_before_the_first_step(_text(source), lost, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("damage", [lambda felt: felt * 0, lambda felt: -felt, lambda felt: felt * np.tri(len(felt))])
+def test_a_sensitivity_that_cannot_be_one_is_refused(
+    damage: Any, digits: Dataset, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = wire.pack_raw
+    monkeypatch.setattr(wire, "pack_raw", lambda place, tensor: pack(place, damage(tensor).astype(np.float32)))
+    with pytest.raises(FrameError, match="not symmetric and positive"):
+        inprocess.train(_text(source), digits, give_up_s=0)
+
+
+@pytest.mark.parametrize("scale", [0, 1e-30])
+def test_a_basis_that_cannot_be_undone_is_refused(
+    scale: float, digits: Dataset, source: Path, seen: type[_Seen]
+) -> None:
     class Singular(_Seen):
         def send_basis(self, basis: np.ndarray) -> None:
-            super().send_basis(np.zeros_like(basis))
+            super().send_basis(basis * np.float32(scale))
 
     with pytest.raises(FrameError, match="the basis is of no use: the principal components cannot be undone"):
         inprocess.train(_text(source), digits, Singular, give_up_s=0)
