@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.learning_cases import CASES, CUTS, Case
-from benchmarks.learning_runs import Job, alike, is_kept, recipe_of, run, start
+from benchmarks.learning_runs import Job, alike, epochs, is_kept, recipe_of, run, start
 from common import recipe
 from common.files import write_atomically
 
@@ -122,7 +122,7 @@ def planned(
     ready = [job for begun, jobs in after.items() if begun not in free and is_kept(begun) for job in jobs]
     # What others wait for begins first.
     models = list(dict.fromkeys(model for _, model in chosen))
-    first = sorted([*missing, *free], key=lambda job: (job not in after, models.index(job[2]), -cases[job[0]].epochs))
+    first = sorted([*missing, *free], key=lambda job: (job not in after, models.index(job[2]), -epochs(job)))
     return [*first, *ready], {job: after.get(job, []) for job in first}
 
 
@@ -184,13 +184,14 @@ def main() -> None:
     ]
     done = {(row["name"], row["seed"], row["model"]) for row in rows if is_current(row, options.quick)}
     jobs, after = planned(chosen, seeds, options.quick, done)
-    started, count, failures = time.monotonic(), 0, 0
-    total = len(jobs) + sum(map(len, after.values()))
+    started, failures = time.monotonic(), 0
+    left = [*jobs, *(later for following in after.values() for later in following)]
+    total = sum(map(epochs, left))
     pictures = QUICK_PICTURES if options.quick else PICTURES
     for job, row, error in trained(jobs, after, options.workers, (options.source, pictures, options.device)):
-        count += 1
-        left = total - count
-        minutes = (time.monotonic() - started) / count * left / 60
+        left.remove(job)
+        to_come = sum(map(epochs, left))
+        minutes = (time.monotonic() - started) / (total - to_come) * to_come / 60
         if not row:
             failures += 1
             console.print(f"{job[0]}, {job[2]}, seed {job[1]}: failed, {error}", style="red", highlight=False)
@@ -202,12 +203,12 @@ def main() -> None:
         write_atomically(result, (json.dumps(rows, indent=1) + "\n").encode())
         console.print(
             f"{job[0]}, {job[2]}, seed {job[1]}: {row['accuracy']:.2%}, "
-            f"{(row['bytes_up'] + row['bytes_down']) / 1e6:,.1f} MB in {row['wall_s']:,.0f} s; {left} runs left, "
+            f"{(row['bytes_up'] + row['bytes_down']) / 1e6:,.1f} MB in {row['wall_s']:,.0f} s; {len(left)} runs left, "
             f"about {minutes:.0f} min", highlight=False,
         )  # fmt: skip
     show(console, rows)
     if failures:
-        raise SystemExit(f"{failures} of {total} runs failed")
+        raise SystemExit(f"{failures} runs failed")
 
 
 if __name__ == "__main__":

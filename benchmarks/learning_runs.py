@@ -200,6 +200,12 @@ def _case(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
+def epochs(job: Job) -> float:
+    """Of training, recalled ones too: how long a run takes beside others."""
+    name, _, model, quick = job
+    return _case(name).epochs * (1 if _case(name).start else share(model, quick))
+
+
 def recipe_of(job: Job) -> str:
     name, seed, model, quick = job
     start = _case(name).start
