@@ -1,4 +1,4 @@
-"""Tables and plots of docs/results.md from benchmarks/results/learning.json: `python -m benchmarks.learning_page`."""
+"""Tables and plots of docs/results.md from benchmarks/results/learning*.json: `python -m benchmarks.learning_page`."""
 
 from __future__ import annotations
 
@@ -157,11 +157,13 @@ def _widths(axes: Axes, rows: Rows, title: str) -> None:
 
 
 def main() -> None:
-    rows = json.loads((RESULTS / "learning.json").read_text())
     text = PAGE.read_text()
-    begin, end = "<!-- learning rows -->", "<!-- /learning rows -->"
-    PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{rows_table(rows)}\n{end}", text, flags=re.S))
-    plots(rows)
+    for name in ("learning", "learning-weighted"):
+        written = rows_table(json.loads((RESULTS / f"{name}.json").read_text()))
+        begin, end = f"<!-- {name} rows -->", f"<!-- /{name} rows -->"
+        text = re.sub(f"{begin}.*?{end}", f"{begin}\n{written}\n{end}", text, flags=re.S)
+    PAGE.write_text(text)
+    plots(json.loads((RESULTS / "learning.json").read_text()))
 
 
 if __name__ == "__main__":
