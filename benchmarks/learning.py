@@ -65,7 +65,8 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         reached = [row["context_to_target"] for row in group if row.get("context_to_target")]
         to_target = f"{statistics.mean(reached) / 1e6:,.0f}" if len(reached) == len(group) else "not met"
         values = [100 * row["accuracy"] for row in group]
-        accuracy = f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+        spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+        accuracy = f"{statistics.mean(values):.1f}{spread}"
         table.add_row(
             name, model, str(len(group)), accuracy, f"{sent / 1e6:,.1f}", f"{context / 1e6:,.1f}", to_target,
             *(f"{statistics.mean(row[key] for row in group):,.0f}" for key in ("wall_s", "device_s")),
@@ -155,7 +156,9 @@ def trained(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
-    parser.add_argument("--quick", action="store_true", help="a few rows on few pictures; some 20 minutes without AMX")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few rows on few pictures; a quarter of an hour without AMX"
+    )
     parser.add_argument(
         "--model", action="append", choices=CUTS, help="tiny unless given; the larger ones have fewer rows and epochs"
     )
@@ -169,7 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # a file has no width of its own, and 80 columns are too few for the table
+        console = Console(width=140)  # a file has no width of its own, and 80 columns are too few for the table
     result = RESULTS / f"{options.into or ('learning-quick' if options.quick else 'learning')}.json"
     rows = json.loads(result.read_text()) if result.is_file() else []
     rows = [row for row in rows if "context_up" in row]  # others were measured before that was
