@@ -109,21 +109,14 @@ def train(
     """Train the recipe in `text` on `data`; the device's summary.
 
     `remote_class`: a RemoteTail that also looks on. `folder`: where the two run folders are kept, `device` and
-    `server`, if they are. `watch` sees the halves as they are after each step;
-    both compute on `processor`.
+    `server`, if they are. `watch` sees the halves as they are after each step. Both compute on
+    `processor`.
     """
     quiet = Console(file=io.StringIO())
     with contextlib.ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         host = Host.to_train(
-            recipes.parse(text),
-            text,
-            RunFolder(place / "server"),
-            quiet,
-            (),
-            folder is not None,
-            limits,
-            processor,
+            recipes.parse(text), text, RunFolder(place / "server"), quiet, (), folder is not None, limits, processor
         )
         stack.callback(host.close)
         tail = remote_class("127.0.0.1:1", stub=Stub(Servicer(host)), **remote)

@@ -52,6 +52,17 @@ def add_targets(rows: list[dict[str, Any]]) -> None:
                 row[f"{coder}_to_target"] = min((point[coder] for point in met), default=None)
 
 
+def sent(rows: Sequence[dict[str, Any]], coder: str = "bytes") -> float:
+    """Bytes both ways, the mean over seeds."""
+    return statistics.mean(row[f"{coder}_up"] + row[f"{coder}_down"] for row in rows)
+
+
+def reached(rows: Sequence[dict[str, Any]], coder: str) -> str:
+    """MB to the target, of a row all of whose seeds met it."""
+    met = [row[f"{coder}_to_target"] for row in rows if row.get(f"{coder}_to_target")]
+    return f"{statistics.mean(met) / 1e6:,.0f}" if len(met) == len(rows) else "not met"
+
+
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
     """Means over the seeds, a line a row."""
     table = Table(show_edge=False, pad_edge=False)
@@ -60,15 +71,12 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     for name in ("accuracy", "MB", "by context", "to target", "wall s", "device s"):
         table.add_column(name, justify="right")
     for (name, model), group in grouped(rows).items():
-        sent = statistics.mean(row["bytes_up"] + row["bytes_down"] for row in group)
-        context = statistics.mean(row["context_up"] + row["context_down"] for row in group)
-        reached = [row["context_to_target"] for row in group if row.get("context_to_target")]
-        to_target = f"{statistics.mean(reached) / 1e6:,.0f}" if len(reached) == len(group) else "not met"
         values = [100 * row["accuracy"] for row in group]
         spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
         accuracy = f"{statistics.mean(values):.1f}{spread}"
         table.add_row(
-            name, model, str(len(group)), accuracy, f"{sent / 1e6:,.1f}", f"{context / 1e6:,.1f}", to_target,
+            name, model, str(len(group)), accuracy,
+            *(f"{sent(group, coder) / 1e6:,.1f}" for coder in ("bytes", "context")), reached(group, "context"),
             *(f"{statistics.mean(row[key] for row in group):,.0f}" for key in ("wall_s", "device_s")),
         )  # fmt: skip
     console.print(table)
@@ -131,6 +139,12 @@ def trained(
     jobs: Sequence[Job], after: dict[Job, list[Job]], workers: int, setting: tuple[str, int, str]
 ) -> Iterator[tuple[Job, dict[str, Any] | None, str]]:
     """Each job with its row as it is done, or with what went wrong: the others go on."""
+
+    def failed(job: Job, why: str) -> Iterator[tuple[Job, None, str]]:
+        yield job, None, why
+        for later in after.get(job, []):
+            yield later, None, "what it starts from failed"
+
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, start, setting) as pool:
         ready, going = deque(jobs), dict[Future[dict[str, Any]], Job]()
@@ -140,14 +154,12 @@ def trained(
                 try:
                     going[pool.submit(run, job)] = job
                 except BrokenProcessPool as error:
-                    yield job, None, str(error)
+                    yield from failed(job, str(error))
             ended, _ = wait(going, return_when=FIRST_COMPLETED)
             for future in ended:
                 job = going.pop(future)
                 if error := future.exception():
-                    yield job, None, f"{type(error).__name__}: {error}"
-                    for later in after.get(job, []):
-                        yield later, None, "what it starts from failed"
+                    yield from failed(job, f"{type(error).__name__}: {error}")
                     continue
                 ready.extendleft(after.get(job, []))
                 yield job, future.result(), ""

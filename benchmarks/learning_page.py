@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
-from benchmarks.learning import RESULTS, grouped
+from benchmarks.learning import RESULTS, grouped, reached, sent
 from benchmarks.tables import table
 
 PAGE = Path("docs/results.md")
@@ -31,16 +31,6 @@ def _mean(rows: Rows, key: str) -> float:
     return statistics.mean(row[key] for row in rows)
 
 
-def _bytes(rows: Rows, coder: str = "bytes") -> float:
-    return statistics.mean(row[f"{coder}_up"] + row[f"{coder}_down"] for row in rows)
-
-
-def _reached(rows: Rows, coder: str) -> str:
-    """MB to the target, of a row all of whose seeds met it."""
-    reached = [row[f"{coder}_to_target"] for row in rows if row.get(f"{coder}_to_target")]
-    return f"{statistics.mean(reached) / 1e6:,.0f}" if len(reached) == len(rows) else "not met"
-
-
 def _epochs(row: dict[str, Any]) -> float:
     """Steps that were trained, those on kept activations too, in passes over the row's pictures."""
     return round(row["steps"] / (row["pictures"] // 128), 1)
@@ -51,16 +41,16 @@ def rows_table(rows: Rows) -> str:
     result = []
     for (name, model), group in grouped(rows).items():
         plain = [row for row in rows if row["model"] == model and row["name"] == "plain"]
-        coded = _bytes(group, "context") != _bytes(group)
+        coded = sent(group, "context") != sent(group)
         values = [100 * row["accuracy"] for row in group]
         result.append([
             name, model, str(len(group)), f"{_epochs(group[0]):g}",
             f"{statistics.mean(values):.1f}", f"{min(values):.1f} to {max(values):.1f}",
             f"{_mean(group, 'bytes_up') / 1e6:,.1f}", f"{_mean(group, 'bytes_down') / 1e6:,.1f}",
-            f"{_bytes(plain) / _bytes(group):,.1f}" if plain else "",
-            f"{_bytes(group, 'context') / 1e6:,.1f}" if coded else "",
-            f"{_bytes(plain) / _bytes(group, 'context'):,.1f}" if coded and plain else "",
-            _reached(group, "context"),
+            f"{sent(plain) / sent(group):,.1f}" if plain else "",
+            f"{sent(group, 'context') / 1e6:,.1f}" if coded else "",
+            f"{sent(plain) / sent(group, 'context'):,.1f}" if coded and plain else "",
+            reached(group, "context"),
             f"{_mean(group, 'wall_s'):,.0f}", f"{_mean(group, 'device_s'):,.0f}",
         ])  # fmt: skip
     head = ["row", "model", "seeds", "epochs", "accuracy", "from, to", "MB up", "MB down", "times fewer than plain",

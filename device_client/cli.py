@@ -214,8 +214,8 @@ def train(
         if opened.step == 0:
             going = ", beginning again: no later checkpoint had been taken"
         console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {server}{going}.", highlight=False)
-        if processor != "cpu":  # one that is not there is told before the pictures are read
-            _compute_with(threads, processor)
+        # A card that is not there is told before the pictures are read; for the processor torch can wait.
+        chosen = None if processor == "cpu" else _compute_with(threads, processor)
         loaded = _load(remote, source, skip_unreadable, ("train", "validation", "test"), limit)
         console.print(
             f"{len(loaded.train):,} training and {len(loaded.test):,} test pictures in {len(loaded.classes)} classes.",
@@ -228,7 +228,7 @@ def train(
         from common.optim import imitated
         from device_client.trainer import train as train_run
 
-        chosen = _compute_with(threads, processor)
+        chosen = chosen or _compute_with(threads, processor)
         if chosen.type == "cpu" and (slow := imitated(opened.recipe.precision)):
             _say(f"{slow}.")
         summary = train_run(remote, loaded, folder, console, allowed, init, publish_head, chosen)

@@ -42,11 +42,9 @@ class TrainStream:
         wanted = training.recipe.principal and not training.rotated
         felt = self._felt() if wanted else []
         ready = pb.Ready(
-            basis_wanted=wanted,
-            phase=phase_message(training.phase),
-            answered=len(answers),
+            basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers),
             sensitivity_follows=bool(felt),
-        )
+        )  # fmt: skip
         first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *felt]
         count = meter.frame if begun else meter.again
         count(UP, receive.first)

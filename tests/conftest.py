@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from benchmarks import netns, pair
 from benchmarks.recipes import recipe_text
 from common.errors import DepruneError
+from device_client.data import Dataset, load
 from tests import forked
 
 torch.set_num_threads(1)  # networks this small gain nothing by more, and lose much where another program has the core
@@ -80,3 +81,9 @@ def deprune_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         schedule="phases = [[2, 1], [4, 1], [8, 2]]",
     )
     return train(tmp_path_factory.mktemp("deprune"), text, device=("--publish-head",))
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    """Some of the digits, for runs in one process."""
+    return load("digits", (1, 16, 16), 3, 0.0, limit=640)

@@ -16,7 +16,7 @@ from benchmarks.faults import compare, points, proxy, runs
 from benchmarks.faults.rig import Blow, Rig
 from benchmarks.recipes import recipe_text
 from common.schedule import Phase
-from device_client.data import Dataset, load
+from device_client.data import Dataset
 from device_client.trainer import Trainer
 from edge_server.training import Training
 
@@ -45,11 +45,6 @@ CASES = {
     ),
     "mixed precision": recipe_text(schedule="phases = [[0, 0.5]]").replace("seed = 3", 'seed = 3\nprecision = "bf16"'),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load("digits", (1, 16, 16), 3, 0.0, limit=640)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,15 +10,10 @@ from benchmarks import inprocess
 from benchmarks.priced import Priced, Prices
 from benchmarks.recipes import recipe_text
 from common.meter import DOWN, UP
-from device_client.data import Dataset, load
+from device_client.data import Dataset
 
 CODEC = 'activation = "{0}:15"\ngradient = "{0}:10"'
 SCHEDULE = "phases = [[2, 1], { width = 4, epochs = 1, views = 0.5, flip = true }, [8, 1]]"
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load("digits", (1, 16, 16), 3, 0.0, limit=640)
 
 
 def _text(coder: str) -> str:

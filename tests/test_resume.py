@@ -140,11 +140,6 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert torch.equal(weights[key], value), key
 
 
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load("digits", (1, 16, 16), 3, 0.0, limit=640)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_any_step_it_ends_with_the_same_weights(name: str, digits: Dataset, tmp_path: Path) -> None:
     text = CASES[name]

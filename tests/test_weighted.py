@@ -21,7 +21,7 @@ from common.meter import Draft
 from common.recipe import parse
 from common.run import Manifest
 from common.schedule import Phase
-from device_client.data import Dataset, load
+from device_client.data import Dataset
 from device_client.link import Stream
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
@@ -29,11 +29,6 @@ from edge_server.training import Training
 from tests.test_resume import _Cut, assert_same_end, lose_before_the_first_step
 
 CODEC = 'activation = "step:20"\ngradient = "step:10"'
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load("digits", (1, 16, 16), 3, 0.0, limit=640)
 
 
 @pytest.fixture(scope="module")
