@@ -30,8 +30,9 @@ def duration(seconds: float) -> str:
 class Live:
     """Shows steps done, width, loss, accuracy, bytes and the time left, until `close`."""
 
-    def __init__(self, console: Console, steps: int, done: int = 0) -> None:
-        """`done` of the `steps` were made before, by another process perhaps."""
+    def __init__(self, console: Console, steps: int, done: int = 0, name: str = "step") -> None:
+        """`done` of the `steps`, which are called `name`, were made before, by another process perhaps."""
+        self._name = name
         self._console = console
         self._steps = steps
         # Where the estimate of what is left counts from: the first step here also waits for what is set up.
@@ -58,8 +59,12 @@ class Live:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
 
-    def step(self, done: int, width: int, loss: float, accuracy: float, up: int, down: int) -> None:
-        """`done` steps are done; the last had this width, loss and share of right answers; bytes are of the run."""
+    def step(
+        self, done: int, loss: float, accuracy: float, width: int = 0, crossed: tuple[int, int] | None = None
+    ) -> None:
+        """`done` steps are done; the last had this loss, share of right answers and width; bytes up and down, of the
+        run, where any crossed.
+        """
         # A running mean over about 20 steps: single batches jump.
         if self._loss is None:
             self._loss, self._accuracy = loss, accuracy
@@ -68,9 +73,11 @@ class Live:
         if not self._since:
             self._first, self._since = done, now
         text = (
-            f"step {done}/{self._steps}  width {width}  loss {self._loss:.3f}  acc {self._accuracy:.1%}  "
-            f"up {size(up)}  down {size(down)}"
+            f"{self._name} {done}/{self._steps}  {f'width {width}  ' if width else ''}loss {self._loss:.3f}  "
+            f"acc {self._accuracy:.1%}"
         )
+        if crossed:
+            text += f"  up {size(crossed[0])}  down {size(crossed[1])}"
         if done > self._first:
             text += f"  {duration((now - self._since) / (done - self._first) * (self._steps - done))} left"
         self._bar.update(self._task, completed=done, description=text)

@@ -72,7 +72,8 @@ class DataRecipe:
 class BottleneckRecipe:
     kind: str = "none"  # "none" all channels as they are, "channels" the most important, "linear" a learnt 1x1 map
     # linear: "orthogonal" at random, "principal" components of the activation, "weighted" by what the loss felt of each
-    # direction in the run that `model.init` names (else as principal), or "auto": weighted with init, else orthogonal.
+    # direction in the run that `model.init` names, or where the head learnt alone (without either as principal), or
+    # "auto": weighted with one of the two, else orthogonal.
     start: str = "auto"
     principal_pictures: int = 1024  # linear, principal and weighted: pictures that the device takes the components of
     ranking_steps: int = 4  # channels: steps at full width before each phase, to measure what a channel is worth
@@ -177,6 +178,21 @@ class ScheduleRecipe:
 
 
 @dataclass(frozen=True)
+class LocalRecipe:
+    """What the head learns before the run, on the device alone, by a small classifier at the cut: no byte crosses.
+
+    Take it where bytes or the link's time cost more than the device's own; the classifier is thrown away afterwards.
+    """
+
+    epochs: float = 0.0  # 0: none
+    lr: float = 0.0  # highest learning rate; 0 as in [optimiser], whose other settings hold here too
+
+    def __post_init__(self) -> None:
+        _demand(self.epochs >= 0, f"local.epochs is {self.epochs}; it must be 0 (none) or more")
+        _demand(self.lr >= 0, f"local.lr is {self.lr}; it must be 0 (as in optimiser) or more")
+
+
+@dataclass(frozen=True)
 class OptimiserRecipe:
     name: str = "sgd"  # "sgd" (Nesterov) or "adamw"; each side runs it on its own half
     lr: float = 0.05  # highest learning rate
@@ -203,6 +219,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     bottleneck: BottleneckRecipe = field(default_factory=BottleneckRecipe)
     codec: CodecRecipe = field(default_factory=CodecRecipe)
+    local: LocalRecipe = field(default_factory=LocalRecipe)
     optimiser: OptimiserRecipe = field(default_factory=OptimiserRecipe)
     seed: int = 0  # of weights, data order, augmentation
     precision: str = "fp32"  # arithmetic inside both halves: "fp32" or "bf16" (autocast); the link is not concerned
@@ -260,6 +277,7 @@ class Recipe:
         if self.method == "plain":
             raw = self.codec == _UNCODED and kind == "none"
             raw = raw and not any(phase.activation or phase.gradient for phase in self.schedule.phases)
+            _demand(not self.local.epochs, 'method "plain" is what others are compared with: local.epochs must be 0')
             _demand(raw, 'method "plain" compresses nothing: bottleneck.kind is "none" and both codecs are "fp32"')
         if self.method in ("plain", "fixed"):
             _demand(len(set(widths)) == 1, f'method "{self.method}" has one width; the schedule has {list(widths)}')
@@ -299,7 +317,7 @@ class Recipe:
     def weighted(self) -> bool:
         """Whether those are weighted by what the loss felt, where that is known."""
         start = self.bottleneck.start
-        wanted = start == "weighted" or (start == "auto" and bool(self.model.init))
+        wanted = start == "weighted" or (start == "auto" and bool(self.model.init or self.local.epochs))
         return self.bottleneck.kind == "linear" and wanted
 
     def digest(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
@@ -44,6 +45,7 @@ class Outcome:
     busy_s: float  # of it spent computing on this side
     phases: tuple[Phase, ...]
     faults: Faults = field(default_factory=Faults)
+    local: Mapping[str, Any] | None = None  # what the head learnt alone before: "epochs", "steps", "accuracy"
 
 
 def plain_bytes(recipe: Recipe, cut: tuple[int, ...], samples: int) -> dict[str, int]:
@@ -83,6 +85,7 @@ def summarise(
         "plain_bytes": plain,
         "times_fewer": {way: round(_fewer(bytes_, plain, (way,)), 3) for way in ("up", "down")}
         | {"total": round(_fewer(bytes_, plain, ("up", "down")), 3)},
+        "local": outcome.local,
         "budget": round(recipe.schedule.budget_mb * 1e6) or None,
         "phases": [{name: getattr(phase, name) for name in ("from_step", "width", "kind")} for phase in outcome.phases],
     }
@@ -118,6 +121,11 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         f"method {summary['method']}, width {widths}.",
         highlight=False,
     )
+    if local := summary["local"]:
+        console.print(
+            f"Before, the head learnt alone for {_count(local['epochs'], 'epoch{}')}: its own classifier was right on "
+            f"{local['accuracy']:.2%} of the test pictures.", highlight=False,
+        )  # fmt: skip
     if summary["budget"]:
         console.print(_spent(summary["budget"], bytes_["up"]["message"] + bytes_["down"]["message"]), highlight=False)
     if parts := _told(summary["faults"]):

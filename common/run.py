@@ -173,6 +173,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def local(self) -> Path:
+        """Checkpoints of what the device's head learns before the run begins."""
+        return self.path / "local"
+
     def unfinished(self) -> Mapping[str, Any] | None:
         """Head of the newest sound checkpoint of a run that was not finished; None where there is nothing to go on."""
         return None if (self.path / "summary.json").is_file() else checkpoint.newest(self.checkpoints)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from common import checkpoint, report
 from common import cli as common_cli
-from common import report
 from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
 from common.errors import AuthError, RunFolderError
@@ -202,6 +202,8 @@ def train(
     done = None if overwrite else folder.finished()
     if not saved and not done:
         folder.prepare(overwrite)
+    if overwrite:
+        checkpoint.clear(folder.local)
     remote = _connect(server, tls_ca, tls_cert, tls_key, token_file, give_up_after, stalled_after)
     try:
         run_id = saved["run_id"] if saved else done.run_id if done else ""

@@ -29,7 +29,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     return tensors, {
         "then": trainer.then, "phases": [asdict(phase) for phase in trainer.phases], "data": trainer.data_id,
         "meter": remote.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(remote.faults),
-        "wall_s": trainer.elapsed_s, "busy_s": trainer.busy_s,
+        "wall_s": trainer.elapsed_s, "busy_s": trainer.busy_s, "local": trainer.local,
     }  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
     trainer.optimiser = optim.build(trainer.recipe.optimiser, head.layers, head.bottleneck)
     optim.restore(trainer.optimiser, part(kept.tensors, "optimiser"), source)
     trainer.step, trainer.then, trainer.busy_s = step, kept.state["then"], kept.state["busy_s"]
+    trainer.local = kept.state.get("local")
     trainer.phases = [phase_from(table) for table in kept.state["phases"]]
     if "basis" in kept.tensors:
         trainer.basis = kept.tensors["basis"].numpy()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from common import codecs, halves, optim, report, weights
+from common import checkpoint, codecs, halves, optim, report, weights
 from common.bottleneck import LinearEncoder, principal_components
 from common.checkpoint import Checkpoints, due
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
@@ -29,6 +29,7 @@ from common.run import Manifest, RunFolder
 from common.schedule import RECALL, Phase
 from device_client import batches
 from device_client.data import Dataset, Part
+from device_client.local import Local
 from device_client.remote_tail import RemoteTail, StepResult
 from device_client.state import fingerprint, restore, state_of
 
@@ -53,6 +54,8 @@ class Trainer:
         self.wall_s = 0.0  # taken by the run before this process
         self.step, self.then = 0, pb.STEP
         self.basis: np.ndarray | None = None  # [w + 1, w], where the bottleneck starts from principal components
+        self.local: dict[str, Any] | None = None  # what the head has learnt alone, for the summary
+        self.felt: torch.Tensor | None = None  # [C, C], what its classifier felt of each direction
         self.busy_s = 0.0  # spent computing in training steps
         self.stopping = False  # set by whoever wants the run to rest after the present step
         self.resting = False  # it does: between two steps, so that a checkpoint can be kept
@@ -118,6 +121,7 @@ class Trainer:
 
     def run(self, publish: bool) -> dict[str, Any]:
         """All that is left of the run; the summary."""
+        self.learn_alone()
         furthest, since = self.step, time.monotonic()
         while True:
             try:
@@ -135,6 +139,19 @@ class Trainer:
                 self.checkpoints.forget_after(error.step)
                 self._count_lost(lost)
 
+    def learn_alone(self) -> None:
+        """Let the head learn without the server, where the recipe says so and the run has not begun."""
+        if self.phases or not self.recipe.local.epochs:
+            return
+        alone = Local(self)
+        self.local = alone.learn()
+        if self.recipe.weighted:
+            self.felt = alone.sensitivity()
+        self.console.print(
+            f"Its own classifier is right on {self.local['accuracy']:.2%} of the test pictures; now the server takes "
+            f"over from it.", highlight=False,
+        )  # fmt: skip
+
     def fit(self, publish: bool) -> None:
         """Train from the present step to the last; `publish`: the head is to be, at the end."""
         judged = len(self.data.validation), len(self.data.test)
@@ -147,6 +164,7 @@ class Trainer:
                 self._rotate()
             self._switch(phase_of(ready.phase))
             self.keep()
+            checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
             self.remote.meter.lap()
         planned = self.phase.steps
         with Live(self.console, planned, self.step) as live:
@@ -164,18 +182,17 @@ class Trainer:
                     live.plan(planned)
                     live.say(f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for {planned:,} steps.")
                 total = self.remote.meter.total
-                live.step(
-                    self.step, line["width"], line["loss"], line["accuracy"], total(UP).message, total(DOWN).message
-                )
+                crossed = total(UP).message, total(DOWN).message
+                live.step(self.step, line["loss"], line["accuracy"], line["width"], crossed)
 
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""
         clock, step, phase = time.perf_counter, self.step, self.phase
-        inputs, labels = self._batch(step)
+        inputs, labels = self.batch_of(step)
         self.head.bottleneck.resize(phase.width_at(self.recipe.seed, step))
         halves.reseed(self.recipe.seed, step, "head")
         begun = clock()
-        with torch.set_grad_enabled(not phase.frozen), _computing(self.head, self.recipe, f"step {step}"):
+        with torch.set_grad_enabled(not phase.frozen), self.computing(f"step {step}"):
             activation = self.head(inputs)
             sent = activation.detach().cpu().numpy()
         forward = clock()
@@ -246,7 +263,11 @@ class Trainer:
                 highlight=False,
             )
 
-    def _batch(self, step: int) -> tuple[torch.Tensor, np.ndarray]:
+    def computing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """The head's arithmetic; ModelError where `what` does not fit into its card."""
+        return _computing(self.head, self.recipe, what)
+
+    def batch_of(self, step: int) -> tuple[torch.Tensor, np.ndarray]:
         """Pictures [B, *input] and labels [B] of a step: a function of (seed, step)."""
         recipe, part = self.recipe.data, self.data.train
         chosen = batches.indices(self.recipe.seed, step, len(part), self.batch)
@@ -264,7 +285,7 @@ class Trainer:
     def _rotate(self) -> None:
         """Turn the bottleneck into the principal components of what is sent, and tell the server.
 
-        They are weighted by what the loss feels, where the server has said that.
+        They are weighted by what the loss feels, where the head's own classifier or the server has said that.
         """
         encoder = self.head.bottleneck
         assert isinstance(encoder, LinearEncoder)
@@ -275,8 +296,10 @@ class Trainer:
         chosen = batches.order(self.recipe.seed, 0, len(self.data.train))[:count]
         part = Part(self.data.train.pictures[chosen], self.data.train.labels[chosen])
         sent = (torch.from_numpy(batch) for batch, _ in sent_batches(self.head, part, self.recipe))
-        felt, self.remote.sensitivity = self.remote.sensitivity, None
-        components, mean = principal_components(sent, None if felt is None else torch.from_numpy(felt.copy()))
+        told, self.remote.sensitivity = self.remote.sensitivity, None
+        if told is not None:
+            self.felt = torch.from_numpy(told.copy())
+        components, mean = principal_components(sent, self.felt)
         encoder.rotate(components, mean)
         self.basis = np.concatenate([components.numpy(), mean.numpy()[None]])
         self.remote.send_basis(self.basis)
@@ -310,7 +333,7 @@ class Trainer:
         outcome = report.Outcome(
             self.opened.run_id, verdict.accuracy, verdict.loss, self.step, samples,
             round(self.step / (len(self.data.train) // self.batch), 4), self.elapsed_s, self.busy_s,
-            tuple(self.phases), self.remote.faults,
+            tuple(self.phases), self.remote.faults, self.local,
         )  # fmt: skip
         kernel = report.kernel_of(device=self.remote.kernel.read())
         summary = report.summarise(self.recipe, self.cut, outcome, self.remote.meter, kernel, "device")

@@ -90,9 +90,12 @@ class TrainStream:
                     yield from self._step(frame, chooser, live)
 
     def _felt(self) -> list[pb.Frame]:
-        """The sensitivity, where components are to be weighted by it and the run that this one starts from had one."""
-        sensitivity = self.training.halves.tail.sensitivity
-        if not self.training.recipe.weighted or not sensitivity.any():
+        """The sensitivity, where components are to be weighted by it and the run that this one starts from had one.
+
+        A device whose head learnt alone has felt a newer one itself.
+        """
+        sensitivity, recipe = self.training.halves.tail.sensitivity, self.training.recipe
+        if not recipe.weighted or recipe.local.epochs or not sensitivity.any():
             return []
         return list(wire.pack_raw(Place(pb.WEIGHTS, 0, 0), sensitivity.cpu().numpy()))
 
@@ -220,9 +223,9 @@ class TrainStream:
         }  # fmt: skip
         if warning := run.folder.log(line):
             live.say(f"[yellow]Warning[/yellow]: {warning}")
-        up, down = run.meter.total(UP).message, run.meter.total(DOWN).message
+        crossed = run.meter.total(UP).message, run.meter.total(DOWN).message
         live.plan(training.coordinator.steps)
-        live.step(training.step, width, loss, accuracy, up, down)
+        live.step(training.step, loss, accuracy, width, crossed)
 
     def _pause(self, leave: pb.Leave) -> None:
         """The device's user has stopped it; both sides keep where they stand, and the run waits."""

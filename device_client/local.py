@@ -1,0 +1,196 @@
+"""The head learns alone, before anything crosses: by the loss of a small classifier of the device's own, at the cut.
+
+Decoupled greedy learning (Belilovsky et al., arXiv 1901.08164) of the one block that the device has. What the head
+learns so costs no byte; what its classifier has felt of each direction at the cut then says which of them to send.
+Called by the trainer before it begins the run; a process that dies meanwhile goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common import bottleneck, optim, weights
+from common.checkpoint import EVERY, Checkpoints, due, part
+from common.errors import DataError, DivergedError, RunFolderError
+from common.halves import reseed
+from common.processor import fits
+from common.progress import Live
+from common.schedule import Phase, steps_of
+from device_client import batches
+
+if TYPE_CHECKING:
+    from device_client.trainer import Trainer
+
+_WIDTHS = 64, 128
+# Its batches are those of epochs that no run comes to: the first that crosses is not one that the head has seen so.
+_FIRST_EPOCH = 1 << 20
+# Batches over which is taken what the loss feels of each direction.
+_FELT = 16
+
+
+class Classifier(nn.Module):
+    """Logits [B, classes] from all channels at the cut [B, C, ...]: two strided convolutions and the mean over places.
+
+    About as much work as the first layers of a small network, whatever the cut; thrown away afterwards.
+    """
+
+    def __init__(self, channels: int, dimensions: int, classes: int) -> None:
+        """`dimensions` of the activation, beside batch and channels: 0 to 2."""
+        super().__init__()
+        norm = nn.BatchNorm2d if dimensions == 2 else nn.BatchNorm1d
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip((channels, *_WIDTHS), _WIDTHS, strict=False):
+            if dimensions:
+                convolution = nn.Conv2d if dimensions == 2 else nn.Conv1d
+                layers.append(convolution(inputs, outputs, 3, 2, padding=1, bias=False))
+            else:
+                layers.append(nn.Linear(inputs, outputs, bias=False))
+            layers += [norm(outputs), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.last = nn.Linear(_WIDTHS[-1], classes)
+
+    def forward(self, activation: Tensor) -> Tensor:
+        maps = self.layers(activation)
+        return self.last(maps.flatten(2).mean(dim=2) if maps.dim() > 2 else maps)
+
+
+class Local:
+    """The stage before a run: `learn`, then `sensitivity` of what was learnt. The bottleneck stays as it was drawn."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.recipe, self.head = trainer, trainer.recipe, trainer.head
+        if trainer.batch < 2:
+            raise DataError("[local] needs batches of two pictures or more, for batch norm; raise data.batch")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)
+            self.classifier = Classifier(trainer.start_width, len(trainer.cut) - 1, self.recipe.model.classes)
+        self.classifier.to(trainer.processor)
+        self.per_epoch = len(trainer.data.train) // trainer.batch
+        self.steps = max(1, steps_of(self.recipe.local.epochs, self.per_epoch))
+        lr = self.recipe.local.lr or self.recipe.optimiser.lr
+        self.course = Phase(0, 0, trainer.start_width, "fp32", "fp32", lr, 0, self.steps)
+        self.optimiser = optim.build(self.recipe.optimiser, self.head.layers, self.classifier)
+        self.step = 0
+        self.checkpoints = Checkpoints(trainer.folder.local, self._origin(), self.recipe.digest())
+
+    def learn(self) -> dict[str, Any]:
+        """From where an earlier process was left, or from the start, to the end; what it came to, for the summary."""
+        trainer, console = self.trainer, self.trainer.console
+        if good := self.checkpoints.sound()[0]:
+            self._restore(good[-1])
+        going = f", going on at step {self.step:,}" if self.step else ""
+        console.print(
+            f"The head learns alone for {self.recipe.local.epochs:g} epochs before anything crosses{going}.",
+            highlight=False,
+        )
+        self.head.train(), self.classifier.train()
+        with Live(console, self.steps, self.step, "local step") as live:
+            while self.step < self.steps:
+                if trainer.stopping:
+                    self.keep()
+                    raise KeyboardInterrupt
+                started = time.perf_counter()
+                loss, right = self._learn_step()
+                trainer.busy_s += time.perf_counter() - started
+                self.step += 1
+                live.step(self.step, loss, right / trainer.batch)
+                if due(self.step, EVERY, turn=self.step == self.steps):
+                    self.keep()
+        return {"epochs": self.recipe.local.epochs, "steps": self.steps, "accuracy": self._judge()}
+
+    def _learn_step(self) -> tuple[float, int]:
+        """One step of layers and classifier: its loss, and how many answers were right."""
+        what = f"local step {self.step}"
+        reseed(self.recipe.seed, self.step, "head")
+        loss, logits, truth = self._loss(self.step, what)
+        if not torch.isfinite(loss):
+            raise DivergedError(f"the loss of {what} is not finite: the head's training has diverged; lower local.lr")
+        self.optimiser.zero_grad()
+        with fits(what, self.trainer.processor):
+            loss.backward()
+            self.optimiser.lr = optim.learning_rate(self.recipe.optimiser, self.step, self.course)
+            self.optimiser.step()
+        return loss.item(), int((logits.argmax(1) == truth).sum())
+
+    def _loss(
+        self, step: int, what: str, feel: Callable[[Tensor], None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, logits [B, classes] and labels [B] of a step's pictures; `feel` is given the activation's gradient."""
+        inputs, labels = self.trainer.batch_of(_FIRST_EPOCH * self.per_epoch + step)
+        with self.trainer.computing(what):
+            activation = self.head.layers(inputs.to(self.trainer.processor))
+            if feel:
+                activation.register_hook(feel)
+            logits = self.classifier(activation).float()
+        truth = torch.from_numpy(labels).long().to(logits.device)
+        return functional.cross_entropy(logits, truth), logits, truth
+
+    def sensitivity(self) -> Tensor:
+        """What the loss feels of each direction that could be sent [C, C]; on the processor."""
+        encoder = self.head.bottleneck
+        assert isinstance(encoder, bottleneck.LinearEncoder)
+        self.head.eval(), self.classifier.eval()
+        felt: list[Tensor] = []
+
+        def feel(gradient: Tensor) -> None:
+            felt.append(bottleneck.feel(gradient.float()))
+
+        for step in range(_FELT):
+            self._loss(step, "the sensitivity", feel)[0].backward()
+        self.optimiser.zero_grad()
+        # What is sent is E x: dLoss/dSent is dLoss/dx seen through E's inverse.
+        inverse = torch.linalg.pinv(encoder.weight.detach().cpu().double())
+        return (inverse.T @ torch.stack(felt).mean(0).cpu().double() @ inverse).float()
+
+    @torch.no_grad()
+    def _judge(self) -> float:
+        """The share of test pictures that the classifier is right on: what the device could do without a server."""
+        self.head.eval(), self.classifier.eval()
+        part, right = self.trainer.data.test, 0
+        size, data = self.recipe.data.evaluation_batch, self.recipe.data
+        for start in range(0, len(part), size):
+            inputs = torch.from_numpy(batches.normalise(part.pictures[start : start + size], data.mean, data.std))
+            with self.trainer.computing("an evaluation's batch"):
+                logits = self.classifier(self.head.layers(inputs.to(self.trainer.processor)))
+            right += int((logits.argmax(1).cpu().numpy() == part.labels[start : start + size]).sum())
+        return right / max(1, len(part))
+
+    # Checkpoints, in a folder of their own: the run has not begun
+
+    def keep(self) -> None:
+        """Write a checkpoint; a full disk is told, and learning goes on."""
+        if self.step in self.checkpoints.written:
+            return
+        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        tensors |= {f"classifier.{name}": value for name, value in self.classifier.state_dict().items()}
+        tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(self.optimiser).items()}
+        books = {"wall_s": self.trainer.elapsed_s, "busy_s": self.trainer.busy_s}
+        try:
+            self.checkpoints.write(self.step, tensors, books)
+        except RunFolderError as error:
+            self.trainer.console.print(
+                f"[yellow]Warning[/yellow]: no checkpoint of local step {self.step}: {error}; learning goes on",
+                highlight=False,
+            )
+
+    def _restore(self, step: int) -> None:
+        kept, source = self.checkpoints.read(step), f"the checkpoint of local step {step}"
+        weights.fill(self.head, part(kept.tensors, "head"), source)
+        weights.fill(self.classifier, part(kept.tensors, "classifier"), source)
+        optim.restore(self.optimiser, part(kept.tensors, "optimiser"), source)
+        self.step = step
+        self.trainer.wall_s, self.trainer.busy_s = kept.state["wall_s"], kept.state["busy_s"]
+
+    def _origin(self) -> str:
+        """What the stage starts from, in one word: other pictures or other first weights make it another."""
+        digest = hashlib.sha256(self.trainer.data_id.encode())
+        for name, value in self.head.state_dict().items():
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
