@@ -37,6 +37,8 @@ activation = "{up}"
 gradient = "{down}"
 [schedule]
 phases = [{phases}]
+[local]
+epochs = {local}
 [optimiser]
 lr = {lr}
 warmup = {warmup}
@@ -76,6 +78,7 @@ class Case:
     basis: str = "auto"  # what a linear bottleneck starts from
     part: str = ALL
     start: str = ""
+    local: float = 0  # epochs that the head learns alone before
     lr: float = 0.1
     warmup: int = 100
     restart: bool = False
@@ -85,19 +88,19 @@ class Case:
 
     @property
     def epochs(self) -> float:
-        """Of all phases, without the shares that larger networks and the quick benchmark take."""
+        """Of the run's phases, without the shares that larger networks and the quick benchmark take."""
         return sum(whole[1] if isinstance(whole, list) else whole["epochs"] for whole in _parsed(self.phases))
 
     def recipe(self, model: str, seed: int, init: str, quick: bool = False, kind: str = "cpu") -> str:
         """`kind` of processor: what it computes in follows from it."""
         classes = 10 if self.part in (ALL, OTHERS) else 5
         method = self.method if self.method in METHODS else "plain"
-        phases = self.phases if self.start else shortened(self.phases, share(model, quick))
+        part = 1 if self.start else share(model, quick)
         return RECIPE.format(
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
             init=f"run:{init}" if init else "", kind=self.kind, basis=self.basis, up=self.up, down=self.down,
-            phases=phases, lr=self.lr, warmup=self.warmup, restart=str(self.restart).lower(),
-            precision=precision(kind),
+            phases=shortened(self.phases, part), local=self.local * part, lr=self.lr, warmup=self.warmup,
+            restart=str(self.restart).lower(), precision=precision(kind),
         )  # fmt: skip
 
 

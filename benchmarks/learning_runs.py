@@ -149,7 +149,7 @@ def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]
         "context_up": up - prices.saved(UP), "context_down": down - prices.saved(DOWN),
         "wall_s": round(summary["wall_s"] - curve.spent - prices.spent, 1),
         "device_s": round(summary["busy_s"] - prices.seconds[UP], 1),
-        "steps": summary["steps"], "phases": summary["phases"], "curve": curve.points,
+        "steps": summary["steps"], "phases": summary["phases"], "local": summary["local"], "curve": curve.points,
     }  # fmt: skip
 
 
@@ -203,7 +203,8 @@ def _case(name: str) -> Case:
 def epochs(job: Job) -> float:
     """Of training, recalled ones too: how long a run takes beside others."""
     name, _, model, quick = job
-    return _case(name).epochs * (1 if _case(name).start else share(model, quick))
+    case = _case(name)
+    return (case.epochs + case.local) * (1 if case.start else share(model, quick))
 
 
 def recipe_of(job: Job) -> str:

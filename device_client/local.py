@@ -95,6 +95,7 @@ class Local:
             while self.step < self.steps:
                 if trainer.stopping:
                     self.keep()
+                    live.say(f"The head has learnt alone up to local step {self.step:,} of {self.steps:,}.")
                     raise KeyboardInterrupt
                 started = time.perf_counter()
                 loss, right = self._learn_step()
