@@ -140,12 +140,24 @@ def _five(name: str, method: str, phase: str, kind: str = "none", **more: Any) -
     return Case(name, method, phase, kind, part=part, **more)
 
 
-def _from_scratch(name: str, method: str, *phases: tuple[int, int], db: int, quick: bool = False) -> Case:
-    """The head stays as it was drawn, and each picture crosses once in a phase: (width, epochs) of each."""
+def _adapted(name: str, epochs: int = 4, local: float = 0) -> Case:
+    """From the network of the other five classes: each picture crosses once; before, the head may learn alone."""
+    return _five(
+        name, "prune", f"{{ width = 8, epochs = {epochs}, views = 1, flip = true, shift = 2 }}", "linear",
+        up="step:20", basis="weighted" if local else "principal", local=local, start=KNOWN_FIVE, lr=0.05, warmup=0,
+    )  # fmt: skip
+
+
+def _from_scratch(
+    name: str, method: str, *phases: tuple[int, int], db: int, local: float = 0, quick: bool = False
+) -> Case:
+    """The head stays as it was drawn, or as it has learnt alone for `local` epochs, and each picture crosses once in a
+    phase: (width, epochs) of each."""
     written = ", ".join(
         f"{{ width = {width}, epochs = {epochs}, views = 1, flip = true, shift = 2 }}" for width, epochs in phases
     )
-    return Case(name, method, written, "linear", f"step:{db}", basis="principal", quick=quick)
+    basis = "weighted" if local else "principal"
+    return Case(name, method, written, "linear", f"step:{db}", basis=basis, local=local, quick=quick)
 
 
 def _frozen(name: str, width: int, basis: str = "principal", learnt: float = 0, **more: bool) -> Case:
@@ -198,6 +210,7 @@ CASES = [
     Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "step:10", "step:5", warmup=50, quick=True),
     _from_scratch("deprune 4 then 8, head frozen", "deprune", (4, 6), (8, 14), db=8),
     _from_scratch("fixed width 8, head frozen", "fixed", (8, 20), db=10, quick=True),
+    _from_scratch("fixed width 8, head alone, then frozen", "fixed", (8, 20), db=10, local=20),
     Case(
         "deprune 8, then 16 with the head frozen", "deprune",
         "[8, 6], { width = 16, epochs = 14, views = 6, flip = true, shift = 1 }", "linear", "step:10", "step:5",
@@ -220,10 +233,9 @@ CASES = [
     Case("federated averaging", "federated"),
     _five(KNOWN_FIVE, "pretrained", f"[0, {EPOCHS}]"),
     _five("five classes: fixed width 8", "fixed", f"[8, {EPOCHS}]", "linear", up="step:15", down="step:10"),
-    _five(
-        "five classes: prune to 8, head frozen", "prune",
-        "{ width = 8, epochs = 4, views = 1, flip = true, shift = 2 }",
-        "linear", up="step:20", basis="principal", start=KNOWN_FIVE, lr=0.05, warmup=0,
-    ),
+    _adapted("five classes: prune to 8, head frozen"),
+    _adapted("five classes: prune to 8, head frozen, longer", epochs=12),
+    _adapted("five classes: prune to 8, head alone, then frozen", local=10),
+    _adapted("five classes: prune to 8, head alone, then frozen, longer", epochs=12, local=10),
     Case("pictures uploaded", "jpeg", quick=True),
 ]  # fmt: skip
