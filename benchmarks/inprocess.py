@@ -17,6 +17,7 @@ import grpc
 import torch
 from rich.console import Console
 
+from common import checkpoint
 from common import recipe as recipes
 from common.halves import CPU
 from common.run import RunFolder
@@ -124,6 +125,7 @@ def train(
         tail.open(trains=True)
         run = RunFolder(place / "device")
         run.prepare(overwrite=folder is not None)
+        checkpoint.clear(run.local)
         trainer = Trainer(tail, data, run, quiet, processor)
         trainer.prepare((), None)
         if watch:

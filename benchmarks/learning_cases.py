@@ -140,11 +140,11 @@ def _five(name: str, method: str, phase: str, kind: str = "none", **more: Any) -
     return Case(name, method, phase, kind, part=part, **more)
 
 
-def _adapted(name: str, epochs: int = 4, local: float = 0) -> Case:
+def _adapted(name: str, epochs: int, basis: str, local: float = 0) -> Case:
     """From the network of the other five classes: each picture crosses once; before, the head may learn alone."""
     return _five(
         name, "prune", f"{{ width = 8, epochs = {epochs}, views = 1, flip = true, shift = 2 }}", "linear",
-        up="step:20", basis="weighted" if local else "principal", local=local, start=KNOWN_FIVE, lr=0.05, warmup=0,
+        up="step:20", basis=basis, local=local, start=KNOWN_FIVE, lr=0.05, warmup=0,
     )  # fmt: skip
 
 
@@ -233,9 +233,8 @@ CASES = [
     Case("federated averaging", "federated"),
     _five(KNOWN_FIVE, "pretrained", f"[0, {EPOCHS}]"),
     _five("five classes: fixed width 8", "fixed", f"[8, {EPOCHS}]", "linear", up="step:15", down="step:10"),
-    _adapted("five classes: prune to 8, head frozen"),
-    _adapted("five classes: prune to 8, head frozen, longer", epochs=12),
-    _adapted("five classes: prune to 8, head alone, then frozen", local=10),
-    _adapted("five classes: prune to 8, head alone, then frozen, longer", epochs=12, local=10),
+    _adapted("five classes: prune to 8, head frozen", 4, "principal"),
+    _adapted("five classes: prune to 8 weighted, head frozen, longer", 12, "weighted"),
+    _adapted("five classes: prune to 8, head alone, then frozen, longer", 12, "weighted", local=10),
     Case("pictures uploaded", "jpeg", quick=True),
 ]  # fmt: skip

@@ -36,6 +36,12 @@ def _epochs(row: dict[str, Any]) -> float:
     return round(row["steps"] / (row["pictures"] // 128), 1)
 
 
+def _passes(row: dict[str, Any]) -> str:
+    """The epochs of a row, those that its head learnt alone before in front of them."""
+    alone = row["local"]["epochs"] if row.get("local") else 0
+    return f"{alone:g} alone + {_epochs(row):g}" if alone else f"{_epochs(row):g}"
+
+
 def rows_table(rows: Rows) -> str:
     """A line for each row of the benchmark, means over its seeds."""
     result = []
@@ -44,7 +50,7 @@ def rows_table(rows: Rows) -> str:
         coded = sent(group, "context") != sent(group)
         values = [100 * row["accuracy"] for row in group]
         result.append([
-            name, model, str(len(group)), f"{_epochs(group[0]):g}",
+            name, model, str(len(group)), _passes(group[0]),
             f"{statistics.mean(values):.1f}", f"{min(values):.1f} to {max(values):.1f}",
             f"{_mean(group, 'bytes_up') / 1e6:,.1f}", f"{_mean(group, 'bytes_down') / 1e6:,.1f}",
             f"{sent(plain) / sent(group):,.1f}" if plain else "",
@@ -151,7 +157,7 @@ def _widths(axes: Axes, rows: Rows, title: str) -> None:
 
 def main() -> None:
     text = PAGE.read_text()
-    for name in ("learning", "learning-weighted"):
+    for name in ("learning", "learning-weighted", "learning-local"):
         written = rows_table(json.loads((RESULTS / f"{name}.json").read_text()))
         begin, end = f"<!-- {name} rows -->", f"<!-- /{name} rows -->"
         text = re.sub(f"{begin}.*?{end}", f"{begin}\n{written}\n{end}", text, flags=re.S)

@@ -149,7 +149,7 @@ def _split(case: Case, text: str, data: Dataset, folder: Path) -> dict[str, Any]
         "context_up": up - prices.saved(UP), "context_down": down - prices.saved(DOWN),
         "wall_s": round(summary["wall_s"] - curve.spent - prices.spent, 1),
         "device_s": round(summary["busy_s"] - prices.seconds[UP], 1),
-        "steps": summary["steps"], "phases": summary["phases"], "local": summary["local"], "curve": curve.points,
+        "steps": summary["steps"], "phases": summary["phases"], "local": summary.get("local"), "curve": curve.points,
     }  # fmt: skip
 
 

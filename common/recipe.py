@@ -239,6 +239,10 @@ class Recipe:
             self.schedule.kind != "plateau" or self.data.validation > 0,
             "a plateau schedule needs data.validation above 0: it is decided by the validation loss",
         )
+        _demand(
+            not self.local.epochs or self.data.batch > 1,
+            "local.epochs is above 0 and data.batch is 1: its classifier has batch norm, which needs 2 or more",
+        )
         self._check_budget()
         self._check_method()
 

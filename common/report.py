@@ -85,7 +85,7 @@ def summarise(
         "plain_bytes": plain,
         "times_fewer": {way: round(_fewer(bytes_, plain, (way,)), 3) for way in ("up", "down")}
         | {"total": round(_fewer(bytes_, plain, ("up", "down")), 3)},
-        "local": outcome.local,
+        **({"local": outcome.local} if outcome.local else {}),
         "budget": round(recipe.schedule.budget_mb * 1e6) or None,
         "phases": [{name: getattr(phase, name) for name in ("from_step", "width", "kind")} for phase in outcome.phases],
     }
@@ -121,7 +121,7 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         f"method {summary['method']}, width {widths}.",
         highlight=False,
     )
-    if local := summary["local"]:
+    if local := summary.get("local"):
         console.print(
             f"Before, the head learnt alone for {_count(local['epochs'], 'epoch{}')}: its own classifier was right on "
             f"{local['accuracy']:.2%} of the test pictures.", highlight=False,

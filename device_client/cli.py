@@ -202,8 +202,6 @@ def train(
     done = None if overwrite else folder.finished()
     if not saved and not done:
         folder.prepare(overwrite)
-    if overwrite:
-        checkpoint.clear(folder.local)
     remote = _connect(server, tls_ca, tls_cert, tls_key, token_file, give_up_after, stalled_after)
     try:
         run_id = saved["run_id"] if saved else done.run_id if done else ""
@@ -233,6 +231,8 @@ def train(
         chosen = chosen or _compute_with(threads, processor)
         if chosen.type == "cpu" and (slow := imitated(opened.recipe.precision)):
             _say(f"{slow}.")
+        if overwrite:
+            checkpoint.clear(folder.local)
         summary = train_run(remote, loaded, folder, console, allowed, init, publish_head, chosen)
     finally:
         remote.close()

@@ -8,8 +8,10 @@ Called by the trainer before it begins the run; a process that dies meanwhile go
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +20,8 @@ from torch.nn import functional
 
 from common import bottleneck, optim, weights
 from common.checkpoint import EVERY, Checkpoints, due, part
-from common.errors import DataError, DivergedError, RunFolderError
-from common.halves import reseed
+from common.errors import DataError, DivergedError, MismatchError, ModelError, RunFolderError
+from common.halves import MOST_FELT, reseed
 from common.processor import fits
 from common.progress import Live
 from common.schedule import Phase, steps_of
@@ -38,7 +40,7 @@ _FELT = 16
 class Classifier(nn.Module):
     """Logits [B, classes] from all channels at the cut [B, C, ...]: two strided convolutions and the mean over places.
 
-    About as much work as the first layers of a small network, whatever the cut; thrown away afterwards.
+    Seven million multiplications a picture at 16x32x32, under one at 64x8x8; thrown away afterwards.
     """
 
     def __init__(self, channels: int, dimensions: int, classes: int) -> None:
@@ -66,30 +68,47 @@ class Local:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.recipe, self.head = trainer, trainer.recipe, trainer.head
-        if trainer.batch < 2:
-            raise DataError("[local] needs batches of two pictures or more, for batch norm; raise data.batch")
+        self._check()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
             self.classifier = Classifier(trainer.start_width, len(trainer.cut) - 1, self.recipe.model.classes)
         self.classifier.to(trainer.processor)
         self.per_epoch = len(trainer.data.train) // trainer.batch
         self.steps = max(1, steps_of(self.recipe.local.epochs, self.per_epoch))
-        lr = self.recipe.local.lr or self.recipe.optimiser.lr
-        self.course = Phase(0, 0, trainer.start_width, "fp32", "fp32", lr, 0, self.steps)
-        self.optimiser = optim.build(self.recipe.optimiser, self.head.layers, self.classifier)
+        self.lr = self.recipe.local.lr or self.recipe.optimiser.lr
+        self.course = Phase(0, 0, trainer.start_width, "fp32", "fp32", self.lr, 0, self.steps)
+        self.optimiser = optim.build(
+            self.recipe.optimiser, nn.ModuleList([self.head.layers, self.classifier]), nn.Module()
+        )
         self.step = 0
-        self.checkpoints = Checkpoints(trainer.folder.local, self._origin(), self.recipe.digest())
+        self.checkpoints = Checkpoints(trainer.folder.local, self._origin(), "")
+
+    def _check(self) -> None:
+        """What the server would only refuse when all has been learnt, and what cannot be learnt from."""
+        data, classes = self.trainer.data, self.recipe.model.classes
+        if len(data.classes) != classes:
+            raise MismatchError(
+                f"the pictures have {len(data.classes)} classes, the recipe {self.recipe.name} has {classes}; use "
+                f"other data or change model.classes"
+            )
+        if self.trainer.batch < 2:
+            raise DataError("one training picture is too few for [local], whose batch norm needs two or more")
+        if not any(value.requires_grad for value in self.head.layers.parameters()):
+            raise ModelError(
+                f"before the cut {self.recipe.model.cut} there is nothing that could learn; cut later, or set "
+                f"local.epochs to 0"
+            )
 
     def learn(self) -> dict[str, Any]:
         """From where an earlier process was left, or from the start, to the end; what it came to, for the summary."""
         trainer, console = self.trainer, self.trainer.console
-        if good := self.checkpoints.sound()[0]:
-            self._restore(good[-1])
-        going = f", going on at step {self.step:,}" if self.step else ""
-        console.print(
-            f"The head learns alone for {self.recipe.local.epochs:g} epochs before anything crosses{going}.",
-            highlight=False,
-        )
+        self._take_up()
+        if self.step < self.steps:
+            going = f", going on at step {self.step:,}" if self.step else ""
+            console.print(
+                f"The head learns alone for {self.recipe.local.epochs:g} epochs before anything crosses{going}.",
+                highlight=False,
+            )
         self.head.train(), self.classifier.train()
         with Live(console, self.steps, self.step, "local step") as live:
             while self.step < self.steps:
@@ -104,6 +123,7 @@ class Local:
                 live.step(self.step, loss, right / trainer.batch)
                 if due(self.step, EVERY, turn=self.step == self.steps):
                     self.keep()
+        self.optimiser.zero_grad()
         return {"epochs": self.recipe.local.epochs, "steps": self.steps, "accuracy": self._judge()}
 
     def _learn_step(self) -> tuple[float, int]:
@@ -112,7 +132,9 @@ class Local:
         reseed(self.recipe.seed, self.step, "head")
         loss, logits, truth = self._loss(self.step, what)
         if not torch.isfinite(loss):
-            raise DivergedError(f"the loss of {what} is not finite: the head's training has diverged; lower local.lr")
+            raise DivergedError(
+                f"the loss of {what} is not finite: the head's training has diverged; give a local.lr below {self.lr:g}"
+            )
         self.optimiser.zero_grad()
         with fits(what, self.trainer.processor):
             loss.backward()
@@ -133,22 +155,24 @@ class Local:
         truth = torch.from_numpy(labels).long().to(logits.device)
         return functional.cross_entropy(logits, truth), logits, truth
 
-    def sensitivity(self) -> Tensor:
-        """What the loss feels of each direction that could be sent [C, C]; on the processor."""
-        encoder = self.head.bottleneck
+    def sensitivity(self) -> Tensor | None:
+        """What the loss feels of each direction that could be sent [C, C], on the processor; None of too many."""
+        encoder, channels = self.head.bottleneck, self.trainer.start_width
+        if channels > MOST_FELT:
+            return None
         assert isinstance(encoder, bottleneck.LinearEncoder)
         self.head.eval(), self.classifier.eval()
-        felt: list[Tensor] = []
+        felt = torch.zeros(channels, channels, device=self.trainer.processor)
 
         def feel(gradient: Tensor) -> None:
-            felt.append(bottleneck.feel(gradient.float()))
+            felt.add_(bottleneck.feel(gradient.float()))
 
         for step in range(_FELT):
             self._loss(step, "the sensitivity", feel)[0].backward()
         self.optimiser.zero_grad()
         # What is sent is E x: dLoss/dSent is dLoss/dx seen through E's inverse.
         inverse = torch.linalg.pinv(encoder.weight.detach().cpu().double())
-        return (inverse.T @ torch.stack(felt).mean(0).cpu().double() @ inverse).float()
+        return (inverse.T @ felt.cpu().double() @ inverse).float()
 
     @torch.no_grad()
     def _judge(self) -> float:
@@ -181,6 +205,19 @@ class Local:
                 highlight=False,
             )
 
+    def _take_up(self) -> None:
+        """Go on from what lies in the folder; RunFolderError where that is of another start and would be lost."""
+        good, warnings = self.checkpoints.sound()
+        if warnings and not good:
+            raise RunFolderError(
+                f"{self.checkpoints.folder} holds what a head has learnt alone from other pictures, weights or "
+                f"settings, or is damaged; give it those again, choose another --run, or pass --overwrite"
+            )
+        for warning in warnings:
+            self.trainer.console.print(f"[yellow]Warning[/yellow]: {warning}", highlight=False)
+        if good:
+            self._restore(good[-1])
+
     def _restore(self, step: int) -> None:
         kept, source = self.checkpoints.read(step), f"the checkpoint of local step {step}"
         weights.fill(self.head, part(kept.tensors, "head"), source)
@@ -190,8 +227,13 @@ class Local:
         self.trainer.wall_s, self.trainer.busy_s = kept.state["wall_s"], kept.state["busy_s"]
 
     def _origin(self) -> str:
-        """What the stage starts from, in one word: other pictures or other first weights make it another."""
-        digest = hashlib.sha256(self.trainer.data_id.encode())
+        """All that decides what the head learns alone, in one word: what comes after in a run may change meanwhile."""
+        recipe = self.recipe
+        settings = [
+            asdict(recipe.model), asdict(recipe.data), asdict(recipe.local), asdict(recipe.optimiser), recipe.seed,
+            recipe.precision,
+        ]  # fmt: skip
+        digest = hashlib.sha256(f"{self.trainer.data_id} {json.dumps(settings)}".encode())
         for name, value in self.head.state_dict().items():
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

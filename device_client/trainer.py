@@ -148,9 +148,11 @@ class Trainer:
         if self.recipe.weighted:
             self.felt = alone.sensitivity()
         self.console.print(
-            f"Its own classifier is right on {self.local['accuracy']:.2%} of the test pictures; now the server takes "
-            f"over from it.", highlight=False,
+            f"The head has learnt alone; its own classifier is right on {self.local['accuracy']:.2%} of the test "
+            f"pictures. Now the server takes over from it.", highlight=False,
         )  # fmt: skip
+        if self.stopping:
+            raise KeyboardInterrupt
 
     def fit(self, publish: bool) -> None:
         """Train from the present step to the last; `publish`: the head is to be, at the end."""
@@ -164,7 +166,6 @@ class Trainer:
                 self._rotate()
             self._switch(phase_of(ready.phase))
             self.keep()
-            checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
             self.remote.meter.lap()
         planned = self.phase.steps
         with Live(self.console, planned, self.step) as live:
@@ -257,6 +258,7 @@ class Trainer:
             return
         try:
             self.checkpoints.write(self.step, *state_of(self))
+            checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
         except RunFolderError as error:
             self.console.print(
                 f"[yellow]Warning[/yellow]: no checkpoint of step {self.step}: {error}; training goes on",
@@ -300,6 +302,7 @@ class Trainer:
         if told is not None:
             self.felt = torch.from_numpy(told.copy())
         components, mean = principal_components(sent, self.felt)
+        self.felt = None
         encoder.rotate(components, mean)
         self.basis = np.concatenate([components.numpy(), mean.numpy()[None]])
         self.remote.send_basis(self.basis)
@@ -396,10 +399,12 @@ def train(
         return trainer.run(publish)
     except KeyboardInterrupt:
         trainer.rest()
-        console.print(f"Stopped at step {trainer.step}; the run is not finished: {how}.", highlight=False)
+        where = f" at step {trainer.step}" if trainer.phases else ""
+        console.print(f"Stopped{where}; the run is not finished: {how}.", highlight=False)
         sys.exit(128 + caught)
     except LinkError as error:
-        raise LinkError(f"{error}; the run stopped at step {trainer.step} and is not finished: {how}") from error
+        where = f" at step {trainer.step}" if trainer.phases else ""
+        raise LinkError(f"{error}; the run stopped{where} and is not finished: {how}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

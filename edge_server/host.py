@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from common import halves as halves_module
-from common import weights
+from common import weights, wire
 from common.codecs.base import elements
 from common.errors import (
     BusyError,
@@ -30,9 +30,11 @@ from common.errors import (
     StoppedError,
 )
 from common.halves import Halves
+from common.meter import DOWN, UP
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
+from common.wire import Place
 from edge_server.budget import Beside
 from edge_server.callers import Callers
 from edge_server.initial import initial_weights
@@ -232,6 +234,7 @@ class Host:
                 except BaseException:
                     run.part(context)
                     raise
+                self._book_head(session)
                 run.meter, run.kernel = session.meter, session.kernel
                 session.run = run
                 session.joined = True
@@ -250,6 +253,15 @@ class Host:
             run.faults.reconnects += session.joined
             session.joined = True
             return False
+
+    def _book_head(self, session: Session) -> None:
+        """Have the books of a run that begins say that its device was given the head's first weights, also where it was
+        on an earlier session, which is forgotten: a head that learns alone takes longer than one is kept."""
+        if session.head_sent or not self._first_head:
+            return
+        session.meter.control(UP, pb.HeadRequest(session=session.name))
+        for frame in wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), self._first_head):
+            session.meter.frame(DOWN, frame)
 
     def _put_back(self, session: Session, step: int) -> None:
         """Have the session's run stand where its device goes on from, as the handshake told it."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -15,27 +18,26 @@ from torch.nn import functional
 from benchmarks import inprocess, pair
 from benchmarks.recipes import recipe_text
 from common.bottleneck import principal_components
-from common.errors import DivergedError, RecipeError
-from common.meter import DOWN, UP
+from common.checkpoint import Checkpoints
+from common.errors import DataError, DivergedError, MismatchError, ModelError, RecipeError, RunFolderError
 from common.recipe import parse
 from common.run import RunFolder
 from device_client import batches, local
-from device_client.data import Dataset, load
+from device_client.data import Dataset, Part, load
 from device_client.local import Classifier, Local
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.servicer import Servicer
 from tests.conftest import train
-from tests.test_resume import assert_same_end, outcome, server_of
+from tests.test_resume import assert_same_end, leg, outcome, server_of
 
 CODEC = 'activation = "step:10"\ngradient = "step:5"'
 FROZEN = "phases = [{ width = 4, epochs = 2, views = 1 }]"
 
 
-def _text(epochs: float, schedule: str = FROZEN, kind: str = "linear", **more: str) -> str:
-    return recipe_text(
-        "fixed", bottleneck=f'kind = "{kind}"', codec=CODEC, schedule=schedule, local=f"epochs = {epochs}", **more
-    )
+def _text(epochs: float, schedule: str = FROZEN, start: str = "auto", **more: str) -> str:
+    tables = {"local": f"epochs = {epochs}", "bottleneck": f'kind = "linear"\nstart = "{start}"'} | more
+    return recipe_text("fixed", codec=CODEC, schedule=schedule, **tables)
 
 
 def _trainer(path: Path, text: str, data: Dataset) -> Trainer:
@@ -43,27 +45,37 @@ def _trainer(path: Path, text: str, data: Dataset) -> Trainer:
     folder = RunFolder(path / "device")
     remote = RemoteTail("127.0.0.1:1", stub=inprocess.Stub(Servicer(server_of(path, text))))
     remote.open(trains=True)
-    trainer = Trainer(remote, data, folder, Console(file=io.StringIO()))
+    trainer = Trainer(remote, data, folder, Console(file=io.StringIO(), width=200))
     trainer.prepare((), None)
     folder.start(text)
     return trainer
+
+
+def _told(trainer: Trainer) -> str:
+    assert isinstance(trainer.console.file, io.StringIO)
+    return trainer.console.file.getvalue()
 
 
 def test_a_head_that_learnt_alone_is_worth_much(digits: Dataset, tmp_path: Path) -> None:
     alone = inprocess.train(_text(3), digits, folder=tmp_path / "alone")
     drawn = inprocess.train(_text(0), digits, folder=tmp_path / "drawn")
     assert alone["local"] == {"epochs": 3, "steps": 60, "accuracy": pytest.approx(0.9, abs=0.07)}
-    assert drawn["local"] is None
+    assert "local" not in drawn
     assert alone["accuracy"] > drawn["accuracy"] + 0.03
     assert not list((tmp_path / "alone" / "device").glob("local*")), "what it went on from is not needed any more"
 
 
-def test_it_costs_no_byte(digits: Dataset, tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, _text(0.2), digits)
-    meter = trainer.remote.meter
-    before = meter.total(UP), meter.total(DOWN)
-    trainer.learn_alone()
-    assert trainer.local is not None and (meter.total(UP), meter.total(DOWN)) == before
+def test_it_costs_no_byte_but_the_basis(digits: Dataset, tmp_path: Path) -> None:
+    """Beside what is sent, whose size depends on what was learnt, all is as in a run without."""
+    without = inprocess.train(_text(0, start="principal"), digits)["bytes"]
+    with_it = inprocess.train(_text(0.2), digits)["bytes"]
+    for way in ("up", "down"):
+        for books in (without, with_it):
+            for role in ("activation", "evaluation"):
+                books[way]["by_role"].pop(role, None)
+            # The recipe is part of what opens a session.
+            books[way]["by_role"]["control"] = books[way]["by_role"].get("control", {}).get("payload")
+        assert with_it[way]["by_role"] == without[way]["by_role"]
 
 
 @pytest.mark.parametrize("until", [1, 7, 19])
@@ -111,17 +123,126 @@ def test_a_device_that_dies_between_learning_alone_and_its_first_step(
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_other_pictures_and_another_start_are_learnt_from_anew(digits: Dataset, tmp_path: Path) -> None:
+def test_what_was_learnt_from_other_pictures_is_not_lost_unasked(digits: Dataset, tmp_path: Path) -> None:
     def going_on(text: str, data: Dataset) -> int:
         alone = Local(_trainer(tmp_path, text, data))
-        good, _ = alone.checkpoints.sound()
+        alone._take_up()
+        found = alone.step
         alone.learn()
-        return len(good)
+        return found
 
     assert going_on(_text(0.3), digits) == 0
-    assert going_on(_text(0.3), digits) == 1
-    assert going_on(_text(0.3), load("digits", (1, 16, 16), 4, 0.0, limit=640)) == 0
-    assert going_on(_text(0.3, optimiser="lr = 0.04"), digits) == 0
+    assert going_on(_text(0.3), digits) == 6
+    assert going_on(_text(0.3, schedule="phases = [[2, 1]]"), digits) == 6, "it concerns the run that comes after alone"
+    for text, data in (
+        (_text(0.3), load("digits", (1, 16, 16), 4, 0.0, limit=640)), (_text(0.3, optimiser="lr = 0.04"), digits),
+        (_text(0.3, local="epochs = 0.3\nlr = 0.01"), digits),
+    ):  # fmt: skip
+        with pytest.raises(RunFolderError, match=r"learnt alone from other pictures, weights or settings.*--overwrite"):
+            going_on(text, data)
+    newest = max((tmp_path / "device" / "local").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.raises(RunFolderError, match="or is damaged"):
+        going_on(_text(0.3), digits)
+
+
+def test_a_damaged_checkpoint_is_told_and_an_older_one_taken(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "EVERY", 3)
+    Local(_trainer(tmp_path, _text(0.3), digits)).learn()
+    newest = max((tmp_path / "device" / "local").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    trainer = _trainer(tmp_path, _text(0.3), digits)
+    alone = Local(trainer)
+    alone._take_up()
+    assert alone.step == 3 and "damaged" in _told(trainer)
+
+
+def test_a_stop_keeps_where_it_stands(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(tmp_path, _text(1), digits)
+    learn = Local._learn_step
+
+    def stopped(self: Local) -> tuple[float, int]:
+        trainer.stopping = self.step == 4
+        return learn(self)
+
+    monkeypatch.setattr(Local, "_learn_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(publish=False)
+    assert "learnt alone up to local step 5 of 20" in _told(trainer)
+    again = _trainer(tmp_path, _text(1), digits)
+    again.wall_s = 0.0
+    alone = Local(again)
+    alone._take_up()
+    assert alone.step == 5 and again.wall_s > 0 and again.busy_s > 0
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a checkpoint of the stage that cannot be written, nor the run's first, costs what has been learnt."""
+    write, text = Checkpoints.write, _text(0.5, schedule="phases = [[4, 0.2]]")
+    inprocess.train(text, digits, folder=tmp_path / "whole")
+
+    def full(self: Checkpoints, step: int, *arguments: Any) -> None:
+        if self.folder.name == refused and step == at:
+            raise RunFolderError("the disk is full")
+        write(self, step, *arguments)
+
+    monkeypatch.setattr(local, "EVERY", 4)
+    monkeypatch.setattr(Checkpoints, "write", full)
+    refused, at = "local", 4
+    trainer = _trainer(tmp_path / "full", text, digits)
+    Local(trainer).learn()
+    assert "no checkpoint of local step 4: the disk is full; learning goes on" in _told(trainer)
+    refused, at = "checkpoints", 0
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    trainer = _trainer(tmp_path / "full", text, digits)
+    monkeypatch.setattr(trainer, "_train_step", kill)
+    with pytest.raises(Killed):
+        trainer.run(publish=False)
+    refused = ""
+    monkeypatch.setattr(Local, "_learn_step", lambda self: pytest.fail("it had learnt all of it"))
+    _trainer(tmp_path / "full", text, digits).run(publish=False)
+    assert_same_end(tmp_path / "full", tmp_path / "whole")
+    assert not (tmp_path / "full" / "device" / "local").exists()
+
+
+def test_the_summary_of_a_run_that_went_on_knows_what_was_learnt_alone(digits: Dataset, tmp_path: Path) -> None:
+    text = _text(0.5, schedule="phases = [[4, 0.6]]")
+    whole = inprocess.train(text, digits, folder=tmp_path / "whole")
+    leg(tmp_path / "killed", text, digits, until=5)
+    found = leg(tmp_path / "killed", text, digits)
+    assert found and found["local"] == whole["local"]
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_what_it_has_felt_reaches_the_basis(digits: Dataset, tmp_path: Path) -> None:
+    """And what a run before has felt, which is of another head by now, does not."""
+    inprocess.train(recipe_text(schedule="phases = [[0, 0.5]]"), digits, folder=tmp_path / "source")
+    source = tmp_path / "source"
+    model = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:{source}"'
+    bases = []
+    for number, (start, init) in enumerate((("auto", False), ("principal", False), ("auto", True))):
+        more = {"model": model} if init else {}
+        trainer = _trainer(tmp_path / str(number), _text(0.2, start=start, **more), digits)
+        trainer.learn_alone()
+        felt = trainer.felt
+        assert (felt is None) == (start == "principal")
+        trainer.fit(publish=False)
+        assert trainer.remote.sensitivity is None and trainer.felt is None
+        assert trainer.basis is not None
+        bases.append(trainer.basis)
+    # Components by variance alone are orthonormal; weighted ones are not.
+    weighted, by_variance, after_init = (np.abs(basis[:-1] @ basis[:-1].T - np.eye(32)).max() for basis in bases)
+    assert by_variance < 1e-4 < min(weighted, after_init)
 
 
 def test_what_it_has_felt_says_what_to_send(digits: Dataset, tmp_path: Path) -> None:
@@ -150,7 +271,7 @@ def test_what_it_has_felt_says_what_to_send(digits: Dataset, tmp_path: Path) -> 
 
 def test_a_loss_that_is_not_finite_stops_it(digits: Dataset, tmp_path: Path) -> None:
     alone = Local(_trainer(tmp_path, _text(1, optimiser="lr = 1e18"), digits))
-    with pytest.raises(DivergedError, match=r"local step \d+ is not finite.*lower local\.lr"):
+    with pytest.raises(DivergedError, match=r"local step \d+ is not finite.*give a local\.lr below 1e\+18"):
         alone.learn()
     assert not alone.checkpoints.written
 
@@ -161,12 +282,25 @@ def test_the_classifier_takes_whatever_lies_at_a_cut(shape: tuple[int, ...]) -> 
 
 
 def test_recipes_that_make_no_sense() -> None:
+    with pytest.raises(RecipeError, match=r"local\.epochs is above 0 and data\.batch is 1"):
+        parse(_text(1, data="batch = 1"))
     with pytest.raises(RecipeError, match="local.epochs is -1"):
         parse(_text(-1))
     with pytest.raises(RecipeError, match=r'method "plain" is what others are compared with: local\.epochs must be 0'):
         parse(recipe_text(local="epochs = 1"))
     assert parse(_text(1)).weighted and parse(_text(1)).principal
     assert not parse(_text(0)).principal
+
+
+def test_pictures_that_do_not_fit_are_refused_before_all_is_learnt(digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="the pictures have 3 classes, the recipe test-fixed has 10"):
+        _trainer(tmp_path, _text(1), replace(digits, classes=("a", "b", "c"))).learn_alone()
+    one = replace(digits, train=Part(digits.train.pictures[:1], digits.train.labels[:1]))
+    with pytest.raises(DataError, match="one training picture is too few"):
+        _trainer(tmp_path / "one", _text(1), one).learn_alone()
+    model = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stem_fold"'
+    with pytest.raises(ModelError, match="before the cut stem_fold there is nothing that could learn"):
+        _trainer(tmp_path / "fold", _text(1, model=model), digits).learn_alone()
 
 
 def test_two_processes_whose_server_is_another_afterwards(tmp_path: Path) -> None:
@@ -195,3 +329,14 @@ def test_two_processes_whose_server_is_another_afterwards(tmp_path: Path) -> Non
             device.kill()
     for name, value in outcome(tmp_path)[0].items():
         assert torch.equal(value, outcome(tmp_path / "whole")[0][name]), name
+    # The server that was started anew has not handed out the head itself, and its books have it all the same.
+    mine, other, theirs = (
+        json.loads((folder / side / "summary.json").read_text())["bytes"]
+        for folder, side in ((tmp_path, "device"), (tmp_path, "server"), (tmp_path / "whole", "server"))
+    )
+    for way in ("up", "down"):
+        assert mine[way]["by_role"] == other[way]["by_role"]
+        assert (
+            other[way]["by_role"]["activation" if way == "up" else "weights"]
+            == (theirs[way]["by_role"]["activation" if way == "up" else "weights"])
+        )
