@@ -14,7 +14,7 @@ MINUTES ?= 60
 # Of the demo: auto, step or context.
 CODEC ?= auto
 
-.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-counters bench-checkpoint bench-limits bench-links bench-start fuzz faults soak clean
+.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-ways bench-counters bench-checkpoint bench-limits bench-links bench-start fuzz faults soak clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,10 @@ bench-codec: setup
 
 bench-learning: setup
 	$(BIN)/python -m benchmarks.learning $(SOURCE) $(ARGS)
+
+# Ways to send less that were tried and left out.
+bench-ways: setup
+	$(BIN)/python -m benchmarks.ways $(SOURCE)
 
 bench-checkpoint: setup
 	$(BIN)/python -m benchmarks.checkpoint

@@ -1,4 +1,5 @@
-"""The run folder of one side: recipe.toml, run.json, metrics.jsonl, summary.json, the half's weights, checkpoints/.
+"""The run folder of one side: recipe.toml, run.json, metrics.jsonl, summary.json, the half's weights, checkpoints/;
+the device's also local/, until a run begins whose head has learnt alone.
 
 Everything but metrics.jsonl is written whole or not at all; a folder with another run in it is never touched
 unless its user says so. An unfinished run goes on from its checkpoints.
