@@ -23,12 +23,13 @@ from common.errors import DataError, DivergedError, MismatchError, ModelError, R
 from common.recipe import parse
 from common.run import RunFolder
 from device_client import batches, local
+from device_client.cli import cli
 from device_client.data import Dataset, Part, load
 from device_client.local import Classifier, Local
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.servicer import Servicer
-from tests.conftest import train
+from tests.conftest import failed, train
 from tests.test_resume import assert_same_end, leg, outcome, server_of
 
 CODEC = 'activation = "step:10"\ngradient = "step:5"'
@@ -281,6 +282,17 @@ def test_the_classifier_takes_whatever_lies_at_a_cut(shape: tuple[int, ...]) -> 
     assert Classifier(24, len(shape) - 2, 3)(torch.randn(shape)).shape == (5, 3)
 
 
+def test_its_own_learning_rate_and_its_own_views(digits: Dataset, tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, _text(1, local="epochs = 1\nlr = 0.003"), digits)
+    alone, seen = Local(trainer), list[torch.Tensor]()
+    alone.classifier.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    alone._learn_step()
+    assert alone.optimiser.lr == pytest.approx(0.003)
+    pictures, _ = trainer.batch_of(0)
+    with torch.no_grad():
+        assert not torch.allclose(trainer.head.layers(pictures), seen[0], atol=0.1)
+
+
 def test_recipes_that_make_no_sense() -> None:
     with pytest.raises(RecipeError, match=r"local\.epochs is above 0 and data\.batch is 1"):
         parse(_text(1, data="batch = 1"))
@@ -306,7 +318,14 @@ def test_pictures_that_do_not_fit_are_refused_before_all_is_learnt(digits: Datas
 def test_two_processes_whose_server_is_another_afterwards(tmp_path: Path) -> None:
     """The device does not need its server meanwhile: that may go, and come back as if nothing had been opened."""
     text = _text(6, schedule="phases = [[4, 0.2]]")
-    whole = train(tmp_path / "whole", text)
+    left = tmp_path / "whole" / "device" / "local" / "step-000000000005.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of another run")
+    refused = failed(
+        cli, "train", "127.0.0.1:1", "--data", "digits", "--run", tmp_path / "whole" / "device", "--overwrite"
+    )
+    assert "no server answers" in refused and left.exists(), "nothing is deleted before there is a server"
+    whole = train(tmp_path / "whole", text, device=("--overwrite",))
     assert "The head learns alone for 6 epochs" in whole.output and "local step" in whole.output
     recipe, log = tmp_path / "recipe.toml", tmp_path / "device.log"
     recipe.write_text(text)
