@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common import bottleneck, optim, weights
-from common.checkpoint import EVERY, Checkpoints, due, part
+from common.checkpoint import Checkpoints, due, part
 from common.errors import DataError, DivergedError, MismatchError, ModelError, RunFolderError
 from common.halves import MOST_FELT, reseed
 from common.processor import fits
@@ -121,7 +121,7 @@ class Local:
                 trainer.busy_s += time.perf_counter() - started
                 self.step += 1
                 live.step(self.step, loss, right / trainer.batch)
-                if due(self.step, EVERY, turn=self.step == self.steps):
+                if due(self.step, trainer.opened.checkpoint_every, turn=self.step == self.steps):
                     self.keep()
         self.optimiser.zero_grad()
         return {"epochs": self.recipe.local.epochs, "steps": self.steps, "accuracy": self._judge()}

@@ -22,7 +22,7 @@ from common.checkpoint import Checkpoints
 from common.errors import DataError, DivergedError, MismatchError, ModelError, RecipeError, RunFolderError
 from common.recipe import parse
 from common.run import RunFolder
-from device_client import batches, local
+from device_client import batches
 from device_client.cli import cli
 from device_client.data import Dataset, Part, load
 from device_client.local import Classifier, Local
@@ -30,7 +30,7 @@ from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.servicer import Servicer
 from tests.conftest import failed, train
-from tests.test_resume import assert_same_end, leg, outcome, server_of
+from tests.test_resume import EVERY, assert_same_end, leg, outcome, server_of
 
 CODEC = 'activation = "step:10"\ngradient = "step:5"'
 FROZEN = "phases = [{ width = 4, epochs = 2, views = 1 }]"
@@ -83,7 +83,6 @@ def test_it_costs_no_byte_but_the_basis(digits: Dataset, tmp_path: Path) -> None
 def test_a_device_that_dies_goes_on_to_the_same_weights(
     until: int, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "EVERY", 6)
     text = _text(1, schedule="phases = [[4, 0.2]]")
     inprocess.train(text, digits, folder=tmp_path / "whole")
 
@@ -101,7 +100,7 @@ def test_a_device_that_dies_goes_on_to_the_same_weights(
     monkeypatch.setattr(Local, "_learn_step", lambda self: (made.append(self.step), learn(self))[1])
     trainer = _trainer(tmp_path / "killed", text, digits)
     trainer.run(publish=False)
-    assert made == [*range(until), *range(until - until % 6, 20)]
+    assert made == [*range(until), *range(until - until % EVERY, 20)]
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -147,17 +146,14 @@ def test_what_was_learnt_from_other_pictures_is_not_lost_unasked(digits: Dataset
         going_on(_text(0.3), digits)
 
 
-def test_a_damaged_checkpoint_is_told_and_an_older_one_taken(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local, "EVERY", 3)
+def test_a_damaged_checkpoint_is_told_and_an_older_one_taken(digits: Dataset, tmp_path: Path) -> None:
     Local(_trainer(tmp_path, _text(0.3), digits)).learn()
     newest = max((tmp_path / "device" / "local").iterdir())
     newest.write_bytes(newest.read_bytes()[:-1])
     trainer = _trainer(tmp_path, _text(0.3), digits)
     alone = Local(trainer)
     alone._take_up()
-    assert alone.step == 3 and "damaged" in _told(trainer)
+    assert alone.step == EVERY and "damaged" in _told(trainer)
 
 
 def test_a_stop_keeps_where_it_stands(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,9 +187,8 @@ def test_a_full_disk_is_told_and_nothing_is_lost(
             raise RunFolderError("the disk is full")
         write(self, step, *arguments)
 
-    monkeypatch.setattr(local, "EVERY", 4)
     monkeypatch.setattr(Checkpoints, "write", full)
-    refused, at = "local", 4
+    refused, at = "local", EVERY
     trainer = _trainer(tmp_path / "full", text, digits)
     Local(trainer).learn()
     assert "no checkpoint of local step 4: the disk is full; learning goes on" in _told(trainer)
