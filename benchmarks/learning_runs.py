@@ -24,7 +24,8 @@ from common.meter import DOWN, UP, Meter
 from common.schedule import Phase
 from device_client import batches
 from device_client.data import Dataset, Part, load
-from device_client.trainer import Trainer, sent_batches
+from device_client.inputs import sent_batches
+from device_client.trainer import Trainer
 from edge_server.training import Judgement, Training, judge
 
 NETWORKS = Path("runs/learning")  # the trained networks that prune starts from

@@ -25,7 +25,7 @@ from common.halves import MOST_FELT, reseed
 from common.processor import fits
 from common.progress import Live
 from common.schedule import Phase, steps_of
-from device_client import batches
+from device_client.inputs import computing, evaluation_batches, training_batch
 
 if TYPE_CHECKING:
     from device_client.trainer import Trainer
@@ -146,9 +146,10 @@ class Local:
         self, step: int, what: str, feel: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, logits [B, classes] and labels [B] of a step's pictures; `feel` is given the activation's gradient."""
-        inputs, labels = self.trainer.batch_of(_FIRST_EPOCH * self.per_epoch + step)
-        with self.trainer.computing(what):
-            activation = self.head.layers(inputs.to(self.trainer.processor))
+        trainer, number = self.trainer, _FIRST_EPOCH * self.per_epoch + step
+        inputs, labels = training_batch(self.recipe, trainer.data.train, number, trainer.batch)
+        with computing(self.head, self.recipe, what):
+            activation = self.head.layers(inputs.to(trainer.processor))
             if feel:
                 activation.register_hook(feel)
             logits = self.classifier(activation).float()
@@ -179,12 +180,10 @@ class Local:
         """The share of test pictures that the classifier is right on: what the device could do without a server."""
         self.head.eval(), self.classifier.eval()
         part, right = self.trainer.data.test, 0
-        size, data = self.recipe.data.evaluation_batch, self.recipe.data
-        for start in range(0, len(part), size):
-            inputs = torch.from_numpy(batches.normalise(part.pictures[start : start + size], data.mean, data.std))
-            with self.trainer.computing("an evaluation's batch"):
+        for inputs, labels in evaluation_batches(part, self.recipe):
+            with computing(self.head, self.recipe, "an evaluation's batch"):
                 logits = self.classifier(self.head.layers(inputs.to(self.trainer.processor)))
-            right += int((logits.argmax(1).cpu().numpy() == part.labels[start : start + size]).sum())
+            right += int((logits.argmax(1).cpu().numpy() == labels).sum())
         return right / max(1, len(part))
 
     # Checkpoints, in a folder of their own: the run has not begun

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,6 @@ from common import checkpoint, codecs, halves, optim, report, weights
 from common.bottleneck import LinearEncoder, principal_components
 from common.checkpoint import Checkpoints, due
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
-from common.halves import Head
 from common.inherit import adopt
 from common.meter import DOWN, UP
 from common.phase_message import phase_of
@@ -29,6 +26,7 @@ from common.run import Manifest, RunFolder
 from common.schedule import RECALL, Phase
 from device_client import batches
 from device_client.data import Dataset, Part
+from device_client.inputs import computing, sent_batches, training_batch
 from device_client.local import Local
 from device_client.remote_tail import RemoteTail, StepResult
 from device_client.state import fingerprint, restore, state_of
@@ -189,11 +187,11 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""
         clock, step, phase = time.perf_counter, self.step, self.phase
-        inputs, labels = self.batch_of(step)
+        inputs, labels = training_batch(self.recipe, self.data.train, step, self.batch)
         self.head.bottleneck.resize(phase.width_at(self.recipe.seed, step))
         halves.reseed(self.recipe.seed, step, "head")
         begun = clock()
-        with torch.set_grad_enabled(not phase.frozen), self.computing(f"step {step}"):
+        with torch.set_grad_enabled(not phase.frozen), computing(self.head, self.recipe, f"step {step}"):
             activation = self.head(inputs)
             sent = activation.detach().cpu().numpy()
         forward = clock()
@@ -264,17 +262,6 @@ class Trainer:
                 f"[yellow]Warning[/yellow]: no checkpoint of step {self.step}: {error}; training goes on",
                 highlight=False,
             )
-
-    def computing(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """The head's arithmetic; ModelError where `what` does not fit into its card."""
-        return _computing(self.head, self.recipe, what)
-
-    def batch_of(self, step: int) -> tuple[torch.Tensor, np.ndarray]:
-        """Pictures [B, *input] and labels [B] of a step: a function of (seed, step)."""
-        recipe, part = self.recipe.data, self.data.train
-        chosen = batches.indices(self.recipe.seed, step, len(part), self.batch)
-        pictures = batches.augment(part.pictures[chosen], self.recipe.seed, step, recipe.crop, recipe.flip)
-        return torch.from_numpy(batches.normalise(pictures, recipe.mean, recipe.std)), part.labels[chosen]
 
     def _switch(self, phase: Phase) -> None:
         self.phases.append(phase)
@@ -348,23 +335,6 @@ class Trainer:
     @property
     def elapsed_s(self) -> float:
         return self.wall_s + time.monotonic() - self.started
-
-
-def sent_batches(head: Head, part: Part, recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What the head in its present mode sends for a part's pictures, unaugmented: ([B, width, ...], labels [B])."""
-    size = recipe.data.evaluation_batch
-    for start in range(0, len(part), size):
-        inputs = batches.normalise(part.pictures[start : start + size], recipe.data.mean, recipe.data.std)
-        with torch.no_grad(), _computing(head, recipe, "an evaluation's batch"):
-            sent = head(torch.from_numpy(inputs)).cpu().numpy()
-        yield sent, part.labels[start : start + size]
-
-
-@contextlib.contextmanager
-def _computing(head: Head, recipe: Recipe, what: str) -> Iterator[None]:
-    """The head's arithmetic; ModelError where `what` does not fit into its card."""
-    with fits(what, head.processor), optim.arithmetic(recipe.precision, head.processor.type):
-        yield
 
 
 def train(

@@ -22,9 +22,9 @@ from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
 from device_client.data import Dataset, Part, load_picture
+from device_client.inputs import sent_batches
 from device_client.pictures import size_of
 from device_client.remote_tail import RemoteTail
-from device_client.trainer import sent_batches
 
 T = TypeVar("T")
 

@@ -25,6 +25,7 @@ from common.run import RunFolder
 from device_client import batches
 from device_client.cli import cli
 from device_client.data import Dataset, Part, load
+from device_client.inputs import training_batch
 from device_client.local import Classifier, Local
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
@@ -283,7 +284,7 @@ def test_its_own_learning_rate_and_its_own_views(digits: Dataset, tmp_path: Path
     alone.classifier.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     alone._learn_step()
     assert alone.optimiser.lr == pytest.approx(0.003)
-    pictures, _ = trainer.batch_of(0)
+    pictures, _ = training_batch(trainer.recipe, digits.train, 0, trainer.batch)
     with torch.no_grad():
         assert not torch.allclose(trainer.head.layers(pictures), seen[0], atol=0.1)
 

@@ -1,0 +1,49 @@
+"""What the head computes on: a step's batch, or all pictures of a part as they are; and the arithmetic that it uses.
+
+Called by the trainer, by the stage in which the head learns alone, and by evaluate and predict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from common import optim
+from common.halves import Head
+from common.processor import fits
+from common.recipe import Recipe
+from device_client import batches
+from device_client.data import Part
+
+
+def training_batch(recipe: Recipe, part: Part, step: int, batch: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Pictures [B, *input] and labels [B] of a step: a function of (seed, step)."""
+    chosen = batches.indices(recipe.seed, step, len(part), batch)
+    pictures = batches.augment(part.pictures[chosen], recipe.seed, step, recipe.data.crop, recipe.data.flip)
+    return torch.from_numpy(batches.normalise(pictures, recipe.data.mean, recipe.data.std)), part.labels[chosen]
+
+
+def evaluation_batches(part: Part, recipe: Recipe) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Pictures [B, *input] and labels [B] of a part, unaugmented and in order."""
+    size = recipe.data.evaluation_batch
+    for start in range(0, len(part), size):
+        pictures = batches.normalise(part.pictures[start : start + size], recipe.data.mean, recipe.data.std)
+        yield torch.from_numpy(pictures), part.labels[start : start + size]
+
+
+def sent_batches(head: Head, part: Part, recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What the head in its present mode sends for a part's pictures, unaugmented: ([B, width, ...], labels [B])."""
+    for inputs, labels in evaluation_batches(part, recipe):
+        with torch.no_grad(), computing(head, recipe, "an evaluation's batch"):
+            sent = head(inputs).cpu().numpy()
+        yield sent, labels
+
+
+@contextlib.contextmanager
+def computing(head: Head, recipe: Recipe, what: str) -> Iterator[None]:
+    """The head's arithmetic; ModelError where `what` does not fit into its card."""
+    with fits(what, head.processor), optim.arithmetic(recipe.precision, head.processor.type):
+        yield
