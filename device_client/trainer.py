@@ -333,6 +333,11 @@ class Trainer:
         return summary
 
     @property
+    def where(self) -> str:
+        """Words for the step that it stands at; none before the run has begun."""
+        return f" at step {self.step}" if self.phases else ""
+
+    @property
     def elapsed_s(self) -> float:
         return self.wall_s + time.monotonic() - self.started
 
@@ -369,12 +374,10 @@ def train(
         return trainer.run(publish)
     except KeyboardInterrupt:
         trainer.rest()
-        where = f" at step {trainer.step}" if trainer.phases else ""
-        console.print(f"Stopped{where}; the run is not finished: {how}.", highlight=False)
+        console.print(f"Stopped{trainer.where}; the run is not finished: {how}.", highlight=False)
         sys.exit(128 + caught)
     except LinkError as error:
-        where = f" at step {trainer.step}" if trainer.phases else ""
-        raise LinkError(f"{error}; the run stopped{where} and is not finished: {how}") from error
+        raise LinkError(f"{error}; the run stopped{trainer.where} and is not finished: {how}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
