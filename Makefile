@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt protos/split.proto hatch_build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -c 'import common.codecs.mixing'
+	$(BIN)/python -c 'import common.codecs.loops, common.codecs.mixing'
 	@touch $@
 
 demo: setup

@@ -30,7 +30,8 @@ from benchmarks import peers, tensors
 from benchmarks.machine import machine
 from common.codecs import Aside, codec, dither, frame, quantise
 from common.codecs.base import NOTHING
-from common.codecs.step import Step, as_maps, beside
+from common.codecs.maps import as_maps, beside
+from common.codecs.step import Step
 from device_client.data import load
 
 RESULT = Path("benchmarks/results/codec.json")
@@ -61,17 +62,18 @@ def seconds(function: Callable[[], Any], rounds: int = _ROUNDS) -> tuple[float, 
 
 
 def symbols_of(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[np.ndarray, int]:
-    """What `step` hands to its coder, [C, B, H*W] or those in the support [1, 1, rest], and the symbol of zero."""
-    batch, channels = tensor.shape[:2]
-    whole = tensor.reshape(batch, channels, -1).transpose(1, 0, 2)
-    values = whole if aside.support is None else tensor[aside.support][None, None]
-    unsigned = not aside.dither and tensor.min() >= 0
-    step = quantise.step_of(np.ascontiguousarray(values).reshape(-1), snr, unsigned)
-    amax = float(np.abs(values).max())
-    if unsigned:
-        return quantise.unsigned(values, amax, step)[0], 0
-    drawn = dither.numbers(aside.dither, values.size)[: values.size].reshape(values.shape) if aside.dither else None
-    return quantise.signed(values, amax, step, drawn)[0], quantise.SIGNED_ZERO
+    """What `step` hands to its coder, [C, B, H*W] or flat those in the support, and the symbol of zero."""
+    whole = tensor.reshape(*tensor.shape[:2], -1)
+    if not aside.dither and aside.support is None and tensor.min() >= 0:
+        return quantise.unsigned(whole, quantise.step_of(tensor.reshape(-1), snr, True))[0], 0
+    count = tensor.size if aside.support is None else int(np.count_nonzero(aside.support))
+    drawn = dither.numbers(aside.dither, count) if aside.dither else None
+    if aside.support is None:
+        step = quantise.step_of(tensor.reshape(-1), snr, False)
+        return quantise.signed(whole, step, drawn)[0], quantise.SIGNED_ZERO
+    flat, support = tensor.reshape(-1), aside.support.reshape(-1)
+    step = quantise.step_within(flat, support, count, snr)
+    return quantise.signed_within(flat, support, count, step, drawn)[0], quantise.SIGNED_ZERO
 
 
 def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from unittest import mock
 
 from benchmarks import pair
 
-_PRELOADED = ["torch", "common.codecs.mixing", "edge_server.server", "device_client.trainer"]
+_PRELOADED = ["torch", "common.codecs.payload", "common.codecs.mixing", "edge_server.server", "device_client.trainer"]
 _context = multiprocessing.get_context("forkserver")
 
 

@@ -100,7 +100,9 @@ def header(form: int, step: float, outliers: int = 0, checksum: int = 0, level: 
 
 PACKED, CONTEXT = 2, 3
 LINEAGE = context._lineage_size(8)  # bytes that say which of eight channels are like which
-ZEROS = frame.compress(bytes(COUNT))
+ZEROS = frame.compress(bytes(COUNT // 2))
+ONE_OUTLIER = frame.compress(bytes(COUNT // 2 + 4))
+ESCAPED = frame.compress(b"\xff" * (COUNT // 2 + COUNT))  # all symbols are escapes, and outliers
 
 
 @pytest.mark.parametrize(
@@ -108,21 +110,25 @@ ZEROS = frame.compress(bytes(COUNT))
     [
         (header(0, 0) + np.full(COUNT, np.nan, "<f4").tobytes(), "NaN or Inf"),
         (header(0, 0) + np.full(COUNT, -np.inf, "<f4").tobytes(), "NaN or Inf"),
-        (header(PACKED, np.nan) + struct.pack("<BI", 1, 0) + ZEROS, "a step of nan"),
-        (header(PACKED, np.inf) + struct.pack("<BI", 1, 0) + ZEROS, "a step of inf"),
-        (header(PACKED, -1) + struct.pack("<BI", 1, 0) + ZEROS, "a step of -1"),
-        (header(PACKED, 1, 2**32 - 1) + struct.pack("<BI", 1, 0) + ZEROS, "4294967295 outliers"),
+        (header(PACKED, np.nan) + struct.pack("<BI", 2, 0) + ZEROS, "a step of nan"),
+        (header(PACKED, np.inf) + struct.pack("<BI", 2, 0) + ZEROS, "a step of inf"),
+        (header(PACKED, -1) + struct.pack("<BI", 2, 0) + ZEROS, "a step of -1"),
+        (header(PACKED, 1, 2**32 - 1) + struct.pack("<BI", 2, 0) + ZEROS, "4294967295 outliers"),
         (header(PACKED, 1) + struct.pack("<BI", 5, 0) + ZEROS, "5 digits a byte"),
+        (header(PACKED, 1) + struct.pack("<BI", 1, 0) + ZEROS, "1 digits a byte"),
         (header(PACKED, 1) + struct.pack("<BI", 2, 2**31) + ZEROS, "2147483648 escapes"),
         (header(PACKED, 1) + struct.pack("<BI", 2, 1) + frame.compress(bytes(COUNT // 2 + 1)), "1 escapes"),
-        (header(PACKED, 1) + struct.pack("<BI", 1, 0) + frame.compress(b"\xff" * COUNT), "0 outliers came for 4608"),
-        (header(PACKED, 1, 1) + struct.pack("<BI", 1, 0) + frame.compress(bytes(COUNT + 4)), "1 outliers came for 0"),
-        (header(PACKED, 1) + struct.pack("<BI", 1, 0) + ZEROS[:-2], "damaged"),
+        (header(PACKED, 1) + struct.pack("<BI", 2, COUNT) + ESCAPED, "0 outliers came for 4608"),
+        (
+            header(PACKED, 1, 1) + struct.pack("<BI", 2, 0) + frame.compress(bytes(COUNT // 2 + 4)),
+            "1 outliers came for 0",
+        ),
+        (header(PACKED, 1) + struct.pack("<BI", 2, 0) + ZEROS[:-2], "damaged"),
         (header(64, 1) + ZEROS, "form 64"),
         (header(PACKED, 1, 0, 77) + ZEROS, "which elements are zero"),
         (header(PACKED | 8, 1) + ZEROS, "form 10"),
-        (header(PACKED, 1, level=0) + struct.pack("<BI", 1, 0) + ZEROS, "form 2 does not exist"),
-        (header(PACKED | 4, 1) + struct.pack("<BI", 1, 0) + ZEROS, "form 6 does not exist"),
+        (header(PACKED, 1, level=0) + struct.pack("<BI", 2, 0) + ZEROS, "form 2 does not exist"),
+        (header(PACKED | 4, 1) + struct.pack("<BI", 2, 0) + ZEROS, "form 6 does not exist"),
         (header(CONTEXT, 1) + b"\0" * (LINEAGE - 1), "cut short"),
         (header(CONTEXT, 1) + b"\xff" * LINEAGE, "which channels are like which"),
         (header(CONTEXT, 1) + bytes(LINEAGE), "coded symbols"),
@@ -153,7 +159,7 @@ def test_a_frame_that_inflates_to_gigabytes_costs_no_memory(name: str) -> None:
     for declared in (count << 24, -1):
         compressor = zstandard.ZstdCompressor(level=3).compressobj(size=declared)
         lying.append(b"".join([compressor.compress(chunk) for _ in range(count)] + [compressor.flush()]))
-    heads = {"int8": b"\1" + np.ones(8, "<f4").tobytes(), "step:12": header(PACKED, 1) + struct.pack("<BI", 1, 0)}
+    heads = {"int8": b"\1" + np.ones(8, "<f4").tobytes(), "step:12": header(PACKED, 1) + struct.pack("<BI", 2, 0)}
     for bomb in lying:
         head = heads[name]
         tracemalloc.start()

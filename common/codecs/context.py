@@ -1,7 +1,7 @@
 """Symbols to bytes with what is around them as context: fewer bytes than zstd, at a fraction of its speed.
 
 A payload says which channels each one is predicted from, and holds what codecs/mixing.py coded. Called by
-codecs/step.py.
+codecs/payload.py.
 """
 
 from __future__ import annotations

@@ -16,47 +16,36 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+from common.codecs import loops
+
 Numbers = NDArray[np.uint16]
+Symbols = NDArray[np.uint8]
 
 QUARTERS = 4
 _ROW = 1024
-# For each first quarter, what the upper two bits of four 16-bit numbers in one 64-bit word are.
-_TURNS = np.array([sum((first + at) % 4 << 14 + 16 * at for at in range(4)) for first in range(4)], np.uint64)
-_LOWER = np.uint64(0x3FFF_3FFF_3FFF_3FFF)
 
 
 def numbers(seed: tuple[int, int, int], count: int) -> Numbers:
     """`count` numbers in units of 2^-16, each uniform in [0, 1) over the seeds: bit-identical on every platform.
 
-    Philox4x64-10 (Salmon et al. 2011), counter-based, in numpy's promised-stable raw stream; 16 bits a number. There
-    are whole rows of them, so more than `count`.
+    SplitMix64 (Steele, Lea, Flood 2014), a counter and a hash of it, in integers alone; 16 bits a number. There are
+    whole rows of them, so more than `count`.
     """
-    key = hashlib.blake2b(repr(seed).encode(), digest_size=16).digest()
-    words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(-(-count // _ROW) * _ROW // 4)
-    rows = words.reshape(-1, _ROW // 4)
-    turns = _TURNS.take(rows[:, :1] >> np.uint64(14) & np.uint64(3))
-    rows &= _LOWER
-    rows |= turns
-    return rows.astype("<u8", copy=False).view("<u2").reshape(-1)
+    start = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), "little")
+    words = np.empty(-(-count // _ROW) * _ROW // 4, np.uint64)
+    loops.draw(np.uint64(start), words)
+    return words.astype("<u8", copy=False).view("<u2")
 
 
-def _places(drawn: Numbers, quarter: int) -> tuple[NDArray[np.int64], slice, NDArray[np.int64]]:
-    """Where in [rows, 256, 4] the numbers of a quarter stand."""
-    firsts = (drawn[::_ROW] >> 14).astype(np.int64)
-    return np.arange(len(firsts)), slice(None), (quarter - firsts) % QUARTERS
-
-
-def apart(symbols: NDArray[np.uint8], drawn: Numbers, zero: int) -> list[NDArray[np.uint8]]:
+def apart(symbols: Symbols, drawn: Numbers, zero: int) -> list[Symbols]:
     """The flat `symbols`, filled up with `zero` to whole rows, quarter by quarter."""
-    filled = np.full(len(drawn), zero, np.uint8)
-    filled[: len(symbols)] = symbols
-    rows = filled.reshape(-1, _ROW // QUARTERS, QUARTERS)
-    return [rows[_places(drawn, quarter)].reshape(-1) for quarter in range(QUARTERS)]
+    parts = np.empty((QUARTERS, len(drawn) // QUARTERS), np.uint8)
+    loops.apart(symbols, zero, drawn, parts)
+    return list(parts)
 
 
-def together(parts: NDArray[np.uint8], drawn: Numbers) -> NDArray[np.uint8]:
-    """What `apart` took apart, from its parts one behind another."""
-    rows = np.empty((len(drawn) // _ROW, _ROW // QUARTERS, QUARTERS), np.uint8)
-    for quarter, part in enumerate(parts.reshape(QUARTERS, -1, _ROW // QUARTERS)):
-        rows[_places(drawn, quarter)] = part
-    return rows.reshape(-1)
+def together(parts: Symbols, drawn: Numbers, count: int) -> Symbols:
+    """The first `count` symbols of those that `apart` took apart, from its parts one behind another."""
+    symbols = np.empty(count, np.uint8)
+    loops.together(parts.reshape(QUARTERS, -1), drawn, symbols)
+    return symbols

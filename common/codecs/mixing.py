@@ -6,21 +6,20 @@ were of late choose a probability in each of four tables; a mixture of the four,
 answer (logistic mixing, as in lpaq; Mahoney 2005), and the answer moves them all. So no table is sent, small tensors
 cost no more than large ones, and both sides stay alike as long as they compute alike: integers only.
 
-All that is compiled is in this one file, for numba compiles again what has changed in a file, but not what it calls in
-another. Called by codecs/context.py.
+All of it is in this one file (codecs/compiled.py says why). Called by codecs/context.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from common.codecs.compiled import kept
+
 Array = NDArray[Any]
-Function = Callable[..., Any]
 
 PARENTS = 6  # channels that each is predicted from
 PAD = 2  # places around a plane that its neighbours may lie in
@@ -52,18 +51,6 @@ _LOG = np.array([min(31, (number**3).bit_length()) for number in range(4096)], n
 
 
 _inner = numba.njit(nogil=True)
-
-
-def _kept(signature: str) -> Callable[[Function], Function]:
-    """Compiled as this file is loaded, or what was compiled before is loaded: with all that it calls."""
-
-    def kept(function: Function) -> Function:
-        try:
-            return numba.njit(signature, nogil=True, cache=True)(function)
-        except RuntimeError:  # there is no place to keep it in: each process compiles anew
-            return numba.njit(signature, nogil=True)(function)
-
-    return kept
 
 
 @_inner
@@ -284,7 +271,7 @@ def _offsets(around, wrong, parents, channel, channels, size, across):
         around[first + 3], around[first + 4] = there - across, there + across
 
 
-@_kept("i8(u1[::1], UniTuple(i8, 4), i8, u1[::1], u1[::1], u1[:, ::1], u1[::1], b1)")
+@kept("i8(u1[::1], UniTuple(i8, 4), i8, u1[::1], u1[::1], u1[:, ::1], u1[::1], b1)")
 def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
     """Code `symbols` (uint8, flat) of maps [C, B, H, W] into `data`, or decode them from it, those alone where `mask`
     is not 0. Bytes passed; -1 where `data` is too small, or holds what cannot be.

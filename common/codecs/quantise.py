@@ -3,7 +3,7 @@
 Two kinds. *Unsigned* (no element negative, as behind a ReLU): symbol 0 is exact zero and nothing else, symbol k lies
 from k-1 to k steps and is decoded to where such elements lie on average, near the middle; so the receiver knows which
 elements are zero. *Signed*: symbol 127 is zero, 127 + q stands for q steps, rounded to nearest or with dither. Symbol
-255 is an outlier in both, whose number of steps stands in a list of its own. Pure numpy; called by codecs/step.py.
+255 is an outlier in both, whose number of steps stands in a list of its own. Called by codecs/payload.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from common.codecs.base import Tensor
+from common.codecs import loops
+from common.codecs.base import Support, Tensor
 from common.codecs.dither import Numbers
 
 Symbols = NDArray[np.uint8]
@@ -19,10 +20,9 @@ Steps = NDArray[np.int32]
 
 OUTLIER = 255
 SIGNED_ZERO = 127
-# Steps up to which no symbol is an outlier; a little less than the symbols reach, for float32's own rounding.
-_UNSIGNED_REACH, _SIGNED_REACH = 253.9, 126.9
 _NO_OUTLIERS = np.empty(0, np.int32)
-_BLOCK, _SAMPLE = 1 << 16, 1 << 14
+_NO_NOISE = np.empty(0, np.uint16)
+_BLOCK = 1 << 16
 _UNIT = np.float32(2**-16)  # of the numbers that dither
 
 
@@ -38,87 +38,101 @@ def step_of(flat: Tensor, snr: float, exact_zeros: bool) -> np.float32:
             power += float(np.dot(part, part))
             if exact_zeros:
                 noisy += int(np.count_nonzero(part > 0))
-        if not 1e-30 < power / flat.size < 1e30:  # float32 squares vanish below 1e-23 and overflow past 1e19
-            power = float(np.square(flat, dtype=np.float64).sum())
-        return np.float32(np.sqrt(12 * power / max(1, noisy)) * 10 ** (-snr / 20))
+    return _step(power, flat.size, noisy, snr, flat)
 
 
-def level_of(flat: Tensor, step: np.float32) -> int:
-    """Where in its step an unsigned element lies on average, in 256ths, from a sample; never so low as to be zero."""
-    some = flat[:: max(1, flat.size // _SAMPLE) | 1]
-    some = some[some > 0] * (np.float32(1) / step)
-    return max(16, min(255, int(256 * np.mean(some - np.floor(some))))) if some.size else 128
+def step_within(flat: Tensor, support: Support, count: int, snr: float) -> np.float32:
+    """The same of the `count` elements where `support` is true."""
+    return _step(loops.power(flat, support.view(np.uint8)), count, count, snr, flat, support)
 
 
-def _blocks(shape: tuple[int, ...]) -> list[tuple[int | slice, ...]]:
-    """Parts of a tensor [C, B, rest] that stay in the cache: its channels, or pieces where it is one long row."""
-    if shape[:2] != (1, 1):
-        return [(channel,) for channel in range(shape[0])]
-    return [(0, 0, slice(at, at + _BLOCK)) for at in range(0, shape[2], _BLOCK)]
+def _step(power: float, count: int, noisy: int, snr: float, flat: Tensor, support: Support | None = None) -> np.float32:
+    if not 1e-30 < power / count < 1e30:  # float32 squares vanish below 1e-23 and overflow past 1e19
+        power = float(np.square(flat if support is None else flat[support], dtype=np.float64).sum())
+    return np.float32(np.sqrt(12 * power / max(1, noisy)) * 10 ** (-snr / 20))
 
 
-def unsigned(tensor: Tensor, amax: float, step: np.float32) -> tuple[Symbols, Steps]:
-    """Symbols, shaped like `tensor` [C, B, rest], whose elements are 0 to `amax`, and outliers in C order."""
-    inverse = np.float32(1) / step
-    symbols = np.empty(tensor.shape, np.uint8)
-    if amax * float(inverse) < _UNSIGNED_REACH:
-        for block in _blocks(tensor.shape):
-            out = symbols[block]
-            np.multiply(tensor[block], inverse, out=out, casting="unsafe")  # the cast truncates
-            out += (tensor[block] > 0).view(np.uint8)
+def unsigned(tensor: Tensor, step: np.float32) -> tuple[Symbols, Steps, int]:
+    """Symbols [C, B, rest] of `tensor` [B, C, rest], which has no element below zero; outliers in their order; where in
+    its step an element lies on average, in 256ths, never so low as to be zero."""
+    symbols, inverse = _symbols(tensor), np.float32(1) / step
+    within = loops.unsigned(tensor, inverse, symbols)
+    some = int(np.count_nonzero(symbols))
+    level = max(16, min(255, int(256 * within / some))) if some else 128
+    if symbols.max() < OUTLIER:
+        return symbols, _NO_OUTLIERS, level
+    values = _in_sending_order(tensor)[symbols == OUTLIER]
+    return symbols, (np.floor(values * inverse) + 1).astype(np.int32), level
+
+
+def signed(tensor: Tensor, step: np.float32, noise: Numbers | None) -> tuple[Symbols, Steps]:
+    """Symbols [C, B, rest] of `tensor` [B, C, rest], rounded to nearest or by `noise` (flat, in the symbols' order),
+    and outliers."""
+    symbols, inverse = _symbols(tensor), np.float32(1) / step
+    loops.signed(tensor, inverse, _NO_NOISE if noise is None else noise, symbols)
+    if symbols.max() < OUTLIER:
         return symbols, _NO_OUTLIERS
-    steps = np.floor(tensor * inverse)
-    steps += tensor > 0
-    far = steps > 254
-    np.copyto(symbols, np.where(far, OUTLIER, steps), casting="unsafe")
-    return symbols, steps[far].astype(np.int32)
+    return symbols, _outliers(_in_sending_order(tensor).reshape(-1), symbols, inverse, noise)
 
 
-def signed(tensor: Tensor, amax: float, step: np.float32, noise: Numbers | None) -> tuple[Symbols, Steps]:
-    """Symbols, shaped like `tensor` [C, B, rest], rounded to nearest or by `noise`, and outliers."""
-    inverse = np.float32(1) / step
-    # floor(x + 1/2) is nearest; floor(x + noise) goes up with the probability that makes the mean right.
-    half = np.float32(0.5)
-    if amax * float(inverse) < _SIGNED_REACH:
-        symbols = np.empty(tensor.shape, np.uint8)
-        for block in _blocks(tensor.shape):
-            steps = tensor[block] * inverse
-            steps += half if noise is None else noise[block] * _UNIT
-            # Above zero, so that truncating is the floor.
-            np.add(steps, np.float32(SIGNED_ZERO), out=symbols[block], casting="unsafe")
+def signed_within(
+    flat: Tensor, support: Support, count: int, step: np.float32, noise: Numbers | None
+) -> tuple[Symbols, Steps]:
+    """The same of the `count` elements where `support` is true, all flat and in the order of memory (which gathers
+    faster and comes out no larger)."""
+    symbols, inverse = np.empty(count, np.uint8), np.float32(1) / step
+    loops.signed_within(flat, support.view(np.uint8), inverse, _NO_NOISE if noise is None else noise, symbols)
+    if symbols.max() < OUTLIER:
         return symbols, _NO_OUTLIERS
-    steps = tensor * inverse
-    steps += half if noise is None else noise * _UNIT
-    np.floor(steps, out=steps)
-    far = np.abs(steps) > 127
-    symbols = np.where(far, np.float32(OUTLIER), steps + np.float32(SIGNED_ZERO)).astype(np.uint8)
-    return symbols, steps[far].astype(np.int32)
+    return symbols, _outliers(flat[support], symbols, inverse, noise)
+
+
+def _outliers(values: Tensor, symbols: Symbols, inverse: np.float32, noise: Numbers | None) -> Steps:
+    far = np.flatnonzero(symbols.reshape(-1) == OUTLIER)
+    steps = values[far] * inverse
+    steps += np.float32(0.5) if noise is None else noise[far] * _UNIT
+    # What lies at the edge within float32's rounding is an outlier, so it is to be one of the outliers' steps.
+    steps = np.where(steps < 0, np.minimum(np.floor(steps), -128), np.maximum(np.floor(steps), 128))
+    return steps.astype(np.int32)
 
 
 def restore_unsigned(symbols: Symbols, outliers: Steps, step: np.float32, level: int, out: Tensor) -> None:
-    """Values `level` 256ths into the symbols' steps, into `out` ([C, B, rest] as the symbols, any strides)."""
+    """Values `level` 256ths into the steps of symbols [C, B, rest], into `out` [B, C, rest]."""
     below = np.float32(1 - level / 256)
-    for block in _blocks(out.shape):
-        values = np.multiply(symbols[block], step)
-        values -= below * step
-        np.maximum(values, 0, out=out[block])
+    loops.restore_unsigned(symbols, step, below, out)
     if len(outliers):
-        out[symbols == OUTLIER] = (outliers - float(below)) * float(step)
+        _in_sending_order(out)[symbols == OUTLIER] = (outliers - float(below)) * float(step)
 
 
 def restore_signed(symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None, out: Tensor) -> None:
-    """The symbols' values, with the `noise` that was added taken off again, into `out` [C, B, rest]."""
-    half = np.float32(0.5)
-    for block in _blocks(out.shape):
-        values = np.subtract(symbols[block], np.float32(SIGNED_ZERO))
-        if noise is not None:
-            values += half
-            values -= noise[block] * _UNIT
-        np.multiply(values, step, out=out[block])
+    """The values of symbols [C, B, rest], with the `noise` that was added taken off again, into `out` [B, C, rest]."""
+    loops.restore_signed(symbols, step, _NO_NOISE if noise is None else noise, out)
     if len(outliers):
-        far = symbols == OUTLIER
-        steps = outliers.astype(np.float32)
-        if noise is not None:
-            steps += half
-            steps -= noise[far] * _UNIT
-        out[far] = steps * step
+        _in_sending_order(out)[symbols == OUTLIER] = _far_values(symbols, outliers, step, noise)
+
+
+def restore_within(
+    symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None, support: Support, out: Tensor
+) -> None:
+    """The same of flat symbols of the elements where `support` is true, into the flat `out`; zeros elsewhere."""
+    loops.restore_within(symbols, step, _NO_NOISE if noise is None else noise, support.view(np.uint8), out)
+    if len(outliers):
+        out[np.flatnonzero(support)[symbols == OUTLIER]] = _far_values(symbols, outliers, step, noise)
+
+
+def _far_values(symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None) -> Tensor:
+    steps = outliers.astype(np.float32)
+    if noise is not None:
+        steps += np.float32(0.5)
+        steps -= noise[: symbols.size][symbols.reshape(-1) == OUTLIER] * _UNIT
+    return steps * step
+
+
+def _symbols(tensor: Tensor) -> Symbols:
+    batch, channels, rest = tensor.shape
+    return np.empty((channels, batch, rest), np.uint8)
+
+
+def _in_sending_order(tensor: Tensor) -> Tensor:
+    """A view [C, B, rest]: channels are alike in themselves."""
+    return tensor.transpose(1, 0, 2)

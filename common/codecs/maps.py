@@ -1,0 +1,50 @@
+"""Symbols as codec `context` wants them: maps [C, B, H, W], whole, with what both sides know beside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.codecs.base import Support, elements, grid
+from common.codecs.dither import Numbers
+from common.codecs.quantise import Symbols
+
+
+def map_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """A tensor [B, C, H, W], [B, C, L] or [B, C] as maps [C, B, H, W]."""
+    batch, channels, rest = grid(shape)
+    return (channels, batch, shape[2], shape[3]) if len(shape) == 4 else (channels, batch, 1, rest)
+
+
+def _maps_of(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Values in the order of memory as maps."""
+    batch, channels, rest = grid(shape)
+    return np.ascontiguousarray(values.reshape(batch, channels, rest).transpose(1, 0, 2)).reshape(map_shape(shape))
+
+
+def in_order_of_memory(maps: Symbols, shape: tuple[int, ...]) -> Symbols:
+    """Maps as flat symbols in the order of memory."""
+    batch, channels, rest = grid(shape)
+    return maps.reshape(channels, batch, rest).transpose(1, 0, 2).reshape(-1)
+
+
+def as_maps(symbols: Symbols, shape: tuple[int, ...], support: Support | None, zero: int) -> Symbols:
+    """Symbols in sending order as maps."""
+    if support is None:
+        return symbols.reshape(map_shape(shape))
+    spread = np.full(elements(shape), zero, np.uint8)
+    spread[np.flatnonzero(support)] = symbols.reshape(-1)
+    return _maps_of(spread, shape)
+
+
+def beside(
+    shape: tuple[int, ...], support: Support | None, drawn: Numbers | None
+) -> tuple[Support | None, Symbols | None]:
+    """As maps: the support, and the numbers drawn in 16ths of their range."""
+    mask = None if support is None else _maps_of(support, shape)
+    if drawn is None:
+        return mask, None
+    count = elements(shape) if support is None else int(np.count_nonzero(support))
+    return mask, as_maps((drawn[:count] >> 12).astype(np.uint8), shape, support, 0)
