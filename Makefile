@@ -68,7 +68,7 @@ bench-start: setup
 	$(BIN)/python -m benchmarks.start
 
 bench-effect: setup
-	$(BIN)/python -m benchmarks.effect $(SOURCE)
+	$(BIN)/python -m benchmarks.effect $(SOURCE) $(ARGS)
 
 # Needs root: it makes network namespaces.
 bench-counters: setup

@@ -2,7 +2,8 @@
 
 Every run trains the small network on the same CIFAR-10 pictures for the same steps through the real head, codec and
 tail, in process; only the codec differs. Against raw fp32 with the same seed. Writes benchmarks/results/effect.json,
-run by run, and goes on where it was stopped. Takes hours; wants the pictures as a folder (SOURCE).
+run by run, and goes on where it was stopped on such a machine. Takes hours, minutes on a graphics card (`--device`);
+wants the pictures as a folder (SOURCE).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.learning_cases import precision
 from benchmarks.machine import machine
 
 RESULT = Path("benchmarks/results/effect.json")
@@ -34,7 +36,7 @@ RECIPE = """
 name = "effect"
 method = "fixed"
 seed = {seed}
-precision = "bf16"
+precision = "{precision}"
 [model]
 name = "tiny"
 input = [3, 32, 32]
@@ -56,6 +58,7 @@ lr = 0.1
 warmup = 100
 """
 _data: Any = None
+_processor: Any = None
 
 
 def cases() -> list[tuple[str, str, int]]:
@@ -65,13 +68,15 @@ def cases() -> list[tuple[str, str, int]]:
     return raw + [(f"step:{up}", f"step:{down}{rounding}", seed) for rounding, seed, up, down in grid]
 
 
-def _load(source: str, limit: int) -> None:
+def _load(source: str, limit: int, device: str) -> None:
     import torch
 
+    from common import processor
     from device_client.data import load
 
-    global _data
+    global _data, _processor
     torch.set_num_threads(1)
+    _processor = processor.choose(device)
     _data = load(source, (3, 32, 32), 0, 0.0, limit=limit)
 
 
@@ -79,8 +84,10 @@ def _run(case: tuple[str, str, int, float]) -> dict[str, Any]:
     from benchmarks import inprocess
 
     activation, gradient, seed, epochs = case
-    text = RECIPE.format(seed=seed, activation=activation, gradient=gradient, epochs=epochs)
-    summary = inprocess.train(text, _data)
+    text = RECIPE.format(
+        seed=seed, activation=activation, gradient=gradient, epochs=epochs, precision=precision(_processor.type)
+    )
+    summary = inprocess.train(text, _data, processor=_processor)
     ways = summary["bytes"]
     sent = {way: ways[way]["by_role"][role]["message"] for way, role in (("up", "activation"), ("down", "gradient"))}
     elements = summary["plain_bytes"]["down"] / 4
@@ -145,23 +152,25 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", default="cpu", help="where both halves compute: cpu, cuda, cuda:NUMBER or auto")
     options = parser.parse_args()
     console = Console()
-    setting = {"pictures": options.pictures, "epochs": options.epochs}
+    where = machine() + ("" if options.device == "cpu" else f", {options.device}")
+    setting = {"pictures": options.pictures, "epochs": options.epochs, "machine": where}
     rows: list[dict[str, Any]] = []
     if RESULT.is_file():
         before = json.loads(RESULT.read_text())
-        if {name: before[name] for name in setting} == setting:
+        if {name: before.get(name) for name in setting} == setting:
             rows = before["rows"]
     done = {(row["activation"], row["gradient"], row["seed"]) for row in rows}
     left = [(*case, options.epochs) for case in cases() if case not in done]
     started = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(options.workers, _load, (options.source, options.pictures)) as pool:
+    with spawn.Pool(options.workers, _load, (options.source, options.pictures, options.device)) as pool:
         for number, row in enumerate(pool.imap_unordered(_run, left), 1):
             rows.append(row)
             RESULT.parent.mkdir(parents=True, exist_ok=True)
-            result = {"machine": machine(), "date": date.today().isoformat(), **setting, "rows": rows}
+            result = {"date": date.today().isoformat(), **setting, "rows": rows}
             RESULT.write_text(json.dumps(result, indent=1) + "\n")
             minutes = (time.monotonic() - started) / number * (len(left) - number) / 60
             console.print(
