@@ -7,9 +7,8 @@ BIN := $(VENV)/bin
 SOURCE ?= folder:cifar
 RUNS ?= 1000000
 COUNT ?= 200
-# Processes that test files are spread over, "auto" for one a core; 0: one after the other, as those that wait for seconds
-# to pass like it best.
-JOBS ?= 0
+# Processes that test files are spread over, "auto" for one a core; 0: one after the other.
+JOBS ?= 2
 MINUTES ?= 60
 # Of the demo: auto, step or context.
 CODEC ?= auto

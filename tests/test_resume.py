@@ -40,36 +40,42 @@ from tests.test_link import Lost
 
 EVERY = 4
 CODEC = 'activation = "step:15"\ngradient = "step:10"'
+FEW = "batch = 16\ncrop = 1\nflip = true"  # half of the usual batch, of half of the pictures: as many steps
 CASES = {
     "ranked channels": recipe_text(
-        "deprune", bottleneck='kind = "channels"\nranking_steps = 2', codec=CODEC,
+        "deprune", data=FEW, bottleneck='kind = "channels"\nranking_steps = 2', codec=CODEC,
         schedule="phases = [[2, 0.5], [4, 0.5]]",
     ),
     "principal components, adamw": recipe_text(
-        "fixed", bottleneck='kind = "linear"\nstart = "principal"', codec=CODEC, schedule="phases = [[4, 1]]",
+        "fixed", data=FEW, bottleneck='kind = "linear"\nstart = "principal"', codec=CODEC, schedule="phases = [[4, 1]]",
         optimiser='name = "adamw"\nlr = 0.005',
     ),
     "frozen head": recipe_text(
-        "deprune", bottleneck='kind = "linear"', codec=CODEC,
+        "deprune", data=FEW, bottleneck='kind = "linear"', codec=CODEC,
         schedule="phases = [[2, 0.3], { width = 4, epochs = 1.2, views = 0.4, flip = true }, [8, 0.3]]",
     ),
     "nested widths": recipe_text(
-        "deprune", bottleneck='kind = "linear"', codec=CODEC,
+        "deprune", data=FEW, bottleneck='kind = "linear"', codec=CODEC,
         schedule="phases = [{ width = 8, epochs = 1, nested = [2, 4] }]",
     ),
     "plateau": recipe_text(
-        "deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', codec=CODEC,
+        "deprune", data=FEW + "\nvalidation = 0.2", bottleneck='kind = "linear"', codec=CODEC,
         schedule='kind = "plateau"\nwidths = [2, 4]\npatience = 1\nmin_gain = 0.9\nmax_epochs = 6',
     ),
     "budget": recipe_text(
-        "deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', codec=CODEC,
-        schedule="phases = [[2, 3], [4, 3]]\nbudget_mb = 0.4",
+        "deprune", data=FEW + "\nvalidation = 0.2", bottleneck='kind = "linear"', codec=CODEC,
+        schedule="phases = [[2, 3], [4, 3]]\nbudget_mb = 0.2",
     ),
 }  # fmt: skip
 
 
 class _Killed(Exception):
     pass
+
+
+@pytest.fixture(scope="module")
+def few() -> Dataset:
+    return load("digits", (1, 16, 16), 3, 0.0, limit=320)
 
 
 def server_of(path: Path, text: str) -> Host:
@@ -141,9 +147,9 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_killed_at_any_step_it_ends_with_the_same_weights(name: str, digits: Dataset, tmp_path: Path) -> None:
+def test_killed_at_any_step_it_ends_with_the_same_weights(name: str, few: Dataset, tmp_path: Path) -> None:
     text = CASES[name]
-    data = load("digits", (1, 16, 16), 3, 0.2, limit=640) if "validation" in text else digits
+    data = load("digits", (1, 16, 16), 3, 0.2, limit=320) if "validation" in text else few
     whole = leg(tmp_path / "whole", text, data)
     assert whole
     steps = len(outcome(tmp_path / "whole")[1])
@@ -163,8 +169,8 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(name: str, digits: Dat
 
 def test_a_device_that_dies_right_after_a_validation_judges_again(tmp_path: Path) -> None:
     """Its checkpoint is of the moment before; the server, which lives, has applied the step after it."""
-    text, data = CASES["plateau"], load("digits", (1, 16, 16), 3, 0.2, limit=640)
-    epoch = len(data.train) // 32
+    text, data = CASES["plateau"], load("digits", (1, 16, 16), 3, 0.2, limit=320)
+    epoch = len(data.train) // 16
     whole = leg(tmp_path / "whole", text, data)
     host = server_of(tmp_path / "broken", text)
     for until in (epoch, 2 * epoch):
@@ -238,40 +244,40 @@ class _Cut(RemoteTail):
 
 
 def test_a_basis_that_was_lost_on_the_way_is_sent_again(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = CASES["principal components, adamw"]
-    whole = inprocess.train(text, digits, folder=tmp_path / "whole")
+    whole = inprocess.train(text, few, folder=tmp_path / "whole")
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    cut = inprocess.train(text, digits, remote_class=_Cut, folder=tmp_path / "cut")
+    cut = inprocess.train(text, few, remote_class=_Cut, folder=tmp_path / "cut")
     assert cut["faults"]["reconnects"] == 1
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
     for way in ("up", "down"):
         assert cut["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
 
 
-def test_other_pictures_are_not_gone_on_with(digits: Dataset, tmp_path: Path) -> None:
+def test_other_pictures_are_not_gone_on_with(few: Dataset, tmp_path: Path) -> None:
     from common.errors import DataError, MismatchError
 
     text = CASES["nested widths"]
-    leg(tmp_path, text, digits, 6)
-    other = load("digits", (1, 16, 16), 4, 0.0, limit=640)
-    with pytest.raises(DataError, match="not the 640 pictures that the run began with"):
+    leg(tmp_path, text, few, 6)
+    other = load("digits", (1, 16, 16), 4, 0.0, limit=320)
+    with pytest.raises(DataError, match="not the 320 pictures that the run began with"):
         leg(tmp_path, text, other)
     # Another server, which has nothing of this run.
     (tmp_path / "server").rename(tmp_path / "away")
     with pytest.raises(MismatchError, match="this server trains run"):
-        leg(tmp_path, text, digits)
+        leg(tmp_path, text, few)
     (tmp_path / "away").rename(tmp_path / "server")
-    assert leg(tmp_path, text, digits)
+    assert leg(tmp_path, text, few)
 
 
 def test_a_step_that_fails_half_way_is_made_again_from_a_checkpoint(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it had moved by then is in no weights: here the optimiser fails when it has moved some of them."""
     text = CASES["frozen head"]
-    assert leg(tmp_path / "whole", text, digits)
+    assert leg(tmp_path / "whole", text, few)
     apply, failing = Training.apply, [7, 12]
 
     def halfway(training: Training) -> Decision:
@@ -285,14 +291,14 @@ def test_a_step_that_fails_half_way_is_made_again_from_a_checkpoint(
     monkeypatch.setattr(Training, "apply", halfway)
     for _ in range(2):
         with pytest.raises(FaultError):
-            leg(tmp_path / "broken", text, digits, None, host)
+            leg(tmp_path / "broken", text, few, None, host)
         assert host.run and host.run.training and host.run.training.spoiled
-    assert leg(tmp_path / "broken", text, digits, None, host)
+    assert leg(tmp_path / "broken", text, few, None, host)
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
 
 
 def test_no_checkpoint_has_the_outcome_of_an_evaluation_without_its_bytes(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training stream may be taking one while the device is judged already; nobody would count the bytes again."""
     judged, runs, order = Training.judged, [], []
@@ -318,7 +324,7 @@ def test_no_checkpoint_has_the_outcome_of_an_evaluation_without_its_bytes(
     threads: list[threading.Thread] = []
     for owner, name, new in ((LiveRun, "begin", begun), (LiveRun, "keep", kept), (Training, "judged", slowly)):
         monkeypatch.setattr(owner, name, new)
-    leg(tmp_path, CASES["plateau"], digits)
+    leg(tmp_path, CASES["plateau"], few)
     for thread in threads:
         thread.join(30)
     assert threads and {"by another", "by the evaluation"} == set(order)
