@@ -246,11 +246,15 @@ class Recipe:
         self._check_budget()
         self._check_method()
 
+    @property
+    def codecs(self) -> set[str]:
+        """All that its phases code with."""
+        of_phases = {name for phase in self.schedule.phases for name in (phase.activation, phase.gradient)}
+        return {self.codec.activation, self.codec.gradient} | (of_phases - {""})
+
     def _check_budget(self) -> None:
-        used = [self.codec.activation, self.codec.gradient]
-        used += [name for phase in self.schedule.phases for name in (phase.activation, phase.gradient)]
         _demand(
-            not self.schedule.budget_mb or not any(name.startswith("auto") for name in used),
+            not self.schedule.budget_mb or not any(name.startswith("auto") for name in self.codecs),
             'schedule.budget_mb needs bytes that are the same in each run, and codec "auto" follows the link: write '
             '"step" or "context" in [codec], which has "auto" by default',
         )

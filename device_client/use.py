@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from common import halves, weights
+from common import codecs, halves, weights
 from common.errors import BusyError, MismatchError
 from common.halves import Head
 from common.processor import fits
@@ -54,6 +54,7 @@ def open_finished(
     else:
         weights.fill(head, weights.from_bytes(remote.head_weights(), "the server"), "the server")
     phase = _phase(remote, width)
+    codecs.load(phase.activation_codec)
     head.bottleneck.resize(phase.width, phase.order)
     with fits("the head", processor):
         return head.to(processor).eval()

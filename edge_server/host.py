@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from common import codecs, weights, wire
 from common import halves as halves_module
-from common import weights, wire
 from common.codecs.base import elements
 from common.errors import (
     BusyError,
@@ -130,6 +130,7 @@ class Host:
         halves.tail.resize(manifest.phase.width, manifest.phase.order)
         halves.tail.eval()
         self.run_id = manifest.run_id
+        codecs.load(manifest.phase.activation_codec)
         self.served = Served(halves, manifest, head)
 
     def note(self, sentence: str) -> None:

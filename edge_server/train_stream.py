@@ -60,7 +60,7 @@ class TrainStream:
                 f"{training.samples:,} pictures an epoch."
             )
         run.console.print(what, highlight=False)
-        load(training.phase.activation_codec, training.phase.gradient_codec)
+        load(*training.recipe.codecs)
         with Live(run.console, training.coordinator.steps, training.step) as live:
             yield from first
             for answer in answers:

@@ -69,12 +69,12 @@ def resized(data: bytes, size: int) -> bytes:
 
 def inside(data: bytes, name: str, aside: Aside, shape: tuple[int, ...]) -> bytes:
     """A payload of codec `step` whose frames and lengths are sound, and what is in them `data`: past zstd's checks."""
-    flags = (12 if aside.dither else data[0] & 4) | (16 if aside.support is not None else 0)
+    flags = (12 if aside.dither else data[0] & 4) | (20 if aside.support is not None else 0)
     count = int(np.count_nonzero(aside.support)) if aside.support is not None else elements(shape)
     level, outliers = 0 if flags & 4 else max(1, data[1]), data[1] % 4
     if name == "step:12":
-        digits, sent = (1, 2, 4)[data[2] % 3], len(dither.numbers(aside.dither, count)) if aside.dither else count
-        escapes = data[3] % (sent + 1) if digits > 1 else 0
+        digits, sent = (2, 4)[data[2] % 2], len(dither.numbers(aside.dither, count)) if aside.dither else count
+        escapes = data[3] % (sent + 1)
         body = frame.compress(resized(data[4:], -(-sent // digits) + escapes + 4 * outliers))
         return struct.pack("<BfBII", 2 | flags, 0.5, level, outliers, 0) + struct.pack("<BI", digits, escapes) + body
     return struct.pack("<BfBII", 3 | flags, 0.5, level, outliers, 0) + data[:4] * outliers + data[4:]

@@ -256,6 +256,19 @@ def test_symbols_are_packed_as_small_as_either_way(spread: float, zero: int) -> 
     assert np.array_equal(pack.decode(chosen, len(symbols), zero, 0)[0], symbols)
 
 
+@steps
+def test_outside_a_support_there_is_nothing(name: str) -> None:
+    """Whatever form a payload has: coded, raw because it is small or odd, or none where all that is sent is zero."""
+    for shape, scale in (((2, 8, 4, 2), 1.0), ((2, 8, 9, 9), 1.0), ((2, 8, 9, 9), 1e-42), ((2, 8, 9, 9), 0.0)):
+        support = np.arange(np.prod(shape)).reshape(shape) % 3 > 0
+        support.flags.writeable = False
+        tensor = np.where(support, np.float32(scale), np.float32(1))
+        payload = codec(name).encode(tensor, Aside(None, support))
+        assert scale or len(payload) < 20
+        back = codec(name).decode(payload, shape, Aside(None, support))
+        assert not back[~support].any() and np.allclose(back[support], scale, rtol=1)
+
+
 GOLDEN = Path(__file__).parent / "golden"
 GATED = np.arange(16 * 8 * 16 * 16).reshape(16, 8, 16, 16) * 7919 % 251 > 96
 

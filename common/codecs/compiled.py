@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -16,10 +19,14 @@ def kept(signature: str, **options: Any) -> Callable[[Function], Function]:
     numba compiles again what has changed in a file, but not what it calls in another: so a file calls its own alone.
     """
 
-    def kept(function: Function) -> Function:
+    def compiled(function: Function) -> Function:
+        # What is kept is named after the source. numba writes that it has it before it does, over what an older source
+        # has left under the same name: without this a full disk in between would have that run for ever.
+        source = Path(inspect.getfile(function)).read_bytes()
+        function.__qualname__ += "_" + hashlib.sha256(source).hexdigest()[:8]
         try:
             return numba.njit(signature, nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # there is no place to keep it in: each process compiles anew
+        except Exception:  # noqa: BLE001 - no place to keep it in, a full disk, or a file there that is damaged
             return numba.njit(signature, nogil=True, **options)(function)
 
-    return kept
+    return compiled

@@ -34,7 +34,7 @@ def numbers(seed: tuple[int, int, int], count: int) -> Numbers:
     start = int.from_bytes(hashlib.blake2b(repr(seed).encode(), digest_size=8).digest(), "little")
     words = np.empty(-(-count // _ROW) * _ROW // 4, np.uint64)
     loops.draw(np.uint64(start), words)
-    return words.astype("<u8", copy=False).view("<u2")
+    return words.view(np.uint16)  # the first is a word's lowest: processors that torch is built for are little-endian
 
 
 def apart(symbols: Symbols, drawn: Numbers, zero: int) -> list[Symbols]:

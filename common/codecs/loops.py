@@ -1,23 +1,51 @@
 """The compiled loops of codec `step`: each goes once over a tensor where numpy would go three to eight times.
 
-Tensors are [B, C, rest] in the order of memory, symbols [C, B, rest] in the order of sending. Nothing is checked here
-but what says so: callers in codecs/quantise.py, codecs/pack.py and codecs/dither.py hand over arrays that fit.
+Tensors are [B, C, rest] in the order of memory, symbols [C, B, rest] in the order of sending. Nothing is checked here:
+the callers in codecs/quantise.py, codecs/pack.py and codecs/dither.py hand over arrays that fit.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from common.codecs.compiled import kept
 
 Array = NDArray[Any]
-_UNIT = np.float32(2**-16)  # of the numbers that dither
+UNIT = np.float32(2**-16)  # of the numbers that dither
 _BLOCK = 4096  # elements that are gathered before they are quantised, so that they never leave the cache
 # For each first quarter, what the upper two bits of four 16-bit numbers in one 64-bit word are.
 _TURNS = np.array([sum((first + at) % 4 << 14 + 16 * at for at in range(4)) for first in range(4)], np.uint64)
+
+
+@numba.njit(nogil=True)
+def _round(values: Array, inverse: float, noise: Array, symbols: Array) -> None:
+    """Symbols of as many values as there is room for, by `noise`, or to nearest where that is empty."""
+    # floor(x + 1/2) is nearest; floor(x + noise) goes up with the probability that makes the mean right. One step too
+    # high at first, so that truncating is the floor; what is then below zero is a very large uint32.
+    if len(noise):
+        for at in range(len(symbols)):
+            whole = np.int32(values[at] * inverse + np.float32(noise[at]) * UNIT + np.float32(128))
+            symbols[at] = np.uint8(min(np.uint32(whole - np.int32(1)), np.uint32(255)))
+    else:
+        for at in range(len(symbols)):
+            whole = np.int32(values[at] * inverse + np.float32(0.5) + np.float32(128))
+            symbols[at] = np.uint8(min(np.uint32(whole - np.int32(1)), np.uint32(255)))
+
+
+@numba.njit(nogil=True)
+def _restore(symbols: Array, step: float, noise: Array, values: Array) -> None:
+    """The values of symbols, with the `noise` that was added taken off again."""
+    if len(noise):
+        for at in range(len(symbols)):
+            steps = np.float32(symbols[at]) - np.float32(127) + np.float32(0.5) - np.float32(noise[at]) * UNIT
+            values[at] = steps * step
+    else:
+        for at in range(len(symbols)):
+            values[at] = (np.float32(symbols[at]) - np.float32(127)) * step
 
 
 @kept("f8(f4[:, :, ::1], f4, u1[:, :, ::1])", fastmath={"reassoc"})  # sums may be in any order
@@ -44,22 +72,11 @@ def signed(tensor: Array, inverse: float, noise: Array, symbols: Array) -> None:
     """Symbols of elements rounded by `noise`, in the order of sending, or to nearest where that is empty; 255 for
     outliers."""
     batch, channels, rest = tensor.shape
-    dithered = len(noise) > 0
     for channel in range(channels):
         for picture in range(batch):
             source, target = tensor[picture, channel], symbols[channel, picture]
             first = (channel * batch + picture) * rest
-            # floor(x + 1/2) is nearest; floor(x + noise) goes up with the probability that makes the mean right. One
-            # step too high at first, so that truncating is the floor; what is then below zero is a very large uint32.
-            if dithered:
-                drawn = noise[first : first + rest]
-                for at in range(rest):
-                    whole = np.int32(source[at] * inverse + np.float32(drawn[at]) * _UNIT + np.float32(128))
-                    target[at] = np.uint8(min(np.uint32(whole - np.int32(1)), np.uint32(255)))
-            else:
-                for at in range(rest):
-                    whole = np.int32(source[at] * inverse + np.float32(0.5) + np.float32(128))
-                    target[at] = np.uint8(min(np.uint32(whole - np.int32(1)), np.uint32(255)))
+            _round(source, inverse, noise[first : first + rest], target)
 
 
 @kept("f8(f4[::1], u1[::1])", fastmath={"reassoc"})
@@ -78,43 +95,28 @@ def power(tensor: Array, mask: Array) -> float:
 @kept("void(f4[::1], u1[::1], f4, u2[::1], u1[::1])")
 def signed_within(tensor: Array, mask: Array, inverse: float, noise: Array, symbols: Array) -> None:
     """As `signed`, of the elements where `mask` is 1, in the order of memory."""
-    values, done, dithered = np.empty(_BLOCK + 1, np.float32), 0, len(noise) > 0
+    values, done = np.empty(_BLOCK, np.float32), 0
     for first in range(0, len(tensor), _BLOCK):
         count = np.uint64(0)
         for at in range(first, min(first + _BLOCK, len(tensor))):
             values[count] = tensor[at]
             count += np.uint64(mask[at])
         target = symbols[done : done + np.int64(count)]
-        if dithered:
-            drawn = noise[done : done + np.int64(count)]
-            for at in range(len(target)):
-                whole = np.int32(values[at] * inverse + np.float32(drawn[at]) * _UNIT + np.float32(128))
-                target[at] = np.uint8(min(np.uint32(whole - np.int32(1)), np.uint32(255)))
-        else:
-            for at in range(len(target)):
-                whole = np.int32(values[at] * inverse + np.float32(0.5) + np.float32(128))
-                target[at] = np.uint8(min(np.uint32(whole - np.int32(1)), np.uint32(255)))
+        _round(values, inverse, noise[done : done + np.int64(count)], target)
         done += len(target)
 
 
 @kept("void(u1[::1], f4, u2[::1], u1[::1], f4[::1])")
 def restore_within(symbols: Array, step: float, noise: Array, mask: Array, tensor: Array) -> None:
     """As `restore_signed`, of symbols of the elements where `mask` is 1; zeros where it is 0."""
-    values, done, dithered = np.zeros(_BLOCK + 1, np.float32), 0, len(noise) > 0
+    values, done = np.empty(_BLOCK, np.float32), 0
     bits, into = values.view(np.uint32), tensor.view(np.uint32)
     for first in range(0, len(tensor), _BLOCK):
         end, count = min(first + _BLOCK, len(tensor)), 0
         for at in range(first, end):
             count += np.int64(mask[at])
         source = symbols[done : done + count]
-        if dithered:
-            drawn = noise[done : done + count]
-            for at in range(len(source)):
-                steps = np.float32(source[at]) - np.float32(127) + np.float32(0.5) - np.float32(drawn[at]) * _UNIT
-                values[at] = steps * step
-        else:
-            for at in range(len(source)):
-                values[at] = (np.float32(source[at]) - np.float32(127)) * step
+        _restore(source, step, noise[done : done + count], values)
         done += len(source)
         place = np.uint64(0)
         for at in range(first, end):
@@ -139,19 +141,11 @@ def restore_unsigned(symbols: Array, step: float, below: float, tensor: Array) -
 def restore_signed(symbols: Array, step: float, noise: Array, tensor: Array) -> None:
     """The symbols' values, with the `noise` that was added taken off again."""
     batch, channels, rest = tensor.shape
-    dithered = len(noise) > 0
     for channel in range(channels):
         for picture in range(batch):
             source, target = symbols[channel, picture], tensor[picture, channel]
             first = (channel * batch + picture) * rest
-            if dithered:
-                drawn = noise[first : first + rest]
-                for at in range(rest):
-                    steps = np.float32(source[at]) - np.float32(127) + np.float32(0.5) - np.float32(drawn[at]) * _UNIT
-                    target[at] = steps * step
-            else:
-                for at in range(rest):
-                    target[at] = (np.float32(source[at]) - np.float32(127)) * step
+            _restore(source, step, noise[first : first + rest], target)
 
 
 @kept("void(u8, u8[::1])")

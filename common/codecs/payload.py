@@ -46,7 +46,7 @@ def encode(tensor: Tensor, aside: Aside, snr: float, by_context: bool) -> Buffer
     tensor = np.require(tensor, np.float32, ["C", "A", "W"])  # as compiled loops take them
     low, high = (float(tensor.min()), float(tensor.max())) if tensor.size else (0.0, 0.0)
     require_finite(low, high)
-    amax, support = max(-low, high), _flat(aside.support)
+    amax, support = max(-low, high), _flat(aside.support, tensor.size)
     count = tensor.size if support is None else int(np.count_nonzero(support))
     if not count or not amax:
         return HEADER.pack(_ZEROS, 0, 0, 0, 0)
@@ -57,6 +57,8 @@ def encode(tensor: Tensor, aside: Aside, snr: float, by_context: bool) -> Buffer
         step = quantise.step_of(flat, snr, not flags & _SIGNED)
     else:
         step = quantise.step_within(flat, support, count, snr)
+    if support is not None and not step and not np.any(flat[support]):
+        return HEADER.pack(_ZEROS, 0, 0, 0, 0)
     if tensor.size < _SMALL or not _LEAST < step < _MOST or amax > float(step) * _FURTHEST:
         return _raw(tensor)
     drawn = _drawn(aside, count)
@@ -71,17 +73,17 @@ def encode(tensor: Tensor, aside: Aside, snr: float, by_context: bool) -> Buffer
     body = pack.encode([row] if drawn is None else dither.apart(row, drawn, _zero(flags)), _zero(flags), tail)
     form = _PACKED
     if by_context:
-        maps, most = as_maps(symbols, tensor.shape, aside.support, _zero(flags)), len(body) - len(tail) - 1
-        slow = load_context().encode(maps, _zero(flags), most, *beside(tensor.shape, aside.support, drawn))
+        maps, most = as_maps(symbols, tensor.shape, support, _zero(flags)), len(body) - len(tail) - 1
+        slow = load_context().encode(maps, _zero(flags), most, *beside(tensor.shape, support, drawn))
         if slow is not None:
             form, body = _CONTEXT, tail + slow
-    payload = HEADER.pack(form | flags, step, level, len(outliers), _checksum(aside.support)) + body
+    payload = HEADER.pack(form | flags, step, level, len(outliers), _checksum(support)) + body
     return payload if len(payload) < 4 * tensor.size else _raw(tensor)
 
 
 def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside) -> Tensor:
     """The tensor of `shape` in `payload`; CodecError where it isn't one that these settings make."""
-    count = elements(shape)
+    count, support = elements(shape), _flat(aside.support, elements(shape))
     if len(payload) < HEADER.size:
         raise CodecError(f"{len(payload)} bytes are too few for a header")
     form, size, level, outlying, checksum = HEADER.unpack_from(payload)
@@ -89,14 +91,16 @@ def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside) -> Tensor:
     if form in (_RAW, _ZEROS):
         if size or level or outlying or checksum or len(body) != (4 * count if form == _RAW else 0):
             raise CodecError(f"{len(body)} bytes came for {count} elements that are not coded")
-        return _UNCODED.decode(body, shape) if form == _RAW else np.zeros(shape, np.float32)
+        if form == _ZEROS:
+            return np.zeros(shape, np.float32)
+        raw = _UNCODED.decode(body, shape)
+        return raw if support is None else np.where(support.reshape(shape), raw, np.float32(0))
     if form & 3 not in (_PACKED, _CONTEXT) or flags & ~_SIGNED != _flags(aside):
         raise CodecError(f"form {form} is not what was agreed on: the two sides differ in dither or support")
     if flags & ~_SIGNED and not flags & _SIGNED or bool(flags & _SIGNED) == bool(level):
         raise CodecError(f"form {form} does not exist")
-    if checksum != _checksum(aside.support):
+    if checksum != _checksum(support):
         raise CodecError("the two sides differ in which elements are zero")
-    support = _flat(aside.support)
     wanted = count if support is None else int(np.count_nonzero(support))
     if outlying > wanted or not _LEAST < step < _MOST:
         raise CodecError(f"a step of {size:g} with {outlying} outliers among {wanted} elements cannot be")
@@ -105,7 +109,7 @@ def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside) -> Tensor:
         if len(body) < tail:
             raise CodecError(f"{outlying} outliers were announced, more than came")
         rest = bytes(body[:tail])
-        known = beside(shape, aside.support, drawn)
+        known = beside(shape, support, drawn)
         maps = load_context().decode(body[tail:], map_shape(shape), _zero(flags), *known)
         symbols = maps.reshape(-1) if support is None else in_order_of_memory(maps, shape)[support]
     else:
@@ -131,21 +135,24 @@ def _zero(flags: int) -> int:
 
 
 def _checksum(support: Support | None) -> int:
-    return 0 if support is None else zlib.crc32(np.packbits(support.reshape(-1)).data)
+    return 0 if support is None else zlib.crc32(np.packbits(support).data)
 
 
 def _drawn(aside: Aside, count: int) -> Numbers | None:
     return dither.numbers(aside.dither, count) if aside.dither else None
 
 
-def _flat(support: Support | None) -> Support | None:
+def _flat(support: Support | None, count: int) -> Support | None:
+    """As compiled loops take it, which go by the tensor's size alone."""
+    if support is not None and support.size != count:
+        raise CodecError(f"a support of {support.size} elements was given for a tensor of {count}")
     return None if support is None else np.require(support, np.bool_, ["C", "A", "W"]).reshape(-1)
 
 
 def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:
-    found = int(np.count_nonzero(symbols == quantise.OUTLIER))
-    near = np.abs(outliers.astype(np.int64)) <= 127 if signed else outliers <= 254
-    if found != len(outliers) or np.any(near) or np.any(np.abs(outliers.astype(np.int64)) > _FURTHEST * 2):
+    found, steps = int(np.count_nonzero(symbols == quantise.OUTLIER)), np.abs(outliers.astype(np.int64))
+    near = steps <= 127 if signed else outliers <= 254
+    if found != len(outliers) or np.any(near | (steps > _FURTHEST + 256)):
         raise CodecError(f"{len(outliers)} outliers came for {found} places, or lie where no outlier can be")
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from common.codecs import loops
 from common.codecs.base import Support, Tensor
-from common.codecs.dither import Numbers
+from common.codecs.dither import Numbers, Symbols
+from common.codecs.loops import UNIT
 
-Symbols = NDArray[np.uint8]
 Steps = NDArray[np.int32]
 
 OUTLIER = 255
@@ -23,7 +23,6 @@ SIGNED_ZERO = 127
 _NO_OUTLIERS = np.empty(0, np.int32)
 _NO_NOISE = np.empty(0, np.uint16)
 _BLOCK = 1 << 16
-_UNIT = np.float32(2**-16)  # of the numbers that dither
 
 
 def step_of(flat: Tensor, snr: float, exact_zeros: bool) -> np.float32:
@@ -49,7 +48,8 @@ def step_within(flat: Tensor, support: Support, count: int, snr: float) -> np.fl
 def _step(power: float, count: int, noisy: int, snr: float, flat: Tensor, support: Support | None = None) -> np.float32:
     if not 1e-30 < power / count < 1e30:  # float32 squares vanish below 1e-23 and overflow past 1e19
         power = float(np.square(flat if support is None else flat[support], dtype=np.float64).sum())
-    return np.float32(np.sqrt(12 * power / max(1, noisy)) * 10 ** (-snr / 20))
+    with np.errstate(over="ignore"):  # such a step is refused for what it is
+        return np.float32(np.sqrt(12 * power / max(1, noisy)) * 10 ** (-snr / 20))
 
 
 def unsigned(tensor: Tensor, step: np.float32) -> tuple[Symbols, Steps, int]:
@@ -90,7 +90,7 @@ def signed_within(
 def _outliers(values: Tensor, symbols: Symbols, inverse: np.float32, noise: Numbers | None) -> Steps:
     far = np.flatnonzero(symbols.reshape(-1) == OUTLIER)
     steps = values[far] * inverse
-    steps += np.float32(0.5) if noise is None else noise[far] * _UNIT
+    steps += np.float32(0.5) if noise is None else noise[far] * UNIT
     # What lies at the edge within float32's rounding is an outlier, so it is to be one of the outliers' steps.
     steps = np.where(steps < 0, np.minimum(np.floor(steps), -128), np.maximum(np.floor(steps), 128))
     return steps.astype(np.int32)
@@ -124,7 +124,7 @@ def _far_values(symbols: Symbols, outliers: Steps, step: np.float32, noise: Numb
     steps = outliers.astype(np.float32)
     if noise is not None:
         steps += np.float32(0.5)
-        steps -= noise[: symbols.size][symbols.reshape(-1) == OUTLIER] * _UNIT
+        steps -= noise[: symbols.size][symbols.reshape(-1) == OUTLIER] * UNIT
     return steps * step
 
 

@@ -62,7 +62,7 @@ class Step:
 
 
 def _payloads() -> Any:
-    """codecs/payload.py, which loads a compiler: half a second and 60 MB for those alone who code."""
+    """codecs/payload.py, which loads a compiler: a second and 120 MB for those alone who code."""
     from common.codecs import payload
 
     return payload
