@@ -30,7 +30,6 @@ from common.errors import (
     StoppedError,
 )
 from common.halves import Halves
-from common.meter import DOWN, UP
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
@@ -258,11 +257,8 @@ class Host:
     def _book_head(self, session: Session) -> None:
         """Have the books of a run that begins say that its device was given the head's first weights, also where it was
         on an earlier session, which is forgotten: a head that learns alone takes longer than one is kept."""
-        if session.head_sent or not self._first_head:
-            return
-        session.meter.control(UP, pb.HeadRequest(session=session.name))
-        for frame in wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), self._first_head):
-            session.meter.frame(DOWN, frame)
+        if self._first_head and not session.head_sent:
+            session.book_head(wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), self._first_head))
 
     def _put_back(self, session: Session, step: int) -> None:
         """Have the session's run stand where its device goes on from, as the handshake told it."""

@@ -117,12 +117,8 @@ class Servicer(split_pb2_grpc.SplitServicer):
     @_streaming
     def Head(self, request: pb.HeadRequest, context: grpc.ServicerContext) -> Iterator[pb.Frame]:
         session = self.host.sessions.get(request.session, self._identity(context))
-        meter, again = session.meter, session.head_sent
-        session.head_sent = True
-        meter.control(UP, request, again)
         frames = list(wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), self.host.head_weights(session)))
-        for frame in frames:
-            (meter.again if again else meter.frame)(DOWN, frame)
+        session.book_head(frames)
         with self.host.watch.over(context) as stream:
             stream.session = session
             yield from stream.sending(frame for frame in frames)

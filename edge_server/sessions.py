@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from common.errors import BusyError, SessionError
-from common.meter import Meter
+from common.meter import DOWN, UP, Meter
+from common.rpc import split_pb2 as pb
 from common.tcp_info import Kernel, find_peer
 from edge_server.limits import Limits
 from edge_server.live import LiveRun
@@ -55,6 +56,13 @@ class Session:
             yield
         finally:
             self.streams -= 1
+
+    def book_head(self, frames: Iterable[pb.Frame]) -> None:
+        """Count the head's first weights and the request for them: as sent again where they were sent before."""
+        self.meter.control(UP, pb.HeadRequest(session=self.name), self.head_sent)
+        for frame in frames:
+            (self.meter.again if self.head_sent else self.meter.frame)(DOWN, frame)
+        self.head_sent = True
 
     def take_up(self, run: LiveRun) -> None:
         """Go on with a run: its books are this visit's."""
