@@ -55,7 +55,7 @@ class Watched:
 def once(folder: Path) -> dict[str, tuple[float, int]]:
     """Seconds and bytes of each program."""
     recipe = folder / "recipe.toml"
-    recipe.write_text(recipe_text("deprune", bottleneck='kind = "linear"', schedule=_STEPS))
+    recipe.write_text(recipe_text("deprune", bottleneck='kind = "linear"', codec="", schedule=_STEPS))
     flag = folder / "torch"
     code = f"import torch, pathlib, time; pathlib.Path({str(flag)!r}).touch(); time.sleep(0.2)"
     alone = Watched(subprocess.Popen([sys.executable, "-c", code]), flag.exists)

@@ -92,7 +92,12 @@ def split(codec: str, threads: int, folder: Path, data: Path) -> tuple[float, di
         ours |= {f"{name} on {side}": sides[side][name] for side in sides}
     total = statistics.median(sum(step.values()) for step in steps["device"])
     # What the device waited for beyond the server's own work: gRPC, copies, the kernel, switching processes.
-    return total, ours | {"wire": total - sum(ours.values())}
+    beyond = [
+        sum(mine.values()) - mine["head"] - mine["encode"] - mine["decode"]
+        - other["tail"] - other["encode"] - other["decode"]
+        for mine, other in zip(steps["device"], steps["server"], strict=True)
+    ]  # fmt: skip
+    return total, ours | {"wire": statistics.median(beyond)}
 
 
 def main() -> None:
