@@ -89,7 +89,7 @@ class Connection:
         self._basis: Sequence[pb.Frame] = ()
         self._basis_on: Stream | None = None
         self._basis_booked = False
-        self.channels = 0  # of the cut, set by whoever has built the head
+        self._channels = 0  # of the cut
         self.sensitivity: np.ndarray | None = None  # [C, C], by which the basis is to be weighted
         self._answered = 0  # answers still to come to steps that were sent on an earlier stream
         self._wait_s = 0.0  # on streams before this one
@@ -204,15 +204,17 @@ class Connection:
     # Training: the stream
 
     def begin(
-        self, samples: int, classes: tuple[str, ...], step: int = 0, judged: tuple[int, int] = (0, 0), head: int = 0
-    ) -> pb.Ready:
+        self, samples: int, classes: tuple[str, ...], step: int = 0, judged: tuple[int, int] = (0, 0), head: int = 0,
+        channels: int = 0,
+    ) -> pb.Ready:  # fmt: skip
         """Start the training stream at `step`: whether a basis is wanted, the phase.
 
         `judged`: how many pictures each validation has, and the test at the end. `head`: bytes of the trained head,
-        where it is to be published.
+        where it is to be published. `channels` of the cut, and so of the sensitivity that may come.
 
         A run that is finished has no such stream any more; what is left to do needs none.
         """
+        self._channels = channels
         self._begun = pb.Begin(samples=samples, classes=classes, validation=judged[0], test=judged[1], head=head)
         if self.opened.finished:
             return pb.Ready()
@@ -291,7 +293,7 @@ class Connection:
         def receive() -> pb.Frame:
             return stream.receive(draft)
 
-        felt = wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self.channels, self.channels), "fp32")
+        felt = wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self._channels, self._channels), "fp32")
         if not np.allclose(felt, felt.T) or not felt.trace() > 0:
             raise FrameError("the sensitivity that came is not symmetric and positive: nothing can be weighted by it")
         return felt

@@ -70,7 +70,7 @@ class Trainer:
         self.cut, self.gate = built.cut, built.gate
         with fits("the head", self.processor):
             self.head = built.head.to(self.processor)
-        self.start_width = self.remote.channels = built.channels
+        self.start_width = built.channels
         self.optimiser = optim.build(self.recipe.optimiser, self.head.layers, self.head.bottleneck)
         if self.opened.step is not None or self.opened.finished:
             self._take_up()
@@ -156,7 +156,9 @@ class Trainer:
         """Train from the present step to the last; `publish`: the head is to be, at the end."""
         judged = len(self.data.validation), len(self.data.test)
         published = len(weights.to_bytes(self.head)) if publish else 0
-        ready = self.remote.begin(len(self.data.train), self.data.classes, self.step, judged, published)
+        ready = self.remote.begin(
+            len(self.data.train), self.data.classes, self.step, judged, published, self.start_width
+        )
         if not self.phases:
             self.opened = self.remote.opened  # a server that was restarted before this names the run anew
             self.checkpoints.run_id = self.opened.run_id
