@@ -1,8 +1,8 @@
 """`make bench-start`: what either side takes to start, in seconds and memory, beside torch alone.
 
 A small device loads programs slowly and has little memory, and each restart after a fault pays again. Both sides train
-some steps of the digits; each of the three programs is started in turn, several times. Writes
-benchmarks/results/start.json.
+some steps of the digits, with the default codec, whose loops are compiled, and with fp16, which needs none; each of the
+programs is started in turn, several times. Writes benchmarks/results/start.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from benchmarks.recipes import recipe_text
 RESULT = Path("benchmarks/results/start.json")
 _REPEATS = 5
 _STEPS = "phases = [[4, 0.5]]"
-TORCH, SERVER, DEVICE = "import torch", "server, until it listens", "device, until its first step is done"
+TORCH = "import torch"
+CODECS = {"auto": "", "fp16": 'activation = "fp16"\ngradient = "fp16"'}
 
 
 class Watched:
@@ -52,15 +53,27 @@ class Watched:
         return self._process.poll() is None
 
 
-def once(folder: Path) -> dict[str, tuple[float, int]]:
-    """Seconds and bytes of each program."""
-    recipe = folder / "recipe.toml"
-    recipe.write_text(recipe_text("deprune", bottleneck='kind = "linear"', codec="", schedule=_STEPS))
+Found = dict[str, tuple[float, int]]  # seconds and bytes of each program
+
+
+def alone(folder: Path) -> Found:
     flag = folder / "torch"
     code = f"import torch, pathlib, time; pathlib.Path({str(flag)!r}).touch(); time.sleep(0.2)"
-    alone = Watched(subprocess.Popen([sys.executable, "-c", code]), flag.exists)
-    while alone.look():
+    torch = Watched(subprocess.Popen([sys.executable, "-c", code]), flag.exists)
+    while torch.look():
         time.sleep(0.01)
+    return {TORCH: found(torch)}
+
+
+def found(watched: Watched) -> tuple[float, int]:
+    return watched.seconds or float("nan"), watched.most
+
+
+def both(codec: str, folder: Path) -> Found:
+    """Server and device, which train with `codec`."""
+    folder.mkdir()
+    recipe = folder / "recipe.toml"
+    recipe.write_text(recipe_text("deprune", bottleneck='kind = "linear"', codec=CODECS[codec], schedule=_STEPS))
     log = folder / "server.log"
     options = ("--once", "--threads", 1, "--listen", "127.0.0.1:0")
     process = pair.start("edge-server", "serve", recipe, "--run", folder / "server", *options, log=log)
@@ -80,18 +93,21 @@ def once(folder: Path) -> dict[str, tuple[float, int]]:
     finally:
         process.kill()
         process.wait()
-    programs = {TORCH: alone, SERVER: server, DEVICE: device}
-    return {name: (watched.seconds or float("nan"), watched.most) for name, watched in programs.items()}
+    return {
+        f"server, until it listens, {codec}": found(server),
+        f"device, until its first step is done, {codec}": found(device),
+    }
 
 
 def main() -> None:
     console, runs = Console(), []
     for number in range(_REPEATS):
-        with tempfile.TemporaryDirectory() as folder:
-            runs.append(once(Path(folder)))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            runs.append(alone(folder) | both("auto", folder / "auto") | both("fp16", folder / "fp16"))
         console.print(f"{number + 1}/{_REPEATS}")
     rows: list[dict[str, Any]] = []
-    for name in (TORCH, SERVER, DEVICE):
+    for name in runs[0]:
         seconds = [run[name][0] for run in runs]
         rows.append({
             "program": name,
