@@ -66,6 +66,7 @@ class Trainer:
 
     def prepare(self, allowed: tuple[str, ...], init: RunFolder | None) -> None:
         """Build the head and fill it: from where the run was left, or with its first weights."""
+        codecs.load(*self.recipe.codecs, say=self.console.print)
         built = halves.build(self.recipe, allowed)
         self.cut, self.gate = built.cut, built.gate
         with fits("the head", self.processor):
@@ -267,7 +268,6 @@ class Trainer:
 
     def _switch(self, phase: Phase) -> None:
         self.phases.append(phase)
-        codecs.load(phase.activation_codec, phase.gradient_codec)
         self.head.bottleneck.resize(phase.width, phase.order)
         # A frozen head is the one that is used later: batch norm takes its running statistics.
         self.head.train(not phase.frozen)

@@ -54,7 +54,7 @@ def open_finished(
     else:
         weights.fill(head, weights.from_bytes(remote.head_weights(), "the server"), "the server")
     phase = _phase(remote, width)
-    codecs.load(phase.activation_codec)
+    codecs.load(phase.activation_codec, say=say)
     head.bottleneck.resize(phase.width, phase.order)
     with fits("the head", processor):
         return head.to(processor).eval()

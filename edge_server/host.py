@@ -101,6 +101,7 @@ class Host:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
             # The tail and three checkpoints of it with its optimiser.
             folder.prepare(overwrite, 10 * size)
+        codecs.load(*recipe.codecs, say=console.print)  # now, for a stream of a run would have to wait
         host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved, host.limits.store, processor)
         host.run_id = host.run.run_id
         return host
@@ -129,7 +130,7 @@ class Host:
         halves.tail.resize(manifest.phase.width, manifest.phase.order)
         halves.tail.eval()
         self.run_id = manifest.run_id
-        codecs.load(manifest.phase.activation_codec)
+        codecs.load(manifest.phase.activation_codec, say=self.console.print)
         self.served = Served(halves, manifest, head)
 
     def note(self, sentence: str) -> None:

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from common import weights, wire
 from common.chooser import Chooser
-from common.codecs import Aside, codec, load
+from common.codecs import Aside, codec
 from common.errors import FrameError, StoppedError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_message
@@ -60,7 +60,6 @@ class TrainStream:
                 f"{training.samples:,} pictures an epoch."
             )
         run.console.print(what, highlight=False)
-        load(*training.recipe.codecs)
         with Live(run.console, training.coordinator.steps, training.step) as live:
             yield from first
             for answer in answers:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from common import codecs
+from common.codecs.step import Step
 
 SOURCE = """
 from common.codecs.compiled import kept
@@ -57,3 +61,13 @@ def test_code_of_an_older_source_is_not_run(tmp_path: Path, monkeypatch: pytest.
 
 def _full(*_: Any) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_a_long_wait_for_codecs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(codecs, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(Step, "load", lambda _: time.sleep(0.5))
+    codecs.load("fp16", say=said.append)
+    assert not said
+    codecs.load("step:20", say=said.append)
+    assert len(said) == 1 and "compiled" in said[0]

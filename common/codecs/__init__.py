@@ -5,6 +5,7 @@ A codec has a name, `encode`, `decode` and `bound`; add one by writing its file 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -22,6 +23,7 @@ for _library in ThreadpoolController().lib_controllers:
     if _library.user_api == "blas" and "torch" not in (_library.filepath or ""):
         _library.set_num_threads(1)
 
+_PATIENCE_S = 4.0
 SNR_RANGE = (1.0, 40.0)  # dB; above, fp16 is the better choice
 
 
@@ -61,11 +63,19 @@ def codec(name: str) -> Codec:
         raise CodecError(f"{name!r} has more settings than {kind} takes") from None
 
 
-def load(*names: str) -> None:
-    """What codecs need before their first use, so that no step is held up by it."""
-    for chosen in map(codec, names):
-        if isinstance(chosen, Step):
-            chosen.load()
+def load(*names: str, say: Callable[[str], None] = lambda text: None) -> None:
+    """What codecs need before their first use, so that no step is held up by it; `say` is told where it takes long."""
+    told = threading.Timer(
+        _PATIENCE_S, say, ["The codec's loops are being loaded; the first time on a machine they are compiled."]
+    )
+    told.daemon = True
+    told.start()
+    try:
+        for chosen in map(codec, names):
+            if isinstance(chosen, Step):
+                chosen.load()
+    finally:
+        told.cancel()
 
 
 __all__ = ["KINDS", "NOTHING", "Aside", "Codec", "codec", "load"]

@@ -40,7 +40,7 @@ class Step:
     def load(self) -> None:
         """What the coder needs, ahead of its first use, so that this takes no longer than later ones."""
         work = _payloads()
-        if self.coder == "context":
+        if self.coder != "step":  # "auto" tries both after some payloads
             work.load_context()
 
     def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
