@@ -57,6 +57,8 @@ class Trainer:
         self.busy_s = 0.0  # spent computing in training steps
         self.stopping = False  # set by whoever wants the run to rest after the present step
         self.resting = False  # it does: between two steps, so that a checkpoint can be kept
+        # What this side has moved before the server's answer: buffers as they were, and books. None in between.
+        self._before: tuple[list[torch.Tensor], dict[str, Any]] | None = None
         self.checkpoints = Checkpoints(folder.checkpoints, self.opened.run_id, self.recipe.digest())
         remote.kept = lambda: sorted(self.checkpoints.written)
 
@@ -192,6 +194,7 @@ class Trainer:
         clock, step, phase = time.perf_counter, self.step, self.phase
         inputs, labels = training_batch(self.recipe, self.data.train, step, self.batch)
         self.head.bottleneck.resize(phase.width_at(self.recipe.seed, step))
+        self._before = [buffer.clone() for buffer in self.head.buffers()], self.remote.meter.state()
         halves.reseed(self.recipe.seed, step, "head")
         begun = clock()
         with torch.set_grad_enabled(not phase.frozen), computing(self.head, self.recipe, f"step {step}"):
@@ -200,7 +203,7 @@ class Trainer:
         forward = clock()
         support = None if phase.frozen else self.gate.support(sent, phase)
         gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._news())
-        received = clock()
+        received, self._before = clock(), None
         # Here the server has applied the step; nothing of it was applied on this side until now.
         if gradient is not None:
             self._learn(activation, gradient)
@@ -223,8 +226,9 @@ class Trainer:
 
     def _recall_step(self) -> dict[str, Any]:
         """One step that the server makes from what it has kept; the line for metrics.jsonl."""
-        started = time.perf_counter()
+        started, self._before = time.perf_counter(), ([], self.remote.meter.state())
         result = self.remote.recall(self.step, self.phase, self._news())
+        self._before = None
         return self._after(result, {"wait": time.perf_counter() - started})
 
     def _after(self, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
@@ -248,10 +252,19 @@ class Trainer:
         return line
 
     def rest(self) -> None:
-        """The user stops the run between two steps: both sides keep where it stands."""
+        """The user stops the run, or its server is gone for good: what can be kept of where it stands is kept.
+
+        Between two steps by both sides. While it waits for a step's answer by this one, as it stood before that step.
+        """
         if self.resting:
             self.keep()
             self.remote.interrupt(self.step, self.phase, "its user stopped it")
+        elif self._before:
+            buffers, books = self._before
+            for buffer, value in zip(self.head.buffers(), buffers, strict=False):
+                buffer.copy_(value)
+            self.remote.meter.restore(books)
+            self.keep()
 
     def keep(self, anew: bool = False) -> None:
         """Write a checkpoint, `anew` also in place of one; a full disk is told, and the run goes on."""
@@ -351,7 +364,8 @@ def train(
     """A whole run over an opened session, or what is left of one, the head on `processor`; the summary.
 
     The first Ctrl-C (or SIGTERM) lets the present step end, keeps a checkpoint and tells the server; a second one, or
-    one while there is no connection, ends at once, and the run goes on from its newest checkpoint. The process then
+    one while there is no connection, ends at once: the run goes on from before the step that was under way where it
+    waited for the server, else from its newest checkpoint. The process then
     ends as shells have it for a program that a signal stopped: with 130, or 143 after SIGTERM.
     """
     trainer = Trainer(remote, data, folder, console, processor)
@@ -379,6 +393,7 @@ def train(
         console.print(f"Stopped{trainer.where}; the run is not finished: {how}.", highlight=False)
         sys.exit(128 + caught)
     except LinkError as error:
+        trainer.rest()
         raise LinkError(f"{error}; the run stopped{trainer.where} and is not finished: {how}") from error
     finally:
         for number, handler in before.items():

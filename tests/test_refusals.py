@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -305,6 +306,41 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
         # A step that outlasts the server's grace, on a crowded machine, is cut off instead of told.
         assert "reconnecting, attempt 1 (" in words and "gave up after" in words
         assert f"Stopped by {number.name} at step" in log and "goes on from there" in log
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_both_sides_stopped_go_on_where_they_stood(gives_up: bool, tmp_path: Path) -> None:
+    """The server first, then the device, which waits for it or has given up: neither has lost a step."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(recipe_text(bottleneck='kind = "linear"', method="fixed", schedule="phases = [[4, 500]]"))
+    serve = (recipe, "--run", tmp_path / "server", "--threads", 1)
+    options = ("--data", "digits", "--run", tmp_path / "device", "--threads", 1, "--give-up-after", 3)
+    metrics, log = tmp_path / "device" / "metrics.jsonl", tmp_path / "device.log"
+    with pair.server(*serve, log=tmp_path / "log") as (server, address):
+        device = pair.start("device-client", "train", address, *options, log=log)
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 9) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.terminate()
+        server.wait(timeout=30)
+        while "reconnecting" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not gives_up:
+            device.send_signal(signal.SIGINT)
+        assert device.wait(timeout=60) == (1 if gives_up else 130), log.read_text()
+    stood = {side: max((tmp_path / side / "checkpoints").glob("step-*")).name for side in ("device", "server")}
+    assert stood["device"] == stood["server"] > "step-000000000009", stood
+    with pair.server(*serve, log=tmp_path / "log2") as (server, address):
+        device = pair.start("device-client", "train", address, *options, log=tmp_path / "again.log")
+        lines = metrics.read_text().count("\n")
+        while metrics.read_text().count("\n") <= lines + 3 and time.monotonic() < deadline + 60:
+            time.sleep(0.05)
+        device.kill()
+        device.wait()
+    assert f"going on at step {lines}" in " ".join((tmp_path / "again.log").read_text().split())
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][: lines + 3] == list(
+        range(lines + 3)
+    )
 
 
 def test_a_server_that_is_stopped_before_a_device_came(tmp_path: Path) -> None:

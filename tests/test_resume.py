@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -25,8 +26,12 @@ from benchmarks.inprocess import Stub
 from benchmarks.recipes import recipe_text
 from common.checkpoint import Checkpoints
 from common.errors import FaultError
+from common.meter import UP
 from common.recipe import parse
+from common.rpc import split_pb2 as pb
 from common.run import RunFolder
+from common.schedule import Phase
+from common.wire import Place
 from device_client.data import Dataset, load
 from device_client.link import Stream
 from device_client.remote_tail import RemoteTail
@@ -40,6 +45,7 @@ from tests.test_link import Lost
 
 EVERY = 4
 CODEC = 'activation = "step:15"\ngradient = "step:10"'
+FP32 = Phase(0, 0, 2, "fp32", "fp32", 0.05, 0, 1)
 FEW = "batch = 16\ncrop = 1\nflip = true"  # half of the usual batch, of half of the pictures: as many steps
 CASES = {
     "ranked channels": recipe_text(
@@ -165,6 +171,45 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(name: str, few: Datase
         assert summary["bytes"][way]["again"] > again
     assert summary["faults"]["resumed"] == 7 and summary["faults"]["steps_again"] > 0
     assert not (broken / "device" / "checkpoints").exists() and not (broken / "server" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["nested widths", "frozen head"])
+def test_stopped_while_it_waits_for_an_answer_it_goes_on_from_before_that_step(
+    name: str, few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward pass has moved batch norm's statistics by then, and the books have what was sent."""
+    text = CASES[name]
+    whole = leg(tmp_path / "whole", text, few)
+    learn, recall, broken = RemoteTail.learn, RemoteTail.recall, tmp_path / "broken"
+    stops, trainers, prepare = [3, 7, 14], [], Trainer.prepare
+
+    def stopped(remote: RemoteTail, step: int, *arguments: Any) -> Any:
+        if stops and step == stops[0]:
+            stops.pop(0)
+            remote.meter.frame(UP, next(iter(remote._pack(Place(pb.ACTIVATION, 0, 0), np.ones((1, 2), "f4"), FP32))))
+            raise _Killed
+        return (recall if len(arguments) == 2 else learn)(remote, step, *arguments)
+
+    def prepared(trainer: Trainer, *arguments: Any) -> None:
+        trainers.append(trainer)
+        prepare(trainer, *arguments)
+
+    for owner, method, new in ((RemoteTail, "learn", stopped), (RemoteTail, "recall", stopped)):
+        monkeypatch.setattr(owner, method, new)
+    monkeypatch.setattr(Trainer, "prepare", prepared)
+    for step in (3, 7, 14):
+        host = server_of(broken, text)
+        assert leg(broken, text, few, None, host) is None
+        trainers[-1].rest()
+        assert max(trainers[-1].checkpoints.written) == step
+        assert host.run
+        host.run.keep()
+        host.folder.close()
+    summary = leg(broken, text, few)
+    assert whole and summary
+    assert_same_end(broken, tmp_path / "whole")
+    for way in ("up", "down"):
+        assert summary["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
 
 
 def test_a_device_that_dies_right_after_a_validation_judges_again(tmp_path: Path) -> None:
