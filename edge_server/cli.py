@@ -153,8 +153,8 @@ def serve(
     if chosen.type == "cpu" and (slow := imitated(host.recipe.precision)):
         console.print(f"[yellow]Note[/yellow]: {escape(slow)}.", highlight=False)
     where = f" The tail computes on {torch.cuda.get_device_name(chosen)}." if chosen.type == "cuda" else ""
-    console.print(f"edge-server listens on [bold]{address}[/bold], {doing}.{where}", highlight=False)
-    caught = run(server, once)
+    words = f"edge-server listens on [bold]{address}[/bold], {doing}.{where}"
+    caught = run(server, once, lambda: console.print(words, highlight=False))
     console.print(f"Stopped{f' by {caught}' if caught else ''}{_left(host)}", highlight=False, markup=False)
 
 

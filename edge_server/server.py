@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,8 +93,11 @@ def _check_free(address: str) -> None:
         raise DepruneError(f"cannot listen on {address}: {reason}; choose another --listen HOST:PORT") from error
 
 
-def run(server: Server, once: bool) -> str:
-    """Serve until a signal (the answer is its name), with `once` also until the run's device knows it is finished."""
+def run(server: Server, once: bool, started: Callable[[], None]) -> str:
+    """Serve until a signal (the answer is its name), with `once` also until the run's device knows it is finished.
+
+    `started` is called when devices and signals are heard.
+    """
     wake = threading.Event()
     caught: list[str] = []
 
@@ -104,6 +108,7 @@ def run(server: Server, once: bool) -> str:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     server.start()
+    started()
     host, told = server.host, once
     while not wake.wait(0.2):
         host.tend()
