@@ -118,6 +118,7 @@ class Trouble:
     def __post_init__(self) -> None:
         self._since = time.monotonic()
         self._attempts = self._refusals = 0
+        self._told = ""
 
     def wait(self, error: DepruneError, say: Callable[[str], None]) -> None:
         """Sleep before the next attempt, longer each time; raises `error` where there is to be none."""
@@ -133,5 +134,8 @@ class Trouble:
         pause = min(_MOST_S, _FIRST_S * 2 ** min(self._attempts - 1, _DOUBLED)) * random.uniform(0.5, 1.5)
         if isinstance(error, BusyError) and error.retry_after_s:
             pause = max(pause, error.retry_after_s)
-        say(f"reconnecting, attempt {self._attempts} ({error}); gives up in {duration(self.give_up_s - spent)}")
+        # What to do about it is told once.
+        reason = str(error).partition(";")[0] if str(error) == self._told else str(error)
+        self._told = str(error)
+        say(f"reconnecting, attempt {self._attempts} ({reason}); gives up in {duration(self.give_up_s - spent)}")
         time.sleep(min(pause, max(0.0, self.give_up_s - spent)))

@@ -85,6 +85,15 @@ def test_a_broken_stream_is_freed_without_the_garbage_collector(no_collector: No
     assert _step()() is None
 
 
+def test_what_to_do_about_a_lost_link_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    trouble, said = Trouble(give_up_s=1e6), []
+    for error in ("no answer (refused); check the address", "no answer (refused); check the address", "closed early"):
+        trouble.wait(LinkError(error), said.append)
+    assert [line.count("check the address") for line in said] == [1, 0, 0]
+    assert "(no answer (refused)); gives up in" in said[1] and "(closed early)" in said[2]
+
+
 def test_a_certificate_that_is_being_exchanged_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a new pair lies there when the device connects again: it waits for the other."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
