@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 SOURCE ?= folder:cifar
 RUNS ?= 1000000
 COUNT ?= 200
-# Processes that test files are spread over, "auto" for one a core; 0: one after the other.
-JOBS ?= 2
+# Processes that tests are spread over; 0: one after the other. More than cores, for much of the suite waits.
+JOBS ?= 3
 MINUTES ?= 60
 # Of the demo: auto, step or context.
 CODEC ?= auto
@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/python -m benchmarks.demo $(CODEC)
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
