@@ -252,10 +252,8 @@ class Trainer:
         return line
 
     def rest(self) -> None:
-        """The user stops the run, or its server is gone for good: what can be kept of where it stands is kept.
-
-        Between two steps by both sides. While it waits for a step's answer by this one, as it stood before that step.
-        """
+        """The run is stopped, or its server is gone for good: between two steps both sides keep where it stands; while
+        it waits for a step's answer this one does, as it stood before that step."""
         if self.resting:
             self.keep()
             self.remote.interrupt(self.step, self.phase, "its user stopped it")
@@ -365,8 +363,8 @@ def train(
 
     The first Ctrl-C (or SIGTERM) lets the present step end, keeps a checkpoint and tells the server; a second one, or
     one while there is no connection, ends at once: the run goes on from before the step that was under way where it
-    waited for the server, else from its newest checkpoint. The process then
-    ends as shells have it for a program that a signal stopped: with 130, or 143 after SIGTERM.
+    waited for the server, else from its newest checkpoint. The process then ends as shells have it for a program that a
+    signal stopped: with 130, or 143 after SIGTERM.
     """
     trainer = Trainer(remote, data, folder, console, processor)
     trainer.prepare(allowed, init)
