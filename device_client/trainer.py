@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -57,8 +59,6 @@ class Trainer:
         self.busy_s = 0.0  # spent computing in training steps
         self.stopping = False  # set by whoever wants the run to rest after the present step
         self.resting = False  # it does: between two steps, so that a checkpoint can be kept
-        # What this side has moved before the server's answer: buffers as they were, and books. None in between.
-        self._before: tuple[list[torch.Tensor], dict[str, Any]] | None = None
         self.checkpoints = Checkpoints(folder.checkpoints, self.opened.run_id, self.recipe.digest())
         remote.kept = lambda: sorted(self.checkpoints.written)
 
@@ -194,21 +194,35 @@ class Trainer:
         clock, step, phase = time.perf_counter, self.step, self.phase
         inputs, labels = training_batch(self.recipe, self.data.train, step, self.batch)
         self.head.bottleneck.resize(phase.width_at(self.recipe.seed, step))
-        self._before = [buffer.clone() for buffer in self.head.buffers()], self.remote.meter.state()
         halves.reseed(self.recipe.seed, step, "head")
         begun = clock()
-        with torch.set_grad_enabled(not phase.frozen), computing(self.head, self.recipe, f"step {step}"):
-            activation = self.head(inputs)
-            sent = activation.detach().cpu().numpy()
-        forward = clock()
-        support = None if phase.frozen else self.gate.support(sent, phase)
-        gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._news())
-        received, self._before = clock(), None
+        with self._put_back_unanswered():
+            with torch.set_grad_enabled(not phase.frozen), computing(self.head, self.recipe, f"step {step}"):
+                activation = self.head(inputs)
+                sent = activation.detach().cpu().numpy()
+            forward = clock()
+            support = None if phase.frozen else self.gate.support(sent, phase)
+            gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._news())
+        received = clock()
         # Here the server has applied the step; nothing of it was applied on this side until now.
         if gradient is not None:
             self._learn(activation, gradient)
         seconds["head"] = forward - begun + clock() - received
         return self._after(result, seconds)
+
+    @contextlib.contextmanager
+    def _put_back_unanswered(self) -> Iterator[None]:
+        """Where the run is stopped, or its server is gone for good, before a step's answer has come: what was moved by
+        then, batch norm's statistics and the books, is put back, and a checkpoint kept from before that step."""
+        buffers, books = [buffer.clone() for buffer in self.head.buffers()], self.remote.meter.state()
+        try:
+            yield
+        except (KeyboardInterrupt, LinkError):
+            for buffer, value in zip(self.head.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+            self.remote.meter.restore(books)
+            self.keep()
+            raise
 
     def _news(self) -> int:
         return self.checkpoints.news(self.step, self.opened.checkpoint_every)
@@ -226,9 +240,9 @@ class Trainer:
 
     def _recall_step(self) -> dict[str, Any]:
         """One step that the server makes from what it has kept; the line for metrics.jsonl."""
-        started, self._before = time.perf_counter(), ([], self.remote.meter.state())
-        result = self.remote.recall(self.step, self.phase, self._news())
-        self._before = None
+        started = time.perf_counter()
+        with self._put_back_unanswered():
+            result = self.remote.recall(self.step, self.phase, self._news())
         return self._after(result, {"wait": time.perf_counter() - started})
 
     def _after(self, result: StepResult, seconds: dict[str, float]) -> dict[str, Any]:
@@ -252,17 +266,10 @@ class Trainer:
         return line
 
     def rest(self) -> None:
-        """The run is stopped, or its server is gone for good: between two steps both sides keep where it stands; while
-        it waits for a step's answer this one does, as it stood before that step."""
+        """The user stops the run between two steps: both sides keep where it stands."""
         if self.resting:
             self.keep()
             self.remote.interrupt(self.step, self.phase, "its user stopped it")
-        elif self._before:
-            buffers, books = self._before
-            for buffer, value in zip(self.head.buffers(), buffers, strict=False):
-                buffer.copy_(value)
-            self.remote.meter.restore(books)
-            self.keep()
 
     def keep(self, anew: bool = False) -> None:
         """Write a checkpoint, `anew` also in place of one; a full disk is told, and the run goes on."""
@@ -391,7 +398,6 @@ def train(
         console.print(f"Stopped{trainer.where}; the run is not finished: {how}.", highlight=False)
         sys.exit(128 + caught)
     except LinkError as error:
-        trainer.rest()
         raise LinkError(f"{error}; the run stopped{trainer.where} and is not finished: {how}") from error
     finally:
         for number, handler in before.items():
