@@ -41,7 +41,7 @@ KINDS = {
     "activation": ACTIVATION_SNR, "gradient": GRADIENT_SNR,
     "bottleneck activation": ACTIVATION_SNR, "bottleneck gradient": GRADIENT_SNR,
 }  # fmt: skip
-_ROUNDS = 5
+_ROUNDS, _ENOUGH_S = 5, 0.2
 
 
 def snr_of(tensor: np.ndarray, back: np.ndarray, support: np.ndarray | None) -> float:
@@ -51,28 +51,33 @@ def snr_of(tensor: np.ndarray, back: np.ndarray, support: np.ndarray | None) -> 
     return float(10 * np.log10(np.sum(tensor.astype(np.float64) ** 2) / noise)) if noise else float("inf")
 
 
-def seconds(function: Callable[[], Any], rounds: int = _ROUNDS) -> tuple[float, Any]:
-    """The fastest of some runs in seconds of this process (one thread), and what the function gave."""
-    times = []
-    for _ in range(rounds):
-        started = time.process_time()
-        result = function()
-        times.append(time.process_time() - started)
-    return min(times), result
+def seconds(*functions: Callable[[], Any], rounds: int = _ROUNDS) -> list[tuple[float, Any]]:
+    """Of each function the fastest of some runs in seconds of this process (one thread), and what it gave.
+
+    They take turns, so that what else the machine does slows all of them alike; quick ones have more of them.
+    """
+    best, results = [float("inf")] * len(functions), [None] * len(functions)
+    begun, done = time.process_time(), 0
+    while done < rounds or (rounds > 1 and time.process_time() - begun < _ENOUGH_S):
+        done += 1
+        for number, function in enumerate(functions):
+            started = time.process_time()
+            results[number] = function()
+            best[number] = min(best[number], time.process_time() - started)
+    return list(zip(best, results, strict=True))
 
 
 def symbols_of(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[np.ndarray, int]:
     """What `step` hands to its coder, [C, B, H*W] or flat those in the support, and the symbol of zero."""
-    whole = tensor.reshape(*tensor.shape[:2], -1)
-    if not aside.dither and aside.support is None and tensor.min() >= 0:
-        return quantise.unsigned(whole, quantise.step_of(tensor.reshape(-1), snr, True))[0], 0
-    count = tensor.size if aside.support is None else int(np.count_nonzero(aside.support))
-    drawn = dither.numbers(aside.dither, count) if aside.dither else None
-    if aside.support is None:
-        step = quantise.step_of(tensor.reshape(-1), snr, False)
+    whole, flat = tensor.reshape(*tensor.shape[:2], -1), tensor.reshape(-1)
+    support = None if aside.support is None else aside.support.reshape(-1)
+    power, nonzero, _, negative = quantise.survey(flat, support)
+    if not (aside.dither or negative or aside.support is not None):
+        return quantise.unsigned(whole, quantise.step_of(power, nonzero, snr))[0], 0
+    count = tensor.size if support is None else int(np.count_nonzero(support))
+    step, drawn = quantise.step_of(power, count, snr), dither.numbers(aside.dither, count) if aside.dither else None
+    if support is None:
         return quantise.signed(whole, step, drawn)[0], quantise.SIGNED_ZERO
-    flat, support = tensor.reshape(-1), aside.support.reshape(-1)
-    step = quantise.step_within(flat, support, count, snr)
     return quantise.signed_within(flat, support, count, step, drawn)[0], quantise.SIGNED_ZERO
 
 
@@ -94,23 +99,31 @@ def bits(counts: np.ndarray) -> float:
     return float(-np.sum(counts * np.log2(np.maximum(counts, 1) / totals)))
 
 
-def ours(tensor: np.ndarray, chosen: Step, aside: Aside) -> dict[str, Any]:
+def ours(
+    tensor: np.ndarray, chosen: Step, aside: Aside, *beside: Callable[[], Any]
+) -> tuple[dict[str, Any], list[Any]]:
+    """The row of a codec of ours, and what `seconds` says of functions to measure it against."""
     rounds = _ROUNDS if getattr(chosen, "coder", "") != "context" else 1
-    encode, payload = seconds(lambda: chosen.encode(tensor, aside), rounds)
-    decode, back = seconds(lambda: chosen.decode(payload, tensor.shape, aside), rounds)
+    payload = chosen.encode(tensor, aside)
+    (encode, _), (decode, back), *others = seconds(
+        lambda: chosen.encode(tensor, aside), lambda: chosen.decode(payload, tensor.shape, aside), *beside,
+        rounds=rounds,
+    )  # fmt: skip
     return {
         "snr_db": snr_of(tensor, back, aside.support), "bytes_per_element": len(payload) / tensor.size,
         "encode_mb_s": tensor.nbytes / encode / 1e6, "decode_mb_s": tensor.nbytes / decode / 1e6,
-    }  # fmt: skip
+    }, others  # fmt: skip
 
 
-def zstd_alone(tensor: np.ndarray, snr: float, aside: Aside) -> dict[str, float]:
-    """What zstd makes of the symbols of `step`, one a byte: as tuned here, and level 1 as it is. MB/s of fp32 input."""
+def beside_zstd(tensor: np.ndarray, snr: float, aside: Aside) -> dict[str, Any]:
+    """The row of `step` with what zstd makes of its symbols, one a byte: as tuned here, and level 1 as it is. MB/s of
+    fp32 input."""
     flat = np.ascontiguousarray(symbols_of(tensor, snr, aside)[0]).reshape(-1)
     as_it_is = zstandard.ZstdCompressor(level=1)
-    tuned_s, tuned = seconds(lambda: frame.compress(flat))
-    plain_s, plain = seconds(lambda: as_it_is.compress(flat))
-    return {
+    row, ((tuned_s, tuned), (plain_s, plain)) = ours(
+        tensor, Step("step", snr), aside, lambda: frame.compress(flat), lambda: as_it_is.compress(flat)
+    )
+    return row | {
         "zstd_alone_mb_s": tensor.nbytes / tuned_s / 1e6, "zstd_alone_bytes": len(tuned) / tensor.size,
         "zstd1_mb_s": tensor.nbytes / plain_s / 1e6, "zstd1_bytes": len(plain) / tensor.size,
     }  # fmt: skip
@@ -135,18 +148,23 @@ def measure(name: str, tensor: np.ndarray, aside: Aside, levels: tuple[int, ...]
     rows: list[dict[str, Any]] = []
     for snr in levels:
         alone, given = entropies(tensor, snr, aside)
-        for coder in ("step", "context"):
-            row = {"tensor": name, "codec": f"{coder}:{snr}"} | ours(tensor, Step(coder, snr), aside)
-            rows.append(row | {"entropy": alone, "entropy_given_neighbours": given})
-        rows[-2] |= zstd_alone(tensor, snr, aside)
+        entropy = {"entropy": alone, "entropy_given_neighbours": given}
+        for coder, row in (
+            ("step", beside_zstd(tensor, snr, aside)),
+            ("context", ours(tensor, Step("context", snr), aside)[0]),
+        ):
+            rows.append({"tensor": name, "codec": f"{coder}:{snr}"} | row | entropy)
     if aside.support is not None:
         for snr in levels:
-            whole = Aside(aside.dither)
-            row = {"tensor": name, "codec": f"step:{snr} without mask"} | ours(tensor, Step("step", snr), whole)
-            rows.append(row | {"snr_db": rows[2 * levels.index(snr)]["snr_db"]})
-    rows.append({"tensor": name, "codec": "int8"} | ours(tensor, codec("int8"), NOTHING))  # type: ignore[arg-type]
+            row = ours(tensor, Step("step", snr), Aside(aside.dither))[0]
+            rows.append(
+                {"tensor": name, "codec": f"step:{snr} without mask"}
+                | row
+                | {"snr_db": rows[2 * levels.index(snr)]["snr_db"]}
+            )
+    rows.append({"tensor": name, "codec": "int8"} | ours(tensor, codec("int8"), NOTHING)[0])  # type: ignore[arg-type]
     for peer, send in peers.PEERS.items():
-        encode, (data, back) = seconds(lambda send=send: send(tensor), 1)
+        [(encode, (data, back))] = seconds(lambda send=send: send(tensor), rounds=1)
         row = {
             "tensor": name, "codec": peer, "snr_db": snr_of(tensor, back, aside.support),
             "bytes_per_element": len(data) / tensor.size, "encode_mb_s": tensor.nbytes / encode / 1e6,

@@ -248,8 +248,8 @@ def test_symbols_are_packed_as_small_as_either_way(spread: float, zero: int) -> 
     drawn = np.random.default_rng(7).laplace(0, spread, 1 << 16)
     symbols = np.clip(np.abs(drawn) if zero == 0 else drawn + zero, 0, 254).astype(np.uint8)
     sizes = []
-    for digits in (2, 4):
-        with mock.patch.object(pack, "_best", lambda *_, digits=digits: digits):
+    for few in (0, 1):  # escapes that four digits a byte may have: none, or all
+        with mock.patch.object(pack, "_FEW_ESCAPES", few):
             sizes.append(len(pack.encode([symbols], zero)))
     chosen = pack.encode([symbols], zero)
     assert len(chosen) <= min(1.04 * min(sizes), len(symbols) + 600)

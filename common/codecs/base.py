@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,7 +55,7 @@ class Codec(Protocol):
 
 def require_finite(low: float, high: float) -> None:
     """Check the smallest and the largest element before encoding: NaN and Inf show in one of them."""
-    if not (np.isfinite(low) and np.isfinite(high)):
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise DivergedError("a tensor to be sent is not finite: training has diverged; lower the learning rate")
 
 
@@ -64,7 +65,7 @@ def require_size(payload: Buffer, expected: int, codec: str) -> None:
 
 
 def require_decoded_finite(low: float, high: float, codec: str) -> None:
-    if not (np.isfinite(low) and np.isfinite(high)):
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise CodecError(f"{codec}: the payload holds NaN or Inf")
 
 

@@ -39,13 +39,15 @@ def numbers(seed: tuple[int, int, int], count: int) -> Numbers:
 
 def apart(symbols: Symbols, drawn: Numbers, zero: int) -> list[Symbols]:
     """The flat `symbols`, filled up with `zero` to whole rows, quarter by quarter."""
+    whole = np.full(len(drawn), zero, np.uint8)
+    whole[: len(symbols)] = symbols
     parts = np.empty((QUARTERS, len(drawn) // QUARTERS), np.uint8)
-    loops.apart(symbols, zero, drawn, parts)
+    loops.apart(whole, drawn, parts)
     return list(parts)
 
 
 def together(parts: Symbols, drawn: Numbers, count: int) -> Symbols:
     """The first `count` symbols of those that `apart` took apart, from its parts one behind another."""
-    symbols = np.empty(count, np.uint8)
+    symbols = np.empty(len(drawn), np.uint8)
     loops.together(parts.reshape(QUARTERS, -1), drawn, symbols)
-    return symbols
+    return symbols[:count]

@@ -33,17 +33,13 @@ def _lowest(digits: int, zero: int) -> int:
     return max(0, zero - (_escape(digits) - 1) // 2)
 
 
-def _best(parts: list[Symbols], zero: int) -> int:
-    # Symbols below the lowest wrap round to large ones.
-    escapes = sum(int(np.count_nonzero(part - np.uint8(_lowest(4, zero)) >= _escape(4))) for part in parts)
-    return 4 if escapes <= _FEW_ESCAPES * sum(map(len, parts)) else 2
-
-
-def _split(symbols: Symbols, digits: int, zero: int) -> tuple[Symbols, Symbols]:
-    """Bytes of `digits` digits each, and the symbols that are none."""
-    packed, escapes = np.empty(-(-len(symbols) // digits), np.uint8), np.empty(len(symbols) + 1, np.uint8)
-    count = loops.split(symbols, digits, _lowest(digits, zero), packed, escapes)
-    return packed, escapes[:count]
+def _split(parts: list[Symbols], digits: int, zero: int) -> tuple[list[Symbols], list[bytes]]:
+    """Of each part the bytes of `digits` digits each, and the symbols that are none."""
+    packed = [np.empty(-(-len(part) // digits), np.uint8) for part in parts]
+    escapes = [np.empty(len(part), np.uint8) for part in parts]
+    lowest = _lowest(digits, zero)
+    counts = [loops.split(part, digits, lowest, *into) for part, *into in zip(parts, packed, escapes, strict=True)]
+    return packed, [part[:count].tobytes() for part, count in zip(escapes, counts, strict=True)]
 
 
 def encode(parts: list[Symbols], zero: int, tail: bytes = b"") -> bytes:
@@ -51,8 +47,11 @@ def encode(parts: list[Symbols], zero: int, tail: bytes = b"") -> bytes:
 
     Each part is coded by itself; all are of one size, which four divides if there are several.
     """
-    digits = _best(parts, zero)
-    packed, escapes = zip(*(_split(part, digits, zero) for part in parts), strict=True)
+    digits = 4
+    packed, escapes = _split(parts, digits, zero)
+    if sum(map(len, escapes)) > _FEW_ESCAPES * sum(map(len, parts)):
+        digits = 2
+        packed, escapes = _split(parts, digits, zero)
     rest = b"".join((*escapes, tail))
     return _HEADER.pack(digits, len(rest) - len(tail)) + frame.compress(*packed, *([rest] if rest else []))
 

@@ -44,22 +44,19 @@ def _flags(aside: Aside) -> int:
 def encode(tensor: Tensor, aside: Aside, snr: float, by_context: bool) -> Buffer:
     """The payload of `tensor` at `snr` dB, coded by `context` where that is asked for and smaller."""
     tensor = np.require(tensor, np.float32, ["C", "A", "W"])  # as compiled loops take them
-    low, high = (float(tensor.min()), float(tensor.max())) if tensor.size else (0.0, 0.0)
-    require_finite(low, high)
-    amax, support = max(-low, high), _flat(aside.support, tensor.size)
+    flat, support, level = tensor.reshape(-1), _flat(aside.support, tensor.size), 0
+    power, nonzero, most, negative = quantise.survey(flat, support)
+    require_finite(most, most)
     count = tensor.size if support is None else int(np.count_nonzero(support))
-    if not count or not amax:
+    if not count or not most:
         return HEADER.pack(_ZEROS, 0, 0, 0, 0)
     flags = _flags(aside)
-    flags |= _SIGNED if flags or low < 0 else 0
-    flat, level = tensor.reshape(-1), 0
-    if support is None:
-        step = quantise.step_of(flat, snr, not flags & _SIGNED)
-    else:
-        step = quantise.step_within(flat, support, count, snr)
+    flags |= _SIGNED if flags or negative else 0
+    # Elements that are zero stay so where there are none below, and have no noise: so the others may have more.
+    step = quantise.step_of(power, count if flags & _SIGNED else nonzero, snr)
     if support is not None and not step and not np.any(flat[support]):
         return HEADER.pack(_ZEROS, 0, 0, 0, 0)
-    if tensor.size < _SMALL or not _LEAST < step < _MOST or amax > float(step) * _FURTHEST:
+    if tensor.size < _SMALL or not _LEAST < step < _MOST or most > float(step) * _FURTHEST:
         return _raw(tensor)
     drawn = _drawn(aside, count)
     if support is not None:

@@ -8,6 +8,8 @@ elements are zero. *Signed*: symbol 127 is zero, 127 + q stands for q steps, rou
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,36 +20,33 @@ from common.codecs.loops import UNIT
 
 Steps = NDArray[np.int32]
 
-OUTLIER = 255
+OUTLIER = int(loops.OUTLIER)
 SIGNED_ZERO = 127
-_NO_OUTLIERS = np.empty(0, np.int32)
-_NO_NOISE = np.empty(0, np.uint16)
-_BLOCK = 1 << 16
+_NONE = np.empty(0, np.float32)
+_NO_NOISE, _NO_MASK = np.empty(0, np.uint16), np.empty(0, np.uint8)
+_MINUS_ZERO = 0x8000_0000
 
 
-def step_of(flat: Tensor, snr: float, exact_zeros: bool) -> np.float32:
-    """The step whose rounding noise, step^2/12 an element, lies `snr` dB below the tensor's power; 0 for zeros.
+class Survey(NamedTuple):
+    """What one look at a tensor tells."""
 
-    `exact_zeros`: elements that are zero stay so and have no noise, so that the others may have more.
-    """
-    power, noisy = 0.0, 0 if exact_zeros else flat.size
-    with np.errstate(over="ignore"):
-        for at in range(0, flat.size, _BLOCK):
-            part = flat[at : at + _BLOCK]
-            power += float(np.dot(part, part))
-            if exact_zeros:
-                noisy += int(np.count_nonzero(part > 0))
-    return _step(power, flat.size, noisy, snr, flat)
+    power: float  # the sum of squares of what is to be sent
+    nonzero: int  # elements
+    most: float  # the largest magnitude; Inf or NaN where there is one
+    negative: bool  # whether an element is below zero
 
 
-def step_within(flat: Tensor, support: Support, count: int, snr: float) -> np.float32:
-    """The same of the `count` elements where `support` is true."""
-    return _step(loops.power(flat, support.view(np.uint8)), count, count, snr, flat, support)
+def survey(flat: Tensor, support: Support | None) -> Survey:
+    mask = _NO_MASK if support is None else support.view(np.uint8)
+    power, nonzero, most, signed = loops.survey(flat, mask)
+    if flat.size and not 1e-30 < power / flat.size < 1e30:  # float32 squares vanish below 1e-23 and overflow past 1e19
+        with np.errstate(over="ignore", invalid="ignore"):
+            power = float(np.square(flat if support is None else flat[support], dtype=np.float64).sum())
+    return Survey(power, nonzero, float(np.uint32(most).view(np.float32)), signed > _MINUS_ZERO)
 
 
-def _step(power: float, count: int, noisy: int, snr: float, flat: Tensor, support: Support | None = None) -> np.float32:
-    if not 1e-30 < power / count < 1e30:  # float32 squares vanish below 1e-23 and overflow past 1e19
-        power = float(np.square(flat if support is None else flat[support], dtype=np.float64).sum())
+def step_of(power: float, noisy: int, snr: float) -> np.float32:
+    """The step whose rounding noise, step^2/12 on each of `noisy` elements, lies `snr` dB below `power`."""
     with np.errstate(over="ignore"):  # such a step is refused for what it is
         return np.float32(np.sqrt(12 * power / max(1, noisy)) * 10 ** (-snr / 20))
 
@@ -59,10 +58,7 @@ def unsigned(tensor: Tensor, step: np.float32) -> tuple[Symbols, Steps, int]:
     within = loops.unsigned(tensor, inverse, symbols)
     some = int(np.count_nonzero(symbols))
     level = max(16, min(255, int(256 * within / some))) if some else 128
-    if symbols.max() < OUTLIER:
-        return symbols, _NO_OUTLIERS, level
-    values = _in_sending_order(tensor)[symbols == OUTLIER]
-    return symbols, (np.floor(values * inverse) + 1).astype(np.int32), level
+    return symbols, (np.floor(_far(tensor, symbols) * inverse) + 1).astype(np.int32), level
 
 
 def signed(tensor: Tensor, step: np.float32, noise: Numbers | None) -> tuple[Symbols, Steps]:
@@ -70,9 +66,7 @@ def signed(tensor: Tensor, step: np.float32, noise: Numbers | None) -> tuple[Sym
     and outliers."""
     symbols, inverse = _symbols(tensor), np.float32(1) / step
     loops.signed(tensor, inverse, _NO_NOISE if noise is None else noise, symbols)
-    if symbols.max() < OUTLIER:
-        return symbols, _NO_OUTLIERS
-    return symbols, _outliers(_in_sending_order(tensor).reshape(-1), symbols, inverse, noise)
+    return symbols, _outliers(_far(tensor, symbols), symbols, inverse, noise)
 
 
 def signed_within(
@@ -80,17 +74,24 @@ def signed_within(
 ) -> tuple[Symbols, Steps]:
     """The same of the `count` elements where `support` is true, all flat and in the order of memory (which gathers
     faster and comes out no larger)."""
-    symbols, inverse = np.empty(count, np.uint8), np.float32(1) / step
-    loops.signed_within(flat, support.view(np.uint8), inverse, _NO_NOISE if noise is None else noise, symbols)
+    symbols, inverse, far = np.empty(count, np.uint8), np.float32(1) / step, np.empty(count, np.float32)
+    mask = support.view(np.uint8)
+    outliers = loops.signed_within(flat, mask, inverse, _NO_NOISE if noise is None else noise, symbols, far)
+    return symbols, _outliers(far[:outliers], symbols, inverse, noise)
+
+
+def _far(tensor: Tensor, symbols: Symbols) -> Tensor:
+    """The elements of `tensor` [B, C, rest] that are outliers, in the order of symbols [C, B, rest]."""
     if symbols.max() < OUTLIER:
-        return symbols, _NO_OUTLIERS
-    return symbols, _outliers(flat[support], symbols, inverse, noise)
+        return _NONE
+    far = np.empty(symbols.size, np.float32)
+    return far[: loops.outliers(tensor, symbols, far)]
 
 
-def _outliers(values: Tensor, symbols: Symbols, inverse: np.float32, noise: Numbers | None) -> Steps:
-    far = np.flatnonzero(symbols.reshape(-1) == OUTLIER)
-    steps = values[far] * inverse
-    steps += np.float32(0.5) if noise is None else noise[far] * UNIT
+def _outliers(far: Tensor, symbols: Symbols, inverse: np.float32, noise: Numbers | None) -> Steps:
+    steps = far * inverse
+    if len(far):
+        steps += np.float32(0.5) if noise is None else noise[_places(symbols)] * UNIT
     # What lies at the edge within float32's rounding is an outlier, so it is to be one of the outliers' steps.
     steps = np.where(steps < 0, np.minimum(np.floor(steps), -128), np.maximum(np.floor(steps), 128))
     return steps.astype(np.int32)
@@ -101,38 +102,43 @@ def restore_unsigned(symbols: Symbols, outliers: Steps, step: np.float32, level:
     below = np.float32(1 - level / 256)
     loops.restore_unsigned(symbols, step, below, out)
     if len(outliers):
-        _in_sending_order(out)[symbols == OUTLIER] = (outliers - float(below)) * float(step)
+        far = (outliers - float(below)) * float(step)
+        loops.restore_outliers(symbols, _one_longer(far.astype(np.float32)), out)
 
 
 def restore_signed(symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None, out: Tensor) -> None:
     """The values of symbols [C, B, rest], with the `noise` that was added taken off again, into `out` [B, C, rest]."""
     loops.restore_signed(symbols, step, _NO_NOISE if noise is None else noise, out)
     if len(outliers):
-        _in_sending_order(out)[symbols == OUTLIER] = _far_values(symbols, outliers, step, noise)
+        loops.restore_outliers(symbols, _far_values(symbols, outliers, step, noise), out)
 
 
 def restore_within(
     symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None, support: Support, out: Tensor
 ) -> None:
     """The same of flat symbols of the elements where `support` is true, into the flat `out`; zeros elsewhere."""
-    loops.restore_within(symbols, step, _NO_NOISE if noise is None else noise, support.view(np.uint8), out)
-    if len(outliers):
-        out[np.flatnonzero(support)[symbols == OUTLIER]] = _far_values(symbols, outliers, step, noise)
+    far = _far_values(symbols, outliers, step, noise)
+    loops.restore_within(symbols, step, _NO_NOISE if noise is None else noise, support.view(np.uint8), far, out)
 
 
 def _far_values(symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None) -> Tensor:
+    """The outliers' values, one longer as the loops take them."""
     steps = outliers.astype(np.float32)
-    if noise is not None:
+    if noise is not None and len(outliers):
         steps += np.float32(0.5)
-        steps -= noise[: symbols.size][symbols.reshape(-1) == OUTLIER] * UNIT
-    return steps * step
+        steps -= noise[_places(symbols)] * UNIT
+    return _one_longer(steps * step)
+
+
+def _places(symbols: Symbols) -> NDArray[np.intp]:
+    """Where the outliers are, in the order of sending."""
+    return np.flatnonzero(symbols.reshape(-1) == OUTLIER)
+
+
+def _one_longer(far: Tensor) -> Tensor:
+    return np.append(far, np.float32(0))
 
 
 def _symbols(tensor: Tensor) -> Symbols:
     batch, channels, rest = tensor.shape
     return np.empty((channels, batch, rest), np.uint8)
-
-
-def _in_sending_order(tensor: Tensor) -> Tensor:
-    """A view [C, B, rest]: channels are alike in themselves."""
-    return tensor.transpose(1, 0, 2)
