@@ -34,7 +34,7 @@ from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
 from common.wire import Place
-from edge_server.budget import Beside
+from edge_server.budget import Beside, require_a_step
 from edge_server.callers import Callers
 from edge_server.initial import initial_weights
 from edge_server.limits import Limits
@@ -97,6 +97,7 @@ class Host:
             if not initial.run_id:
                 initial.fill(halves)
                 host._first_head = weights.to_bytes(halves.head)
+        require_a_step(recipe, halves.cut, len(host._first_head), 1)
         if not saved:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
             # The tail and three checkpoints of it with its optimiser.

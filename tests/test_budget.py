@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks import inprocess
 from benchmarks.recipes import recipe_text
 from common import report
+from common.errors import RecipeError
 from common.meter import Count
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
@@ -166,8 +167,19 @@ def test_a_budget_that_is_not_reached_changes_nothing(digits: Dataset, tmp_path:
 
 
 def test_a_budget_that_is_too_small_is_said(digits: Dataset) -> None:
-    summary = run(digits, "phases = [[2, 1]]\nbudget_mb = 0.05")
-    assert summary["steps"] <= 3 and spent(summary) > 50_000
+    summary = run(digits, "phases = [[2, 1]]\nbudget_mb = 0.1")
+    assert summary["steps"] <= 3 and spent(summary) > 100_000
     console = Console(file=io.StringIO(), width=200)
     report.show(console, summary)
     assert "too little for the head's weights" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_budget_that_is_too_small_for_anything_is_refused(digits: Dataset, tmp_path: Path) -> None:
+    """Before anything crosses where the server can tell by itself, else before the first step."""
+    for budget, words in ((0.001, "for the head's weights, 15 B for a step"), (0.09, "for the test part")):
+        folder = tmp_path / str(budget)
+        with pytest.raises(
+            RecipeError, match=f"schedule.budget_mb is {budget} .* takes at least .* {words}.: give more"
+        ):
+            run(digits, f"phases = [[2, 6], [4, 6]]\nbudget_mb = {budget}", folder)
+        assert not (folder / "server" / "recipe.toml").exists()
