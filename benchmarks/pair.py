@@ -21,8 +21,7 @@ popen: Any = subprocess.Popen
 
 def command(name: str, *arguments: object) -> list[str]:
     """The command line of `edge-server` or `device-client` in this environment."""
-    module = {"edge-server": "edge_server.cli", "device-client": "device_client.cli"}[name]
-    return [sys.executable, "-c", f"from {module} import main; main()", *map(str, arguments)]
+    return [sys.executable, "-m", name.replace("-", "_"), *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:

@@ -1,18 +1,28 @@
-"""What both commands end with: a user's mistake is one sentence and an exit code, never a traceback."""
+"""What both commands begin and end with: a user's mistake is one sentence and an exit code, never a traceback."""
 
 from __future__ import annotations
 
+import importlib
+import signal
 import sys
 
-import click
-from rich.console import Console
-from rich.markup import escape
 
-from common.errors import DepruneError
+def run(module: str) -> None:
+    """Run the command line `cli` of `module`; exit 1 on an error of ours, click's own code on wrong options, 130 on
+    Ctrl-C."""
+    # Libraries take a second to load, on a small device many. A Ctrl-C somewhere in them would be a traceback, so until
+    # they are there it ends the process itself. Where it is ignored, as in a shell's background, it stays so.
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = importlib.import_module(module).cli
+    import click
+    from rich.console import Console
+    from rich.markup import escape
 
+    from common.errors import DepruneError
 
-def run(command: click.Group) -> None:
-    """Run the command line; exit 1 on an error of ours, click's own code on wrong options, 130 on Ctrl-C."""
+    signal.signal(signal.SIGINT, before)
     try:
         command(standalone_mode=False)
     except click.ClickException as error:

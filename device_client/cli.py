@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from common import checkpoint, report
-from common import cli as common_cli
 from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
 from common.errors import AuthError, RunFolderError
@@ -294,8 +293,3 @@ def predict(
     for path, name, chance in answers:
         table.add_row(escape(str(path)), escape(name), f"{chance:.1%}")
     console.print(table)
-
-
-def main() -> None:
-    """Entry point."""
-    common_cli.run(cli)

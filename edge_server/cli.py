@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common import cli as common_cli
 from common import recipe as recipes
 from common.channel import ServerTls
 from common.checkpoint import EVERY
@@ -235,8 +234,3 @@ def cuts(model: str, input_text: str, classes: int) -> None:
         table.add_row(info.name, "x".join(map(str, info.shape)), size(info.bytes), flops, params)
     # As wide as it needs to be: a name that is cut or broken cannot be copied into a recipe.
     Console(width=max(console.width, 160)).print(table)
-
-
-def main() -> None:
-    """Entry point."""
-    common_cli.run(cli)

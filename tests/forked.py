@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -23,17 +24,17 @@ _context = multiprocessing.get_context("forkserver")
 
 
 class Forked:
-    """As subprocess.Popen of `python -c CODE ARGUMENT...` with its output in files, as far as the tests use it."""
+    """As subprocess.Popen of `python -m MODULE ARGUMENT...` with its output in files, as far as the tests use it."""
 
     def __init__(self, line: list[str], *, stdout: IO[bytes], stderr: IO[bytes] | int, env: dict[str, str]) -> None:
-        python, option, code, *self.args = line
-        assert (python, option) == (sys.executable, "-c"), line
+        python, option, module, *self.args = line
+        assert (python, option) == (sys.executable, "-m"), line
         out = stdout.name
         err = out if stderr == subprocess.STDOUT else stderr.name  # type: ignore[union-attr]
         _preload(env)
         # A daemon: it ends with the tests, whatever became of the one that started it.
         self._process = _context.Process(
-            target=_main, args=(code, self.args, out, err, env, str(Path.cwd())), daemon=True
+            target=_main, args=(module, self.args, out, err, env, str(Path.cwd())), daemon=True
         )
         self._process.start()
         self.pid = self._process.pid
@@ -75,8 +76,8 @@ def _preload(env: dict[str, str]) -> None:
         forkserver.ensure_running()
 
 
-def _main(code: str, arguments: list[str], out: str, err: str, env: dict[str, str], folder: str) -> None:
-    """What the interpreter would do with `-c code arguments`."""
+def _main(module: str, arguments: list[str], out: str, err: str, env: dict[str, str], folder: str) -> None:
+    """What the interpreter would do with `-m module arguments`."""
     for number, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, number)
@@ -85,8 +86,8 @@ def _main(code: str, arguments: list[str], out: str, err: str, env: dict[str, st
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
-    sys.argv = ["-c", *arguments]
-    exec(code, {"__name__": "__main__"})
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def use() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_commands_answer_before_torch_is_loaded(package: str) -> None:
     """It takes seconds, on a Pi many: help, wrong options and wrong recipes do not wait for it."""
     code = f"import {package}.cli, sys; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(False, -signal.SIGINT), (True, 7)])
+def test_ctrl_c_while_libraries_load_ends_without_a_traceback(ignored: bool, code: int, tmp_path: Path) -> None:
+    """And does nothing where it is ignored, as in the background of a shell."""
+    (tmp_path / "slow.py").write_text("import sys, time\nprint('loads', flush=True)\ntime.sleep(1)\nsys.exit(7)")
+    start = "import signal, sys\n" + "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
+    start += f"sys.path.append({str(tmp_path)!r})\nfrom common.cli import run\nrun('slow')"
+    with subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "loads\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "") and process.returncode == code
 
 
 def test_training_loads_nothing_heavy_that_it_does_not_need() -> None:
