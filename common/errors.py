@@ -207,7 +207,7 @@ def from_rpc(error: grpc.RpcError, server: str, doubt: str = "") -> DepruneError
             f"no server answers at {server} ({_reason(details)}); check the address and that edge-server runs there"
         )
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return LinkError(f"the server at {server} did not answer in time; check the link, or allow more with --wait")
+        return LinkError(f"the server at {server} did not answer in time; check the link")
     if code == grpc.StatusCode.UNIMPLEMENTED:
         return VersionError(f"what answers at {server} is not a deprune edge-server of a matching version ({details})")
     if code == grpc.StatusCode.CANCELLED:

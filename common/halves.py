@@ -6,8 +6,9 @@ asking; the weights then come from the server.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,13 +118,24 @@ class Halves:
         return (batch, width, *self.cut[1:])
 
 
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Say in errors which key of the recipe they are about."""
+    try:
+        yield
+    except ModelError as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
 def build(recipe: Recipe, allowed: Collection[str] = (), processor: torch.device = CPU) -> Halves:
     """Both halves with the recipe's random weights (a function of its seed), the tail on `processor`; ModelError,
     CutError as models and partition raise them. The caller drops the half that it doesn't need."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
-    head, tail = split(whole, recipe.model.cut, recipe.model.input)
+        with _naming("model.name"):
+            whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
+    with _naming("model.cut"):
+        head, tail = split(whole, recipe.model.cut, recipe.model.input)
     shape = cut_shape(head, recipe.model.input)
     encoder, decoder = bottleneck.build(recipe.bottleneck.kind, shape[0], recipe.seed)
     # A linear bottleneck mixes the channels: behind it nothing is zero any more.

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.meter import Meter
+from common.meter import DOWN, UP, Meter
 from common.progress import duration, size
 from common.recipe import Recipe
 from common.schedule import Phase
@@ -156,6 +156,11 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     row("plain split learning, same steps", plain["up"], plain["down"])
     table.add_row("times fewer", *(f"{fewer[key]:.2f}" for key in ("up", "down", "total")), style="bold")
     console.print(table)
+    if any(value is not None and value < bytes_[way]["message"] for way, value in zip((UP, DOWN), kernel, strict=True)):
+        console.print(
+            "The kernel's bytes are without those of a process that was killed, since its last checkpoint: it alone "
+            "could have asked.", highlight=False,
+        )  # fmt: skip
 
 
 def _spent(budget: int, spent: int) -> str:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _OURS = ("recipe.toml", "run.json", "metrics.jsonl", "summary.json", "head.safetensors", "tail.safetensors")
+HEAD, TAIL = "head", "tail"
+_HOLDERS = {HEAD: "device", TAIL: "server"}
 _LOCK = ".lock"
 # Room for weights twice over (the temporary copy) is asked for, and this for metrics and summary.
 _SPARE_BYTES = 8 << 20
@@ -169,6 +171,21 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         only = {"recipe.toml", metrics.name}.issuperset(present)
         return only and metrics.is_file() and not metrics.stat().st_size and not self.unfinished()
+
+    def require(self, half: str) -> None:
+        """RunFolderError where the run that lies here is the other side's: its half, or checkpoints of it."""
+        other = TAIL if half == HEAD else HEAD
+        saved = self.unfinished()
+        if saved:
+            theirs = saved["state"].get("half", half) == other
+        else:  # a server may hold both, where the head was published
+            there = [name for name in (half, other) if (self.path / f"{name}.safetensors").is_file()]
+            theirs = there == [other]
+        if theirs:
+            raise RunFolderError(
+                f"{self.path} is the folder of the {_HOLDERS[other]} of a run, and the {_HOLDERS[half]} keeps its own: "
+                f"give that, or another --run"
+            )
 
     @property
     def checkpoints(self) -> Path:

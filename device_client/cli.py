@@ -21,7 +21,7 @@ from common.errors import AuthError, RunFolderError
 from common.meter import DOWN, UP
 from common.progress import size
 from common.pulse import STALLED_S
-from common.run import RunFolder
+from common.run import HEAD, RunFolder
 from common.tokens import exposed
 from device_client import data as data_module
 from device_client.connection import GIVE_UP_S
@@ -123,11 +123,15 @@ def _say(sentence: str) -> None:
 
 def _finished(run_path: Path | None) -> RunFolder | None:
     """The folder with this device's own trained head; None for the published one."""
-    if run_path and not (run_path / "run.json").is_file():
+    if not run_path:
+        return None
+    if not (run_path / "run.json").is_file():
         raise RunFolderError(
             f"{run_path} holds no finished run; check --run, or leave it out to use the head that the server publishes"
         )
-    return RunFolder(run_path) if run_path else None
+    folder = RunFolder(run_path)
+    folder.require(HEAD)
+    return folder
 
 
 def _load(
@@ -192,6 +196,8 @@ def train(
     check_source(source)
     folder = RunFolder(run_path)
     click.get_current_context().with_resource(folder.claimed())
+    if not overwrite:
+        folder.require(HEAD)
     saved = None if overwrite else folder.unfinished()
     kept: list[int] = []
     if saved:

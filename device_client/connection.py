@@ -124,6 +124,8 @@ class Connection:
                 break
             except (LinkError, FrameError) as error:
                 if wait_s <= 0:
+                    if trains and isinstance(error, LinkError):
+                        raise LinkError(f"{error}, or give it time with --wait SECONDS") from error
                     raise
                 trouble.wait(error, lambda text: None)
                 self._connect()

@@ -12,6 +12,7 @@ import torch
 from common import optim, weights
 from common.checkpoint import Checkpoint, part
 from common.errors import DataError
+from common.run import HEAD
 from common.schedule import phase_from
 from device_client.data import Part
 
@@ -27,7 +28,8 @@ def state_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         tensors["basis"] = torch.from_numpy(trainer.basis)
     remote, kernel = trainer.remote, trainer.remote.kernel.read()
     return tensors, {
-        "then": trainer.then, "phases": [asdict(phase) for phase in trainer.phases], "data": trainer.data_id,
+        "half": HEAD, "data": trainer.data_id,
+        "then": trainer.then, "phases": [asdict(phase) for phase in trainer.phases],
         "meter": remote.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(remote.faults),
         "wall_s": trainer.elapsed_s, "busy_s": trainer.busy_s, "local": trainer.local,
     }  # fmt: skip

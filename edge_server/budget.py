@@ -86,10 +86,11 @@ def require_a_step(recipe: Recipe, cut: tuple[int, ...], head: int, batch: int, 
 
     `cut`: shape of a picture's activation, channels first; `head`: bytes of the weights that the device begins with.
     """
-    channels, places = cut[0], elements(cut[1:])
-    allowed, first, last = recipe.schedule.budget_mb * 1e6, recipe.schedule.phases[0], recipe.schedule.phases[-1]
+    allowed = recipe.schedule.budget_mb * 1e6
     if not allowed:
         return
+    channels, places = cut[0], elements(cut[1:])
+    first, last = recipe.schedule.phases[0], recipe.schedule.phases[-1]
     up, down = (_bits(first.activation or recipe.codec.activation), _bits(first.gradient or recipe.codec.gradient))
     step = batch * (first.width or channels) * places * (up + down) / 8
     test = beside.test * (last.width or channels) * places * _bits(last.activation or recipe.codec.activation) / 8

@@ -32,7 +32,7 @@ from common.errors import (
 from common.halves import Halves
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
-from common.run import Manifest, RunFolder
+from common.run import TAIL, Manifest, RunFolder
 from common.wire import Place
 from edge_server.budget import Beside, require_a_step
 from edge_server.callers import Callers
@@ -82,6 +82,8 @@ class Host:
         """A host that trains `recipe` in `folder`, from where it was left, with the tail on `processor`; what could
         fail later is tried now."""
         host = cls(recipe, text, folder, console, limits)
+        if not overwrite:
+            folder.require(TAIL)
         halves = halves_module.build(recipe, allowed)
         _check_sizes(recipe, halves, host.limits.elements)
         _check_output(recipe, halves)
@@ -113,6 +115,7 @@ class Host:
         processor: torch.device = halves_module.CPU,
     ) -> Host:  # fmt: skip
         """A host that serves the finished run in `folder`, with the tail on `processor`."""
+        folder.require(TAIL)
         if saved := folder.unfinished():
             raise RunFolderError(
                 f"{folder.path} holds an unfinished run, at step {saved['step']:,}: to go on with it, give its recipe "

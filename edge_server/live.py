@@ -23,7 +23,7 @@ from common.meter import Meter
 from common.recipe import Recipe
 from common.report import Faults
 from common.rpc import split_pb2 as pb
-from common.run import Manifest, RunFolder
+from common.run import TAIL, Manifest, RunFolder
 from common.tcp_info import Kernel, KernelBytes
 from edge_server.budget import Beside, Budget, require_a_step
 from edge_server.coordinator import Coordinator, Decision
@@ -226,7 +226,7 @@ class LiveRun:
         kernel = self.kernel.read()
         books = {
             "meter": self.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(self.faults),
-            "owner": self.owner,
+            "half": TAIL, "owner": self.owner,
         }  # fmt: skip
         try:
             tensors, state = training.state()

@@ -215,6 +215,23 @@ def test_a_finished_run_is_left_alone(server: str, plain_run: Run, tmp_path: Pat
     assert (run / "summary.json").read_bytes() == before
 
 
+def test_a_folder_of_the_other_side(server: str, plain_run: Run, tmp_path: Path) -> None:
+    """It is told from a missing file's name neither by a finished run nor by one that a recipe would go on with."""
+    theirs = ("--run", plain_run.path / "server")
+    for line in (
+        pair.command("device-client", "train", server, "--data", "digits", *theirs),
+        pair.command("device-client", "evaluate", server, "--data", "digits", *theirs),
+        pair.command("edge-server", "serve", "--run", plain_run.path / "device"),
+        pair.command(
+            "edge-server", "serve", plain_run.path / "device" / "recipe.toml", "--run", plain_run.path / "device"
+        ),
+    ):
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=pair.environment())
+        assert done.returncode == 1 and "of a run, and the" in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
+
+
 def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path) -> None:
     with pair.server("--run", deprune_run.path / "server", log=tmp_path / "log") as (_, address):
         run = plain_run.path / "device"
@@ -225,8 +242,9 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ('name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage9"', "there is no cut 'stage9'"),
+        ('name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage9"', "model.cut: there is no cut 'stage9'"),
         ('name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_conv1"', "stage1_relu2"),
+        ('name = "tinny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "x"', "model.name: there is no model 'tinny'"),
         ('name = "os:getcwd"\ninput = [1, 16, 16]\nclasses = 10\ncut = "x"', "--allow-model"),
     ],
 )
@@ -372,6 +390,8 @@ def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: P
         (("train", "127.0.0.1:9", "--data", "photos", "--run", "RUN"), "'photos' is not a source of pictures"),
         (("train", "127.0.0.1:99999", "--data", "digits", "--run", "RUN"), "ports end at 65535"),
         (("train", "127.0.0.1:9", "--data", "digits", "--run", "RUN"), "(Connection refused); check the address"),
+        (("train", "127.0.0.1:9", "--data", "digits", "--run", "RUN"), "or give it time with --wait SECONDS"),
+        (("train", "http://127.0.0.1:9", "--data", "digits", "--run", "RUN"), "give '127.0.0.1:9'"),
         (("predict", "127.0.0.1:9", "--run", "RUN", "a.png"), "holds no finished run"),
     ],
 )

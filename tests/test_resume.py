@@ -29,7 +29,7 @@ from common.errors import FaultError
 from common.meter import UP
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
-from common.run import RunFolder
+from common.run import HEAD, TAIL, RunFolder
 from common.schedule import Phase
 from common.wire import Place
 from device_client.data import Dataset, load
@@ -302,7 +302,7 @@ def test_a_basis_that_was_lost_on_the_way_is_sent_again(
 
 
 def test_other_pictures_are_not_gone_on_with(few: Dataset, tmp_path: Path) -> None:
-    from common.errors import DataError, MismatchError
+    from common.errors import DataError, MismatchError, RunFolderError
 
     text = CASES["nested widths"]
     leg(tmp_path, text, few, 6)
@@ -314,6 +314,9 @@ def test_other_pictures_are_not_gone_on_with(few: Dataset, tmp_path: Path) -> No
     with pytest.raises(MismatchError, match="this server trains run"):
         leg(tmp_path, text, few)
     (tmp_path / "away").rename(tmp_path / "server")
+    for side, others in (("server", HEAD), ("device", TAIL)):
+        with pytest.raises(RunFolderError, match=f"{side} is the folder of the {side} of a run"):
+            RunFolder(tmp_path / side).require(others)
     assert leg(tmp_path, text, few)
 
 

@@ -131,14 +131,19 @@ def test_once_on_a_finished_run_ends_at_once(plain_run: Run, given: bool) -> Non
 
 
 def test_what_went_wrong_is_told_in_words(plain_run: Run) -> None:
-    def shown(**faults: int) -> str:
-        console = Console(record=True, width=200, file=io.StringIO())
-        report.show(console, plain_run.summary("device") | {"faults": asdict(report.Faults(**faults))})
+    def shown(unseen: int = 0, **faults: int) -> str:
+        console, summary = Console(record=True, width=200, file=io.StringIO()), plain_run.summary("device")
+        summary["bytes"]["up"]["kernel"] -= unseen
+        report.show(console, summary | {"faults": asdict(report.Faults(**faults))})
         return console.export_text()
 
     assert "On the way: 1 reconnect, 2,000 steps made again; the result" in shown(reconnects=1, steps_again=2000)
     assert "On the way: 2 times resumed from a checkpoint; the result" in shown(resumed=2)
     assert "On the way" not in shown()
+    assert "without those of a process that was killed" in shown(
+        unseen=plain_run.summary("device")["bytes"]["up"]["kernel"]
+    )
+    assert "process that was killed" not in shown()
 
 
 @pytest.mark.parametrize("kind", ["channels", "linear"])

@@ -8,6 +8,7 @@ elements are zero. *Signed*: symbol 127 is zero, 127 + q stands for q steps, rou
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ SIGNED_ZERO = 127
 _NONE = np.empty(0, np.float32)
 _NO_NOISE, _NO_MASK = np.empty(0, np.uint16), np.empty(0, np.uint8)
 _MINUS_ZERO = 0x8000_0000
+_TOO_LARGE = 3e38  # for float32
 
 
 class Survey(NamedTuple):
@@ -47,8 +49,8 @@ def survey(flat: Tensor, support: Support | None) -> Survey:
 
 def step_of(power: float, noisy: int, snr: float) -> np.float32:
     """The step whose rounding noise, step^2/12 on each of `noisy` elements, lies `snr` dB below `power`."""
-    with np.errstate(over="ignore"):  # such a step is refused for what it is
-        return np.float32(np.sqrt(12 * power / max(1, noisy)) * 10 ** (-snr / 20))
+    step = math.sqrt(12 * power / max(1, noisy)) * 10 ** (-snr / 20)
+    return np.float32(step if step < _TOO_LARGE else math.inf)  # which is refused for what it is
 
 
 def unsigned(tensor: Tensor, step: np.float32) -> tuple[Symbols, Steps, int]:
