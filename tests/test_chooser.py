@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import counters
+from benchmarks import counters, inprocess
 from common.chooser import Chooser
 from common.codecs import NOTHING, Aside, codec
 from common.codecs.base import Buffer
 from common.tcp_info import Flow
+from device_client.data import load
 from tests.conftest import needs_link
 from tests.test_codecs import activation, gradient
 
@@ -76,10 +77,11 @@ def test_other_codecs_are_left_alone() -> None:
 
 
 @needs_link
-@pytest.mark.timeout(300)  # two runs by two processes each, one of them over a slow link
+@pytest.mark.timeout(300)  # over a slow link
 def test_on_a_shaped_link_the_sender_changes_over_where_that_pays(tmp_path: Path) -> None:
     """Through tbf at 0.2 Mbit/s the rate is what TCP measured, and whoever codes, training is the same."""
-    counters.measure(tmp_path / "context", "context:15", 0.13)
+    text = counters.RECIPE.format(codec="context:15", epochs=0.13, side=16)
+    inprocess.train(text, load("digits", (1, 16, 16), 0, 0.0), folder=tmp_path / "context")
     counters.measure(tmp_path / "auto", "auto:15", 0.13, rate="200kbit")
     context, auto = (
         [json.loads(line) for line in (tmp_path / name / "device" / "metrics.jsonl").read_text().splitlines()]
