@@ -231,14 +231,14 @@ def train(
             _say(f"pictures are scaled to the model's {width}x{height}, not cropped; {loaded.scaled}.")
         init = RunFolder(head_path) if head_path else None
         from common.optim import imitated
-        from device_client.trainer import train as train_run
+        from device_client import whole
 
         chosen = chosen or _compute_with(threads, processor)
         if chosen.type == "cpu" and (slow := imitated(opened.recipe.precision)):
             _say(f"{slow}.")
         if overwrite:
             checkpoint.clear(folder.local)
-        summary = train_run(remote, loaded, folder, console, allowed, init, publish_head, chosen)
+        summary = whole.train(remote, loaded, folder, console, allowed, init, publish_head, chosen)
     finally:
         remote.close()
     report.show(console, summary)

@@ -19,7 +19,7 @@ from unittest import mock
 
 from benchmarks import pair
 
-_PRELOADED = ["torch", "common.codecs.payload", "common.codecs.mixing", "edge_server.server", "device_client.trainer"]
+_PRELOADED = ["torch", "common.codecs.payload", "common.codecs.mixing", "edge_server.server", "device_client.whole"]
 _context = multiprocessing.get_context("forkserver")
 
 

@@ -1,0 +1,60 @@
+"""A whole run on the device, from an opened session to the summary, or to where its user stops it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from common import halves
+from common.errors import LinkError
+from common.run import RunFolder
+from device_client.data import Dataset
+from device_client.remote_tail import RemoteTail
+from device_client.trainer import Trainer
+
+
+def train(
+    remote: RemoteTail, data: Dataset, folder: RunFolder, console: Console, allowed: tuple[str, ...],
+    init: RunFolder | None, publish: bool, processor: torch.device = halves.CPU,
+) -> dict[str, Any]:  # fmt: skip
+    """A whole run over an opened session, or what is left of one, the head on `processor`; the summary.
+
+    The first Ctrl-C (or SIGTERM) lets the present step end, keeps a checkpoint and tells the server; a second one, or
+    one while there is no connection, ends at once: the run goes on from before the step that was under way where it
+    waited for the server, else from its newest checkpoint. The process then ends as shells have it for a program that a
+    signal stopped: with 130, or 143 after SIGTERM.
+    """
+    trainer = Trainer(remote, data, folder, console, processor)
+    trainer.prepare(allowed, init)
+    if not trainer.phases:
+        folder.start(remote.opened.text)
+
+    caught = signal.SIGINT
+
+    def on_signal(number: int, _frame: object) -> None:
+        nonlocal caught
+        caught = signal.Signals(number)
+        if trainer.stopping or remote.offline:
+            raise KeyboardInterrupt
+        trainer.stopping = True
+        again = "; press Ctrl-C again to stop at once" if caught == signal.SIGINT else ""
+        console.print(f"Stopping after this step{again}.")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    how = "start it again with the same --run to go on"
+    try:
+        return trainer.run(publish)
+    except KeyboardInterrupt:
+        trainer.rest()
+        console.print(f"Stopped{trainer.where}; the run is not finished: {how}.", highlight=False)
+        sys.exit(128 + caught)
+    except LinkError as error:
+        raise LinkError(f"{error}; the run stopped{trainer.where} and is not finished: {how}") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        folder.close()
