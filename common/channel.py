@@ -62,9 +62,8 @@ SERVER_OPTIONS = [
 
 def parse_address(address: str) -> tuple[str, int]:
     """HOST:PORT as host and port; brackets around an IPv6 host are kept, as gRPC wants them."""
-    scheme, found, rest = address.partition("://")
-    if found:
-        raise DepruneError(f"{address!r} begins with {scheme}://, which belongs to no address here; give {rest!r}")
+    if address.startswith(("http://", "https://")):
+        raise DepruneError(f"{address!r} is a web page's address; give HOST:PORT, such as 127.0.0.1:50051")
     host, separator, port = address.rpartition(":")
     if not separator or not host or not port.isdigit():
         raise DepruneError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051")

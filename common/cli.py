@@ -9,7 +9,7 @@ import sys
 
 def run(module: str) -> None:
     """Run the command line `cli` of `module`; exit 1 on an error of ours, click's own code on wrong options, 130 on
-    Ctrl-C."""
+    Ctrl-C, which is what shells say of a process that it ended too."""
     # Libraries take a second to load, on a small device many. A Ctrl-C somewhere in them would be a traceback, so until
     # they are there it ends the process itself. Where it is ignored, as in a shell's background, it stays so.
     before = signal.getsignal(signal.SIGINT)

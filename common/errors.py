@@ -23,7 +23,8 @@ that the device raises the same error the server met.
     ├── DivergedError      the loss or a tensor is no longer finite
     ├── StoppedError       one side was stopped by its user
     ├── FaultError         a fault of the server's own, whose details are for its operator
-    ├── LinkError          no server answers, or the link broke
+    ├── LinkError          the link broke, or what answers is no server of ours
+    │   └── AbsentError    no server answers
     └── RolledBackError    the server went on from an earlier step; the device must follow
 """
 
@@ -115,6 +116,10 @@ class LinkError(DepruneError):
     pass
 
 
+class AbsentError(LinkError):
+    pass
+
+
 class RolledBackError(DepruneError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -203,11 +208,11 @@ def from_rpc(error: grpc.RpcError, server: str, doubt: str = "") -> DepruneError
     if code == grpc.StatusCode.UNAVAILABLE and (handshake := _handshake(details, server, doubt)):
         return handshake
     if code == grpc.StatusCode.UNAVAILABLE:
-        return LinkError(
+        return AbsentError(
             f"no server answers at {server} ({_reason(details)}); check the address and that edge-server runs there"
         )
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return LinkError(f"the server at {server} did not answer in time; check the link")
+        return AbsentError(f"the server at {server} did not answer in time; check the link")
     if code == grpc.StatusCode.UNIMPLEMENTED:
         return VersionError(f"what answers at {server} is not a deprune edge-server of a matching version ({details})")
     if code == grpc.StatusCode.CANCELLED:

@@ -156,7 +156,7 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     row("plain split learning, same steps", plain["up"], plain["down"])
     table.add_row("times fewer", *(f"{fewer[key]:.2f}" for key in ("up", "down", "total")), style="bold")
     console.print(table)
-    if any(value is not None and value < bytes_[way]["message"] for way, value in zip((UP, DOWN), kernel, strict=True)):
+    if any(value and value < bytes_[way]["message"] for way, value in zip((UP, DOWN), kernel, strict=True)):
         console.print(
             "The kernel's bytes are without those of a process that was killed, since its last checkpoint: it alone "
             "could have asked.", highlight=False,

@@ -172,8 +172,8 @@ class RunFolder:
         only = {"recipe.toml", metrics.name}.issuperset(present)
         return only and metrics.is_file() and not metrics.stat().st_size and not self.unfinished()
 
-    def require(self, half: str) -> None:
-        """RunFolderError where the run that lies here is the other side's: its half, or checkpoints of it."""
+    def left_by(self, half: str) -> Mapping[str, Any] | None:
+        """As `unfinished`, for the side with this half; RunFolderError where the run that lies here is the other's."""
         other = TAIL if half == HEAD else HEAD
         saved = self.unfinished()
         if saved:
@@ -186,6 +186,7 @@ class RunFolder:
                 f"{self.path} is the folder of the {_HOLDERS[other]} of a run, and the {_HOLDERS[half]} keeps its own: "
                 f"give that, or another --run"
             )
+        return saved
 
     @property
     def checkpoints(self) -> Path:

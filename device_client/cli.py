@@ -130,7 +130,7 @@ def _finished(run_path: Path | None) -> RunFolder | None:
             f"{run_path} holds no finished run; check --run, or leave it out to use the head that the server publishes"
         )
     folder = RunFolder(run_path)
-    folder.require(HEAD)
+    folder.left_by(HEAD)
     return folder
 
 
@@ -196,9 +196,7 @@ def train(
     check_source(source)
     folder = RunFolder(run_path)
     click.get_current_context().with_resource(folder.claimed())
-    if not overwrite:
-        folder.require(HEAD)
-    saved = None if overwrite else folder.unfinished()
+    saved = None if overwrite else folder.left_by(HEAD)
     kept: list[int] = []
     if saved:
         kept, warnings = Checkpoints(folder.checkpoints, saved["run_id"], saved["digest"]).sound()

@@ -15,6 +15,7 @@ import numpy as np
 
 from common import channel, recipe, wire
 from common.errors import (
+    AbsentError,
     CodecError,
     FrameError,
     LinkError,
@@ -124,8 +125,8 @@ class Connection:
                 break
             except (LinkError, FrameError) as error:
                 if wait_s <= 0:
-                    if trains and isinstance(error, LinkError):
-                        raise LinkError(f"{error}, or give it time with --wait SECONDS") from error
+                    if trains and isinstance(error, AbsentError):
+                        raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
                     raise
                 trouble.wait(error, lambda text: None)
                 self._connect()

@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 from common.codecs import codec
-from common.codecs.base import elements
 from common.errors import RecipeError
 from common.progress import size
 from common.recipe import Recipe
@@ -30,8 +29,6 @@ _EVALUATED = 1.1
 # What stands around the payloads of a step, at most: counted as so many bytes, for the messages themselves may differ
 # by some between a run and the same run after a fault.
 _FRAMING = 256
-# The least share of the bytes expected of a payload that it comes to where a codec does well.
-_LEAST = 0.25
 # Steps that must be paid for so that there is another: the one that is not booked yet, the next, and a margin.
 _AHEAD = 2.5
 
@@ -78,31 +75,15 @@ class Beside:
     head: int = 0
 
 
-_NOTHING = Beside()
-
-
-def require_a_step(recipe: Recipe, cut: tuple[int, ...], head: int, batch: int, beside: Beside = _NOTHING) -> None:
-    """RecipeError where the budget would not last for one step, however well the codecs do.
-
-    `cut`: shape of a picture's activation, channels first; `head`: bytes of the weights that the device begins with.
-    """
-    allowed = recipe.schedule.budget_mb * 1e6
-    if not allowed:
-        return
-    channels, places = cut[0], elements(cut[1:])
-    first, last = recipe.schedule.phases[0], recipe.schedule.phases[-1]
-    up, down = (_bits(first.activation or recipe.codec.activation), _bits(first.gradient or recipe.codec.gradient))
-    step = batch * (first.width or channels) * places * (up + down) / 8
-    test = beside.test * (last.width or channels) * places * _bits(last.activation or recipe.codec.activation) / 8
-    needed = {
-        "the head's weights": head, "a step": _LEAST * step, "the test part": _LEAST * test,
-        "the trained head that is published": beside.head,
-    }  # fmt: skip
-    if (whole := sum(needed.values())) > allowed:
-        parts = ", ".join(f"{size(round(part))} for {what}" for what, part in needed.items() if part)
+def require_weights(recipe: Recipe, head: int, published: int = 0) -> None:
+    """RecipeError where the budget is less than a run needs before and after its steps: `head` bytes of the weights
+    that the device begins with, and `published` of those that it gives back."""
+    allowed, needed = round(recipe.schedule.budget_mb * 1e6), head + published
+    if 0 < allowed <= needed:
+        back = f", and {size(published)} at the end" if published else ""
         raise RecipeError(
-            f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(round(allowed))}), and a run of {recipe.name} "
-            f"takes at least {size(round(whole))} ({parts}): give more"
+            f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(allowed)}), and the weights of the head alone "
+            f"are {size(head)}{back}: give more"
         )
 
 

@@ -34,7 +34,7 @@ from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import TAIL, Manifest, RunFolder
 from common.wire import Place
-from edge_server.budget import Beside, require_a_step
+from edge_server.budget import Beside, require_weights
 from edge_server.callers import Callers
 from edge_server.initial import initial_weights
 from edge_server.limits import Limits
@@ -82,12 +82,10 @@ class Host:
         """A host that trains `recipe` in `folder`, from where it was left, with the tail on `processor`; what could
         fail later is tried now."""
         host = cls(recipe, text, folder, console, limits)
-        if not overwrite:
-            folder.require(TAIL)
+        saved = None if overwrite else folder.left_by(TAIL)
         halves = halves_module.build(recipe, allowed)
         _check_sizes(recipe, halves, host.limits.elements)
         _check_output(recipe, halves)
-        saved = None if overwrite else folder.unfinished()
         if saved and saved["digest"] != recipe.digest():
             raise RunFolderError(
                 f"{folder.path} holds an unfinished run of another recipe; choose another --run, or pass --overwrite"
@@ -99,7 +97,7 @@ class Host:
             if not initial.run_id:
                 initial.fill(halves)
                 host._first_head = weights.to_bytes(halves.head)
-        require_a_step(recipe, halves.cut, len(host._first_head), 1)
+        require_weights(recipe, len(host._first_head))
         if not saved:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
             # The tail and three checkpoints of it with its optimiser.
@@ -115,8 +113,7 @@ class Host:
         processor: torch.device = halves_module.CPU,
     ) -> Host:  # fmt: skip
         """A host that serves the finished run in `folder`, with the tail on `processor`."""
-        folder.require(TAIL)
-        if saved := folder.unfinished():
+        if saved := folder.left_by(TAIL):
             raise RunFolderError(
                 f"{folder.path} holds an unfinished run, at step {saved['step']:,}: to go on with it, give its recipe "
                 f"too, of which {folder.path / 'recipe.toml'} is a copy"

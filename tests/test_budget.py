@@ -100,11 +100,11 @@ def digits() -> Dataset:
     return load("digits", (1, 16, 16), 3, 0.2, limit=640)
 
 
-def run(digits: Dataset, schedule: str, folder: Path | None = None) -> dict[str, Any]:
+def run(digits: Dataset, schedule: str, folder: Path | None = None, publish: bool = False) -> dict[str, Any]:
     text = recipe_text(
         "deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', codec=CODEC, schedule=schedule
     )  # fmt: skip
-    return inprocess.train(text, digits, folder=folder)
+    return inprocess.train(text, digits, folder=folder, publish=publish)
 
 
 def spent(summary: dict[str, Any]) -> int:
@@ -174,12 +174,13 @@ def test_a_budget_that_is_too_small_is_said(digits: Dataset) -> None:
     assert "too little for the head's weights" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_budget_that_is_too_small_for_anything_is_refused(digits: Dataset, tmp_path: Path) -> None:
+def test_a_budget_below_the_weights_of_the_head_is_refused(digits: Dataset, tmp_path: Path) -> None:
     """Before anything crosses where the server can tell by itself, else before the first step."""
-    for budget, words in ((0.001, "for the head's weights, 15 B for a step"), (0.09, "for the test part")):
+    for budget, publish, words in (
+        (0.08, False, "86.2 kB: give more"),
+        (0.15, True, "86.2 kB, and 86.2 kB at the end"),
+    ):
         folder = tmp_path / str(budget)
-        with pytest.raises(
-            RecipeError, match=f"schedule.budget_mb is {budget} .* takes at least .* {words}.: give more"
-        ):
-            run(digits, f"phases = [[2, 6], [4, 6]]\nbudget_mb = {budget}", folder)
+        with pytest.raises(RecipeError, match=f"schedule.budget_mb is {budget} .* the head alone are {words}"):
+            run(digits, f"phases = [[2, 6], [4, 6]]\nbudget_mb = {budget}", folder, publish=publish)
         assert not (folder / "server" / "recipe.toml").exists()

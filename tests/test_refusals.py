@@ -394,7 +394,7 @@ def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: P
         (("train", "127.0.0.1:99999", "--data", "digits", "--run", "RUN"), "ports end at 65535"),
         (("train", "127.0.0.1:9", "--data", "digits", "--run", "RUN"), "(Connection refused); check the address"),
         (("train", "127.0.0.1:9", "--data", "digits", "--run", "RUN"), "or give it time with --wait SECONDS"),
-        (("train", "http://127.0.0.1:9", "--data", "digits", "--run", "RUN"), "give '127.0.0.1:9'"),
+        (("train", "http://127.0.0.1:9", "--data", "digits", "--run", "RUN"), "give HOST:PORT, such as"),
         (("predict", "127.0.0.1:9", "--run", "RUN", "a.png"), "holds no finished run"),
     ],
 )

@@ -316,7 +316,7 @@ def test_other_pictures_are_not_gone_on_with(few: Dataset, tmp_path: Path) -> No
     (tmp_path / "away").rename(tmp_path / "server")
     for side, others in (("server", HEAD), ("device", TAIL)):
         with pytest.raises(RunFolderError, match=f"{side} is the folder of the {side} of a run"):
-            RunFolder(tmp_path / side).require(others)
+            RunFolder(tmp_path / side).left_by(others)
     assert leg(tmp_path, text, few)
 
 
