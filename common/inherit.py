@@ -17,6 +17,20 @@ from common.recipe import Recipe
 from common.run import Manifest
 
 
+def with_classes(
+    trained: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], recipe: Recipe, source: Recipe
+) -> dict[str, torch.Tensor]:
+    """`trained`, but from `own`, as it was drawn, what has a row for each class, where the recipe has more or fewer
+    classes than the source: the classifier then begins anew."""
+    before, now = source.model.classes, recipe.model.classes
+    return {
+        name: own[name]
+        if before != now and name in own and (value.shape[:1], own[name].shape[:1]) == ((before,), (now,))
+        else value
+        for name, value in trained.items()
+    }
+
+
 def adopt(
     half: Head | Tail, trained: Mapping[str, torch.Tensor], recipe: Recipe, source: Recipe, manifest: Manifest
 ) -> dict[str, torch.Tensor]:
@@ -36,6 +50,7 @@ def adopt(
     theirs = {name: value for name, value in trained.items() if not name.startswith("norms.")}
     theirs = {name: value for name, value in theirs.items() if old == new or name.startswith(kept)}
     own = {name: value for name, value in half.state_dict().items() if not name.startswith(kept)}
+    theirs = with_classes(theirs, half.state_dict(), recipe, source)
     weights.fill(half, theirs | own, "model.init")
     if isinstance(half, Tail):
         half.norms.start()

@@ -7,9 +7,13 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 # Plain lines come at most this often, and at each change of width.
 _EVERY_S = 10.0
+_COUNTED_S = 3.0  # before the first line of what is counted
+# What a terminal that is too narrow goes without, the first of them first.
+_SPARED = ("accuracy", "width", "loss")
 
 
 def size(count: float) -> str:
@@ -27,6 +31,23 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class Counting:
+    """Says how many of many things are done, once that has taken a while: "Read 1,200 of 50,000 pictures"."""
+
+    def __init__(self, console: Console, doing: str, what: str) -> None:
+        self._console, self._doing, self._what = console, doing, what
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        wait = _COUNTED_S if self._shown == self._started else _EVERY_S
+        if not 0 < done < total or now - self._shown < wait:
+            return
+        self._shown = now
+        left = duration((now - self._started) / done * (total - done))
+        self._console.print(f"{self._doing} {done:,} of {total:,} {self._what}, {left} left", highlight=False)
+
+
 class Live:
     """Shows steps done, width, loss, accuracy, bytes and the time left, until `close`."""
 
@@ -41,10 +62,10 @@ class Live:
         self._width = 0
         self._loss: float | None = None
         self._accuracy = 0.0
-        # What matters must fit 80 columns; the bar is for wider terminals.
+        # The bar is for wide terminals; what is told in place of steps may be longer than a line.
         bar = [BarColumn(bar_width=24)] if console.width >= 120 else []
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(overflow="fold")),
             *bar,
             console=console,
             disable=not console.is_terminal,
@@ -72,14 +93,20 @@ class Live:
         now = time.monotonic()
         if not self._since:
             self._first, self._since = done, now
-        text = (
-            f"{self._name} {done}/{self._steps}  {f'width {width}  ' if width else ''}loss {self._loss:.3f}  "
-            f"acc {self._accuracy:.1%}"
-        )
+        parts = {"step": f"{self._name} {done}/{self._steps}"}
+        if width:
+            parts["width"] = f"width {width}"
+        parts |= {"loss": f"loss {self._loss:.3f}", "accuracy": f"acc {self._accuracy:.1%}"}
         if crossed:
-            text += f"  up {size(crossed[0])}  down {size(crossed[1])}"
+            parts |= {"up": f"up {size(crossed[0])}", "down": f"down {size(crossed[1])}"}
         if done > self._first:
-            text += f"  {duration((now - self._since) / (done - self._first) * (self._steps - done))} left"
+            left = (now - self._since) / (done - self._first) * (self._steps - done)
+            parts["left"] = f"{duration(left)} left"
+        text = "  ".join(parts.values())
+        for name in _SPARED:
+            if self._console.is_terminal and len(text) > self._console.width:
+                parts.pop(name, None)
+                text = "  ".join(parts.values())
         self._bar.update(self._task, completed=done, description=text)
         if self._console.is_terminal:
             return

@@ -42,6 +42,9 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         legal_input = all(1 <= side <= 1024 for side in self.input)
+        first, second, third = self.input
+        turned = third in (1, 3) and first not in (1, 3)
+        _demand(not turned, f"model.input is {list(self.input)}; channels come first: {[third, first, second]}")
         _demand(legal_input, f"model.input is {list(self.input)}; give channels, height, width, each 1 to 1024")
         _demand(2 <= self.classes <= 65535, f"model.classes is {self.classes}; give 2 to 65535")
         known = not self.init or self.init.startswith("run:") or self.init.endswith(".safetensors")
@@ -255,8 +258,8 @@ class Recipe:
     def _check_budget(self) -> None:
         _demand(
             not self.schedule.budget_mb or not any(name.startswith("auto") for name in self.codecs),
-            'schedule.budget_mb needs bytes that are the same in each run, and codec "auto" follows the link: write '
-            '"step" or "context" in [codec], which has "auto" by default',
+            'schedule.budget_mb needs bytes that are the same in each run, and codec "auto", the default, follows the '
+            'link: write activation = "context:20" and gradient = "context:5" in [codec], or "step:20" and "step:5"',
         )
 
     def _check_method(self) -> None:
@@ -380,7 +383,12 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         _demand(len(value) == 2, f"{where} has {len(value)} items; give [width, epochs], or a table")
         value = dict(zip(("width", "epochs"), value, strict=True))
     if dataclasses.is_dataclass(hint):
-        _demand(isinstance(value, dict), f"{where} must be a table, [{where}]")
+        form = (
+            "[width, epochs], such as in phases = [[8, 20]], or a table"
+            if hint is PhaseRecipe
+            else f"a table, [{where}]"
+        )
+        _demand(isinstance(value, dict), f"{where} must be {form}")
         return _build(typing.cast(type, hint), value, f"{where}.")
     if isinstance(hint, types.GenericAlias):
         args = hint.__args__

@@ -83,10 +83,11 @@ def summarise(
         "retransmitted": kernel["retransmitted"] if kernel else None,
         "faults": asdict(outcome.faults),
         "plain_bytes": plain,
-        "times_fewer": {way: round(_fewer(bytes_, plain, (way,)), 3) for way in ("up", "down")}
-        | {"total": round(_fewer(bytes_, plain, ("up", "down")), 3)},
+        "times_fewer": {way: _fewer(bytes_, plain, (way,)) for way in ("up", "down")}
+        | {"total": _fewer(bytes_, plain, ("up", "down"))},
         **({"local": outcome.local} if outcome.local else {}),
         "budget": round(recipe.schedule.budget_mb * 1e6) or None,
+        "epochs_asked": sum(phase.epochs for phase in recipe.schedule.phases),
         "phases": [{name: getattr(phase, name) for name in ("from_step", "width", "kind")} for phase in outcome.phases],
     }
 
@@ -105,9 +106,11 @@ def _trained(bytes_: dict[str, Any], way: str) -> int:
     return sum(by_role[role]["message"] for role in _TRAINING[way] if role in by_role)
 
 
-def _fewer(bytes_: dict[str, Any], plain: dict[str, int], ways: tuple[str, ...]) -> float:
-    """Plain's payload over our messages for the same training steps: their framing isn't counted, ours is."""
-    return sum(plain[way] for way in ways) / max(1, sum(_trained(bytes_, way) for way in ways))
+def _fewer(bytes_: dict[str, Any], plain: dict[str, int], ways: tuple[str, ...]) -> float | None:
+    """Plain's payload over our messages for the same training steps: their framing isn't counted, ours is. None where
+    nothing crossed, as downwards where the head is frozen."""
+    ours = sum(_trained(bytes_, way) for way in ways)
+    return round(sum(plain[way] for way in ways) / ours, 3) if ours else None
 
 
 def show(console: Console, summary: dict[str, Any]) -> None:
@@ -127,7 +130,7 @@ def show(console: Console, summary: dict[str, Any]) -> None:
             f"{local['accuracy']:.2%} of the test pictures.", highlight=False,
         )  # fmt: skip
     if summary["budget"]:
-        console.print(_spent(summary["budget"], bytes_["up"]["message"] + bytes_["down"]["message"]), highlight=False)
+        console.print(_spent(summary, bytes_["up"]["message"] + bytes_["down"]["message"]), highlight=False)
     if parts := _told(summary["faults"]):
         console.print(f"On the way: {parts}; the result is that of an undisturbed run.", highlight=False)
     table = Table(title="Bytes on the link", title_justify="left", show_edge=False, pad_edge=False)
@@ -145,7 +148,7 @@ def show(console: Console, summary: dict[str, Any]) -> None:
             row(role, *counts)
     row("all messages", bytes_["up"]["message"], bytes_["down"]["message"], style="bold")
     if bytes_["up"]["again"] or bytes_["down"]["again"]:
-        row("sent again after faults", bytes_["up"]["again"], bytes_["down"]["again"])
+        row("sent again", bytes_["up"]["again"], bytes_["down"]["again"])
     kernel = (bytes_["up"]["kernel"], bytes_["down"]["kernel"])
     row("in the kernel (TCP)", *kernel, end_section=not summary["retransmitted"])
     if again := summary["retransmitted"]:
@@ -154,7 +157,8 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         table.add_row("of it retransmitted by TCP", *cells, _cell(again), end_section=True)
     row("this run's training steps", _trained(bytes_, "up"), _trained(bytes_, "down"))
     row("plain split learning, same steps", plain["up"], plain["down"])
-    table.add_row("times fewer", *(f"{fewer[key]:.2f}" for key in ("up", "down", "total")), style="bold")
+    ratios = (fewer[key] for key in ("up", "down", "total"))
+    table.add_row("times fewer", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios), style="bold")
     console.print(table)
     if any(value and value < bytes_[way]["message"] for way, value in zip((UP, DOWN), kernel, strict=True)):
         console.print(
@@ -163,10 +167,13 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _spent(budget: int, spent: int) -> str:
+def _spent(summary: dict[str, Any], spent: int) -> str:
+    budget, epochs, asked = summary["budget"], summary["epochs"], summary["epochs_asked"]
     text = f"{size(spent)} of messages were spent of a budget of {size(budget)}"
-    if spent <= budget:
+    if spent <= budget and epochs >= 0.99 * asked:
         return f"{text}."
+    if spent <= budget:
+        return f"{text}, which was enough for {epochs:.2g} of {asked:g} epochs."
     return (
         f"[yellow]Warning[/yellow]: {text}, which is too little for the head's weights, some steps and the test part."
     )

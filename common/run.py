@@ -252,7 +252,9 @@ class RunFolder:
     def read(self) -> tuple[Recipe, str, Manifest]:
         """Recipe, its text and manifest of a finished run; RunFolderError where there is none here."""
         if not (self.path / "run.json").is_file():
-            raise RunFolderError(f"{self.path} holds no finished run (no run.json there); train one first")
+            raise RunFolderError(
+                f"{self.path.absolute()} holds no finished run (no run.json there); train one first, or check the path"
+            )
         recipe, text = recipes.load(self.path / "recipe.toml")
         try:
             table = json.loads((self.path / "run.json").read_text())

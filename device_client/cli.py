@@ -19,7 +19,7 @@ from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
 from common.errors import AuthError, RunFolderError
 from common.meter import DOWN, UP
-from common.progress import size
+from common.progress import Counting, size
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
 from common.tokens import exposed
@@ -141,7 +141,7 @@ def _load(
     channels, height, width = recipe.model.input
     loaded = data_module.load(
         source, (channels, height, width), recipe.seed, recipe.data.validation, parts=parts, skip_unreadable=skip,
-        limit=limit,
+        limit=limit, progress=Counting(console, "Read", "pictures"),
     )  # fmt: skip
     if loaded.skipped:
         names = ", ".join(loaded.skipped[:5])
@@ -211,6 +211,8 @@ def train(
         opened = remote.open(trains=True, run_id=run_id, kept=kept, wait_s=wait)
         if done:  # this very run: the server would have refused a device with another
             what = f"The run in {run_path} is complete already; to train anew, pass --overwrite or another --run."
+            if publish_head:
+                what += " A head can only be published as its run ends; other devices need a copy of that folder."
             console.print(what, highlight=False, markup=False)
             return
         going = f", going on at step {opened.step:,}" if opened.step else ""
@@ -227,6 +229,8 @@ def train(
         if loaded.scaled and source != "digits":
             _, height, width = opened.recipe.model.input
             _say(f"pictures are scaled to the model's {width}x{height}, not cropped; {loaded.scaled}.")
+        if (batch := opened.recipe.data.batch) > len(loaded.train):
+            _say(f"data.batch is {batch:,}, more than there are pictures: a step takes all {len(loaded.train):,}.")
         init = RunFolder(head_path) if head_path else None
         from common.optim import imitated
         from device_client import whole

@@ -42,7 +42,7 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
     if kept.state["data"] != trainer.data_id:
         raise DataError(
             f"these are not the {len(trainer.data.train):,} pictures that the run began with; give it the same --data "
-            f"and --limit, or another --run"
+            f"and --limit, or begin anew with --overwrite on both sides"
         )
     weights.fill(trainer.head, part(kept.tensors, "head"), source)
     head = trainer.head

@@ -22,7 +22,7 @@ from common.processor import fits
 from common.progress import Live, duration
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
-from common.run import Manifest, RunFolder
+from common.run import HEAD, Manifest, RunFolder
 from common.schedule import RECALL, Phase
 from device_client import batches
 from device_client.data import Dataset, Part
@@ -115,6 +115,7 @@ class Trainer:
             raise MismatchError(
                 f"{init.path} holds the head of run {manifest.run_id}; the recipe starts from run {wanted}"
             )
+        init.left_by(HEAD)
         trained = weights.read(init.path / "head.safetensors")
         adopt(self.head, trained, self.recipe, source, manifest)
 
@@ -178,6 +179,7 @@ class Trainer:
                 if self.then == pb.VALIDATE:
                     self._validate(live)
                     continue
+                width = self.phase.width  # of a nested phase, each of whose steps may have another
                 line = self._recall_step() if self.phase.kind == RECALL else self._train_step()
                 if self.phase.steps != planned:
                     planned = self.phase.steps
@@ -185,7 +187,7 @@ class Trainer:
                     live.say(f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for {planned:,} steps.")
                 total = self.remote.meter.total
                 crossed = total(UP).message, total(DOWN).message
-                live.step(self.step, line["loss"], line["accuracy"], line["width"], crossed)
+                live.step(self.step, line["loss"], line["accuracy"], width, crossed)
 
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""

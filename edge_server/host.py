@@ -168,7 +168,10 @@ class Host:
     def _open_training(self, session: Session, run_id: str, kept: Sequence[int]) -> int:
         if self.served:
             if run_id != self.run_id:
-                raise MismatchError(f"this server serves the finished run {self.run_id}; it has nothing to train")
+                raise MismatchError(
+                    f"this server serves the finished run {self.run_id} and trains nothing: start edge-server with a "
+                    f"recipe and another --run, or --overwrite"
+                )
             if self.run:
                 self.run.check_owner(session.identity)
             self.ended.set()  # its own device, which has not heard of the end

@@ -46,7 +46,7 @@ class Incoming:
             hold_up(self._caller.bytes.take(frame.ByteSize()), self._stream.context, self._host)
         self.wait_s += time.perf_counter() - started
         if frame is None:
-            raise StoppedError("the device closed the stream without a Leave")
+            raise StoppedError("the device is gone, without a word; what it trains waits for it to come back")
         if self._host.stopping and not frame.HasField("leave"):
             raise StoppedError(STOPPED)
         return self.draft.frame(UP, wire.opened(frame))

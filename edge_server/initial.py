@@ -12,7 +12,7 @@ from common import halves as halves_module
 from common import weights
 from common.errors import ModelError, RunFolderError
 from common.halves import Halves
-from common.inherit import adopt
+from common.inherit import adopt, with_classes
 from common.recipe import Recipe
 from common.run import RunFolder
 
@@ -79,7 +79,8 @@ def _from_run(recipe: Recipe, halves: Halves, folder: Path, allowed: Collection[
                 f"without a linear bottleneck whose head lies on this machine or was published"
             )
         layers = dict(trained.head.layers.state_dict()) | dict(trained.tail.layers.state_dict())
-        return _split(layers, halves, str(folder))
+        own = dict(halves.head.layers.state_dict()) | dict(halves.tail.layers.state_dict())
+        return _split(with_classes(layers, own, recipe, source), halves, str(folder))
     tail = adopt(halves.tail, trained.tail.state_dict(), recipe, source, manifest)
     if here:
         return Initial(adopt(halves.head, trained.head.state_dict(), recipe, source, manifest), tail)

@@ -78,7 +78,8 @@ class Servicer(split_pb2_grpc.SplitServicer):
         untold, self._untold = self._untold, 0
         more = f" (and {untold:,} more since the last of these lines)" if untold else ""
         # A sentence may quote what came, which may be long.
-        self.host.console.print(f"[yellow]Refused[/yellow]{more}: {escape(str(error)[:500])}", highlight=False)
+        kind = "Note" if isinstance(error, StoppedError) else "Refused"
+        self.host.console.print(f"[yellow]{kind}[/yellow]{more}: {escape(str(error)[:500])}", highlight=False)
 
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:

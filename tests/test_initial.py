@@ -65,6 +65,21 @@ def test_a_run_goes_on_at_another_cut(plain_run: Run, deprune_run: Run) -> None:
         initial_weights(recipe, halves.build(recipe), ())
 
 
+@pytest.mark.parametrize("cut", ["stage1_relu2", "stage2_1_relu2"])
+def test_a_run_goes_on_with_another_number_of_classes(plain_run: Run, cut: str) -> None:
+    """All that it has learnt is taken over but the classifier, which begins anew."""
+    model = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 4\ncut = "{cut}"\ninit = "run:{plain_run.path}"'
+    recipe = parse(recipe_text("fixed", model=model))
+    fresh, trained = halves.build(recipe), halves.build(load(plain_run.recipe)[0])
+    drawn = {name: value.clone() for name, value in fresh.tail.layers.state_dict().items() if "fc" in name}
+    initial_weights(recipe, fresh, ()).fill(fresh)
+    RunFolder(plain_run.path / "server").fill_half("tail", trained.tail)
+    learnt = trained.tail.layers.state_dict()
+    for name, value in fresh.tail.layers.state_dict().items():
+        assert torch.equal(value, drawn[name] if name in drawn else learnt[name]), name
+    assert len(drawn) == 2 and drawn["fc.bias"].shape == (4,)
+
+
 def test_going_on_from_a_narrower_bottleneck_keeps_its_map() -> None:
     """Channels that were never sent are noise, and must not be among the principal components of those that were."""
     recipe = parse(recipe_text("deprune", bottleneck='kind = "linear"', schedule="phases = [[2, 1], [8, 1]]"))

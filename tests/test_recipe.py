@@ -39,9 +39,15 @@ from common.recipe import parse
         ),
         (
             {"codec": 'activation = "auto:20"', "schedule": "phases = [[0, 1]]\nbudget_mb = 1"},
-            'write "step" or "context" in [codec], which has "auto" by default',
+            'write activation = "context:20" and gradient = "context:5" in [codec]',
         ),
         ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
+        ({"schedule": "phases = [8, 3]"}, "must be [width, epochs], such as in phases = [[8, 20]], or a table"),
+        ({"codec": 'activation = "auto20"'}, "a colon is missing: write auto:20"),
+        (
+            {"model": 'name = "tiny"\ninput = [32, 32, 3]\nclasses = 10\ncut = "x"'},
+            "channels come first: [3, 32, 32]",
+        ),
         ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
         ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
         (

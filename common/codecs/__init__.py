@@ -55,6 +55,8 @@ def codec(name: str) -> Codec:
     """The codec that a recipe calls `name`: "fp32", "fp16", "int8", or "step:15", "context:15", "auto:15" with an SNR
     in dB, and ":nearest" after it where gradients are not to be dithered. CodecError says what is wrong with others."""
     kind, *settings = name.split(":")
+    if (family := kind.rstrip("0123456789.")) in _MAKERS and kind not in _MAKERS:
+        raise CodecError(f"a colon is missing: write {family}:{kind.removeprefix(family)}")
     if kind not in _MAKERS:
         raise CodecError(f"there is no codec {kind!r}; there are {', '.join(KINDS)}")
     try:

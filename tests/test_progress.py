@@ -1,0 +1,46 @@
+"""What a person sees of long work: the time left fits the narrowest terminal, and reading many pictures is told."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+
+import pytest
+from rich.console import Console
+
+from common.progress import Counting, Live
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_time_left_fits(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    with Live(console, 123_456) as live:
+        for done in (10_001, 10_002):
+            live.step(done, 2.345, 0.5, 16, (123_456_789, 98_765_432))
+            live._bar.refresh()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    line = next(line for line in reversed(re.split(r"[\r\n]", shown)) if "10002/123456" in line)
+    assert re.search(r"up 123.5 MB  down 98.8 MB  [0-9:]+ left", line) and len(line.rstrip()) <= width
+    assert ("acc 50.0%" in line) == (width > 80) and "…" not in line
+
+
+def test_what_is_told_in_place_of_steps_is_not_cut_off() -> None:
+    console = Console(file=io.StringIO(), width=40, force_terminal=True)
+    with Live(console, 10) as live:
+        live.waiting("reconnecting, attempt 3 (no server answers at 127.0.0.1:50051); gives up in 9:41")
+        live._bar.refresh()
+    assert "…" not in console.file.getvalue() and "9:41" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_long_counting_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=80)
+    told = Counting(console, "Read", "pictures")
+    for now in (101.0, 104.0, 108.0, 115.0, 120.0):  # noqa: B007 - the clock that `told` reads
+        told(round(now - 100) * 100, 2000)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "Read 400 of 2,000 pictures, 0:16 left",
+        "Read 1,500 of 2,000 pictures, 0:05 left",
+    ]
