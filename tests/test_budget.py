@@ -120,7 +120,7 @@ def test_a_run_spends_its_budget_and_no_more(digits: Dataset) -> None:
     console = Console(file=io.StringIO(), width=120)
     report.show(console, summary)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "of messages were spent of a budget of 500.0 kB." in shown and "width 2 → 4." in shown
+    assert "of a budget of 500.0 kB, which was enough for 5 of 12 epochs." in shown and "width 2 → 4." in shown
 
 
 def test_evaluations_of_a_nested_phase_take_its_whole_width() -> None:
