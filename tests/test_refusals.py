@@ -26,9 +26,11 @@ from common.meter import Draft
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.wire import Place
+from device_client import cli as device_cli
 from device_client.remote_tail import RemoteTail
+from edge_server import cli as server_cli
 from edge_server.limits import Limits
-from tests.conftest import Run
+from tests.conftest import Run, failed
 
 CLASSES = tuple("0123456789")
 
@@ -215,21 +217,17 @@ def test_a_finished_run_is_left_alone(server: str, plain_run: Run, tmp_path: Pat
     assert (run / "summary.json").read_bytes() == before
 
 
-def test_a_folder_of_the_other_side(server: str, plain_run: Run, tmp_path: Path) -> None:
-    """It is told from a missing file's name neither by a finished run nor by one that a recipe would go on with."""
-    theirs = ("--run", plain_run.path / "server")
-    for line in (
-        pair.command("device-client", "train", server, "--data", "digits", *theirs),
-        pair.command("device-client", "evaluate", server, "--data", "digits", *theirs),
-        pair.command("edge-server", "serve", "--run", plain_run.path / "device"),
-        pair.command(
-            "edge-server", "serve", plain_run.path / "device" / "recipe.toml", "--run", plain_run.path / "device"
-        ),
+def test_a_folder_of_the_other_side(plain_run: Run) -> None:
+    """Whether what it holds is to be used, trained anew or gone on with."""
+    device, server = plain_run.path / "device", plain_run.path / "server"
+    for refused in (
+        failed(device_cli.cli, "train", "127.0.0.1:9", "--data", "digits", "--run", server),
+        failed(device_cli.cli, "evaluate", "127.0.0.1:9", "--data", "digits", "--run", server),
     ):
-        done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=pair.environment())
-        assert done.returncode == 1 and "of a run, and the" in done.stderr and "Traceback" not in done.stderr, (
-            done.stderr
-        )
+        assert f"{server} is the folder of the server of a run, and the device keeps its own" in refused
+    for recipe in ((), (plain_run.recipe,)):
+        refused = failed(server_cli.cli, "serve", *recipe, "--run", device)
+        assert f"{device} is the folder of the device of a run, and the server keeps its own" in refused
 
 
 def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path) -> None:
@@ -250,17 +248,14 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
 )
 def test_models_and_cuts_are_refused_at_the_start(model: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text(model=model))
-    line = pair.command("edge-server", "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=pair.environment())
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    assert words in failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_listening_outside_needs_a_word(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text())
-    line = pair.command("edge-server", "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
-    done = subprocess.run([*line, "--listen", "0.0.0.0:0"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "--tls-cert" in done.stderr
+    serve = (server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    assert "--tls-cert" in failed(*serve, "--listen", "0.0.0.0:0")
 
 
 def test_a_full_disk_stops_no_training(tmp_path: Path) -> None:
@@ -400,9 +395,8 @@ def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: P
 )
 def test_a_start_that_fails_says_why_and_leaves_nothing(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    placed = [str(run) if argument == "RUN" else argument for argument in arguments]
-    done = pair.device(*placed, capture_output=True)
-    assert done.returncode == 1 and words in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
+    placed = [run if argument == "RUN" else argument for argument in arguments]
+    assert words in failed(device_cli.cli, *placed)
     assert not run.exists()
 
 
