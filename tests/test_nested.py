@@ -22,7 +22,7 @@ def nested_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "deprune",
         bottleneck='kind = "linear"',
         codec='activation = "step:20"\ngradient = "step:10"',
-        schedule="phases = [{ width = 8, epochs = 4, nested = [2, 4] }]",
+        schedule="phases = [{ width = 8, epochs = 2, nested = [2, 4] }]",
     )
     return train(tmp_path_factory.mktemp("nested"), text)
 
