@@ -383,11 +383,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         _demand(len(value) == 2, f"{where} has {len(value)} items; give [width, epochs], or a table")
         value = dict(zip(("width", "epochs"), value, strict=True))
     if dataclasses.is_dataclass(hint):
-        form = (
-            "[width, epochs], such as in phases = [[8, 20]], or a table"
-            if hint is PhaseRecipe
-            else f"a table, [{where}]"
-        )
+        form = f"a table, [{where}]"
+        if hint is PhaseRecipe:
+            form = "[width, epochs], such as in phases = [[8, 20]], or a table"
         _demand(isinstance(value, dict), f"{where} must be {form}")
         return _build(typing.cast(type, hint), value, f"{where}.")
     if isinstance(hint, types.GenericAlias):

@@ -173,7 +173,7 @@ def _spent(summary: dict[str, Any], spent: int) -> str:
     if spent <= budget and epochs >= 0.99 * asked:
         return f"{text}."
     if spent <= budget:
-        return f"{text}, which was enough for {epochs:.2g} of {asked:g} epochs."
+        return f"{text}, which was enough for {epochs:.3g} of {asked:g} epochs."
     return (
         f"[yellow]Warning[/yellow]: {text}, which is too little for the head's weights, some steps and the test part."
     )
