@@ -139,8 +139,9 @@ class LiveRun:
             raise FrameError(f"Begin says {most} pictures to judge or bytes of a head; that is more than there can be")
         training = self._new(samples, classes, beside)
         assert self.initial  # check_free has looked
-        head = 0 if self.initial.run_id else len(weights.to_bytes(training.halves.head))
-        require_weights(self.recipe, head, beside.head)
+        if self.recipe.schedule.budget_mb:
+            head = 0 if self.initial.run_id else len(weights.to_bytes(training.halves.head))
+            require_weights(self.recipe, head, beside.head)
         self.initial.fill(training.halves)
         if self.training:  # begun by a device that made no step and is gone
             self.training.close()
