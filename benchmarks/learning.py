@@ -194,7 +194,7 @@ def main() -> None:
         for model in options.model or ["tiny"]
         for case in CASES
         if (case.quick or not options.quick)
-        and (case.main or model == "tiny" or options.only)
+        and (case.is_of(model) or (options.only and not case.network))
         and is_wanted(case.name, options.only)
     ]
     done = {(row["name"], row["seed"], row["model"]) for row in rows if is_current(row, options.quick)}

@@ -85,6 +85,11 @@ class Case:
     later: bool = False  # cut later, where the device computes more and less crosses
     quick: bool = False  # in the quick benchmark too
     main: bool = False  # of the larger networks too
+    network: str = ""  # the only one that has such a row
+
+    def is_of(self, model: str) -> bool:
+        """Whether it is among a network's rows, where none are asked for by name."""
+        return self.network == model if self.network else self.main or model == "tiny"
 
     @property
     def epochs(self) -> float:
@@ -127,7 +132,7 @@ def shortened(phases: str, share: float) -> str:
     return ", ".join(result)
 
 
-def _linear(name: str, width: int, up: int = 15, down: int = 10, **more: bool) -> Case:
+def _linear(name: str, width: int, up: int = 15, down: int = 10, **more: Any) -> Case:
     return Case(name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"step:{up}", f"step:{down}", **more)
 
 
@@ -198,6 +203,13 @@ CASES = [
     ),
     _linear("fixed width 8", 8, quick=True, main=True),
     Case("fixed width 8, longer", "fixed", "[8, 32]", "linear", "step:15", "step:10"),
+    Case("fixed width 16, longer", "fixed", "[16, 32]", "linear", "step:15", "step:10"),
+    # A quarter and a half of its channels, as 8 and 16 are of the others' cuts.
+    Case(
+        "deprune 32 then 64", "deprune", "[32, 18], { width = 64, epochs = 8, activation = 'step:15' }", "linear",
+        "step:10", "step:5", network="vgg11",
+    ),
+    _linear("fixed width 32", 32, network="vgg11"),
     _frozen("prune to 8, head frozen", 8, quick=True),
     _frozen("prune to 8 weighted, head frozen", 8, "weighted"),
     _frozen("prune to 8, head frozen at first", 8, learnt=0.75, quick=True, main=True),

@@ -38,7 +38,7 @@ def digits() -> Dataset:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_is_a_legal_recipe(case: Any) -> None:
-    parse(case.recipe("tiny", 0, "somewhere" if case.start else ""))
+    parse(case.recipe(case.network or "tiny", 0, "somewhere" if case.start else ""))
 
 
 @pytest.mark.parametrize("model", CUTS)
