@@ -25,6 +25,11 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def several(count: float, what: str) -> str:
+    """1 step, 1,200 steps, 1.5 epochs."""
+    return f"{count:{',' if isinstance(count, int) else 'g'}} {what}" + "s" * (count != 1)
+
+
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

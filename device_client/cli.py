@@ -52,7 +52,7 @@ _SHARED = [
                  help="This device's own certificate (PEM), where the server wants one."),
     click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its key (PEM)."),
     click.option("--token-file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                 help="File with the token, where the server wants one; default: that of DEPRUNE_TOKEN."),
+                 help="File with the token, where the server wants one; default: the token in DEPRUNE_TOKEN."),
 ]  # fmt: skip
 
 

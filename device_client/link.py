@@ -26,7 +26,7 @@ from common.errors import (
     from_rpc,
 )
 from common.meter import DOWN, Draft
-from common.progress import duration
+from common.progress import duration, several
 from common.pulse import STALLED_S, Pulse
 from common.rpc import split_pb2 as pb
 from common.tcp_info import Connection, find_server
@@ -129,7 +129,9 @@ class Trouble:
         if self._refusals >= _REFUSALS:
             raise error
         if spent >= self.give_up_s:
-            raise LinkError(f"{error}; gave up after {duration(spent)} and {self._attempts} attempts") from error
+            raise LinkError(
+                f"{error}; gave up after {duration(spent)} and {several(self._attempts, 'attempt')}"
+            ) from error
         # Jitter, so that devices which lost their server together do not come back together.
         pause = min(_MOST_S, _FIRST_S * 2 ** min(self._attempts - 1, _DOUBLED)) * random.uniform(0.5, 1.5)
         if isinstance(error, BusyError) and error.retry_after_s:

@@ -23,7 +23,7 @@ from common.checkpoint import Checkpoints, due, part
 from common.errors import DataError, DivergedError, MismatchError, ModelError, RunFolderError
 from common.halves import MOST_FELT, reseed
 from common.processor import fits
-from common.progress import Live
+from common.progress import Live, several
 from common.schedule import Phase, steps_of
 from device_client.inputs import computing, evaluation_batches, training_batch
 
@@ -105,10 +105,8 @@ class Local:
         self._take_up()
         if self.step < self.steps:
             going = f", going on at step {self.step:,}" if self.step else ""
-            console.print(
-                f"The head learns alone for {self.recipe.local.epochs:g} epochs before anything crosses{going}.",
-                highlight=False,
-            )
+            alone = several(self.recipe.local.epochs, "epoch")
+            console.print(f"The head learns alone for {alone} before anything crosses{going}.", highlight=False)
         self.head.train(), self.classifier.train()
         with Live(console, self.steps, self.step, "local step") as live:
             while self.step < self.steps:

@@ -19,7 +19,7 @@ from common.inherit import adopt
 from common.meter import DOWN, UP
 from common.phase_message import phase_of
 from common.processor import fits
-from common.progress import Live, duration
+from common.progress import Live, duration, several
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, Manifest, RunFolder
@@ -184,7 +184,9 @@ class Trainer:
                 if self.phase.steps != planned:
                     planned = self.phase.steps
                     live.plan(planned)
-                    live.say(f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for {planned:,} steps.")
+                    live.say(
+                        f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for {several(planned, 'step')}."
+                    )
                 total = self.remote.meter.total
                 crossed = total(UP).message, total(DOWN).message
                 live.step(self.step, line["loss"], line["accuracy"], width, crossed)

@@ -81,7 +81,7 @@ def cli() -> None:
 @click.option(
     "--token-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Let in only devices with a token from this file, a line `NAME TOKEN` for each; default: of DEPRUNE_TOKEN.",
+    help="Let in only devices with a token from this file, `NAME TOKEN` a line; default: the tokens in DEPRUNE_TOKEN.",
 )
 @click.option(
     "--checkpoint-every",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from common.errors import BusyError, SessionError
 from common.meter import DOWN, UP, Meter
+from common.progress import several
 from common.rpc import split_pb2 as pb
 from common.tcp_info import Kernel, find_peer
 from edge_server.limits import Limits
@@ -129,7 +130,7 @@ class Sessions:
         if len(own) >= limits.sessions_each:
             if not self._give_way(own, now - _GRACE_S):
                 raise BusyError(
-                    f"this device already has {limits.sessions_each} sessions here; try again in a minute",
+                    f"this device already has {several(limits.sessions_each, 'session')} here; try again in a minute",
                     limits.retry_s,
                 )
         elif len(self._open) >= limits.sessions and not self._give_way(self._open.values(), now - _GRACE_S):
@@ -137,7 +138,8 @@ class Sessions:
             theirs = [session for session in self._open.values() if session.caller == greedy]
             if most <= held[caller] + 1 or not self._give_way(theirs, now):
                 raise BusyError(
-                    f"the server already has {limits.sessions} sessions; try again in a minute", limits.retry_s
+                    f"the server already has {several(limits.sessions, 'session')}; try again in a minute",
+                    limits.retry_s,
                 )
 
     def _forget_idle(self, now: float) -> None:

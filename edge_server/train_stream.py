@@ -18,7 +18,7 @@ from common.codecs import Aside, codec
 from common.errors import FrameError, StoppedError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_message
-from common.progress import Live
+from common.progress import Live, several
 from common.rpc import split_pb2 as pb
 from common.schedule import RECALL, STORE, Phase
 from common.wire import Place
@@ -56,7 +56,7 @@ class TrainStream:
         if begun:
             what = (
                 f"{escape(receive.session.identity) or 'A device'} trains [bold]{escape(training.recipe.name)}[/bold]: "
-                f"{training.coordinator.steps:,} steps of {training.batch} pictures, "
+                f"{several(training.coordinator.steps, 'step')} of {several(training.batch, 'picture')}, "
                 f"{training.samples:,} pictures an epoch."
             )
         run.console.print(what, highlight=False)

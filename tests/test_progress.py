@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from common.progress import Counting, Live
+from common.progress import Counting, Live, several
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
@@ -44,3 +44,8 @@ def test_long_counting_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch
         "Read 400 of 2,000 pictures, 0:16 left",
         "Read 1,500 of 2,000 pictures, 0:05 left",
     ]
+
+
+def test_one_is_not_told_in_the_plural() -> None:
+    told = [several(count, "epoch") for count in (0, 1, 1.0, 1.5, 12, 1200)]
+    assert told == ["0 epochs", "1 epoch", "1 epoch", "1.5 epochs", "12 epochs", "1,200 epochs"]
