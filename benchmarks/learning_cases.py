@@ -132,6 +132,10 @@ def shortened(phases: str, share: float) -> str:
     return ", ".join(result)
 
 
+KNOWN, KNOWN_LATER = "plain on other pictures", "plain on other pictures, later cut"
+KNOWN_FIVE = "plain on five other classes"
+
+
 def _linear(name: str, width: int, up: int = 15, down: int = 10, **more: Any) -> Case:
     return Case(name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"step:{up}", f"step:{down}", **more)
 
@@ -177,7 +181,7 @@ def _frozen(name: str, width: int, basis: str = "principal", learnt: float = 0, 
     )  # fmt: skip
 
 
-def _stored(name: str, width: int, up: str, later: bool = False, basis: str = "principal") -> Case:
+def _stored(name: str, width: int, up: str, later: bool = False, basis: str = "principal", start: str = KNOWN) -> Case:
     """From the trained network, its head frozen: each picture crosses once. Width 0: without compression.
 
     What was kept is flipped when it is recalled and not shifted: a place of an 8x8 map is four pixels.
@@ -185,10 +189,9 @@ def _stored(name: str, width: int, up: str, later: bool = False, basis: str = "p
     more = "epochs = 8, views = 1, flip = true" if later else "epochs = 12, views = 1, flip = true, shift = 2"
     method, kind = ("prune", "linear") if width else ("fine-tuned", "none")
     phase, lr = f"{{ width = {width}, {more} }}", 0.02 if later else 0.05
-    return Case(name, method, phase, kind, up, basis=basis, start=KNOWN, lr=lr, warmup=0, later=later)
+    return Case(name, method, phase, kind, up, basis=basis, start=start, lr=lr, warmup=0, later=later)
 
 
-KNOWN, KNOWN_FIVE = "plain on other pictures", "plain on five other classes"
 CASES = [
     Case("plain", "plain", quick=True, main=True),
     Case("plain, longer", "plain", "[0, 32]"),
@@ -218,7 +221,9 @@ CASES = [
     _frozen("prune to 4 weighted, head frozen", 4, "weighted"),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
     _stored("prune to 24 of 64, later cut", 24, "step:10", later=True),
-    _stored("prune to 24 of 64 weighted, later cut", 24, "step:10", later=True, basis="weighted"),
+    # What the loss feels is noted at the cut of the run before, so that one is cut there too.
+    Case(KNOWN_LATER, "pretrained", part=OTHERS, later=True),
+    _stored("prune to 24 of 64 weighted, later cut", 24, "step:10", later=True, basis="weighted", start=KNOWN_LATER),
     _linear("fixed width 1", 1, quick=True),
     Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "step:10", "step:5", warmup=50, quick=True),
     _from_scratch("deprune 4 then 8, head frozen", "deprune", (4, 6), (8, 14), db=8),
