@@ -62,6 +62,8 @@ def adopt(
     order = torch.tensor(manifest.phase.order or range(half.bottleneck.channels))
     if isinstance(half.bottleneck, LinearEncoder | LinearDecoder):
         half.bottleneck.select(order)
+        if isinstance(half.bottleneck, LinearEncoder):
+            half.bottleneck.close_from(manifest.phase.width)  # the tail has never seen the others
         if isinstance(half, Tail) and len(half.sensitivity):
             half.sensitivity.copy_(half.sensitivity[order][:, order])
     return dict(half.state_dict())

@@ -268,14 +268,6 @@ class Recipe:
             kind != "none" or all(width == 0 for width in widths),
             'bottleneck.kind "none" sends all channels; write width 0 in the schedule, or choose channels or linear',
         )
-        ranked = False
-        for phase in self.schedule.phases:
-            _demand(
-                not (kind == "channels" and phase.views and phase.width and not ranked),
-                'bottleneck.kind "channels" ranks them by their gradients, and none comes back in a phase with views: '
-                "put a phase without views before it, or choose linear",
-            )
-            ranked = ranked or (phase.width > 0 and not phase.views)
         _demand(
             self.optimiser.restart or not any(phase.lr for phase in self.schedule.phases),
             "schedule.phases has an lr of its own, which needs optimiser.restart = true: without, the learning rate "

@@ -70,15 +70,17 @@ def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int
         entry.lr or recipe.optimiser.lr, start, end, nested=entry.nested,
     )  # fmt: skip
     ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
+    # An entry that is shorter is measured for what there is of it: a run that ended so would have all channels.
+    ranking = min(ranking, end - start - 1)
     result = [phase]
     if entry.views:
         result = [
             replace(phase, kind=STORE),
             replace(phase, from_step=start + max(1, views), kind=RECALL, flip=entry.flip, shift=entry.shift),
         ]
-    elif ranking and width < channels:
+    elif ranking > 0 and min(phase.widths) < channels:
         result = [replace(phase, width=channels, kind=RANK, nested=()), replace(phase, from_step=start + ranking)]
-    # A phase shorter than its ranking is measured for what there is of it; one without steps is left out.
+    # One without steps is left out.
     return [piece for piece in result if piece.from_step < end]
 
 

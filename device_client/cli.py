@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,7 +18,7 @@ from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
 from common.errors import AuthError, RunFolderError
 from common.meter import DOWN, UP
-from common.progress import Counting, size
+from common.progress import Counting, Screen, size
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
 from common.tokens import exposed
@@ -31,7 +30,7 @@ from device_client.sources import check_source
 if TYPE_CHECKING:
     import torch
 
-console = Console(soft_wrap=True)
+console = Screen(soft_wrap=True)
 
 _PLACE = click.Path(file_okay=False, path_type=Path)
 _OWN_RUN = [click.option("--run", "run_path", required=True, type=_PLACE, help="Folder of the run on this device.")]

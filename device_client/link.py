@@ -124,7 +124,8 @@ class Trouble:
         """Sleep before the next attempt, longer each time; raises `error` where there is to be none."""
         self._attempts += 1
         # An answer, though not the one that was wanted; no answer at all is a matter of time alone.
-        self._refusals += not isinstance(error, LinkError | AuthError | StoppedError | BusyError)
+        unanswered = isinstance(error, LinkError | AuthError | StoppedError | BusyError)
+        self._refusals = 0 if unanswered else self._refusals + 1
         spent = time.monotonic() - self._since
         if self._refusals >= _REFUSALS:
             raise error

@@ -193,6 +193,8 @@ class Local:
         tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
         tensors |= {f"classifier.{name}": value for name, value in self.classifier.state_dict().items()}
         tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(self.optimiser).items()}
+        # Copied: a model's tied weights are one tensor under two names, which safetensors does not write.
+        tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
         books = {"wall_s": self.trainer.elapsed_s, "busy_s": self.trainer.busy_s}
         try:
             self.checkpoints.write(self.step, tensors, books)

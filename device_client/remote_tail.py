@@ -138,15 +138,16 @@ class RemoteTail(Connection):
     def recall(self, step: int, phase: Phase, kept: int = 0) -> StepResult:
         """One step that the server makes from what it has kept; asked for many at a time."""
 
+        ask = wire.seal(Place(pb.CONTROL, step, phase.index).frame(recall=pb.Recall(steps=_RECALLED), kept=kept))
+
         def attempt() -> StepResult:
             if self._train is not self._asked_on:
-                self._settle_request()
+                self._settle_request(ask)
             if self._answered:
                 self._answered -= 1
             elif not self._asked:
-                ask = Place(pb.CONTROL, step, phase.index).frame(recall=pb.Recall(steps=_RECALLED), kept=kept)
                 self._ask, self._asked = Draft(self.meter), _RECALLED
-                self._stream.send(self._ask.frame(UP, wire.seal(ask)))
+                self._stream.send(self._ask.frame(UP, ask))
             draft = Draft(self.meter)
             try:
                 result = self._result(step, phase, draft)
@@ -162,10 +163,14 @@ class RemoteTail(Connection):
 
         return self._steadily(step, attempt)
 
-    def _settle_request(self) -> None:
-        """On a new stream: a request for recalled steps had arrived if, and only if, some of them were answered."""
+    def _settle_request(self, ask: pb.Frame) -> None:
+        """On a new stream: a request for recalled steps, `ask`, had arrived if, and only if, some were answered."""
         if self._ask:
             (self._ask.keep if self._answered else self._ask.drop)()
+        elif self._answered and self._ready.from_request:
+            self._ask = Draft(self.meter)  # of a process before this one, which has not seen an answer to it
+            self._ask.frame(UP, ask)
+            self._ask.keep()
         self._asked, self._asked_on = 0, self._train
 
     def leave(self, step: int, phase: Phase, head: bytes = b"") -> None:

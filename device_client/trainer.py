@@ -27,6 +27,7 @@ from common.schedule import RECALL, Phase
 from device_client import batches
 from device_client.data import Dataset, Part
 from device_client.inputs import computing, sent_batches, training_batch
+from device_client.link import CURABLE
 from device_client.local import Local
 from device_client.remote_tail import RemoteTail, StepResult
 from device_client.state import fingerprint, restore, state_of
@@ -219,7 +220,7 @@ class Trainer:
         buffers, books = [buffer.clone() for buffer in self.head.buffers()], self.remote.meter.state()
         try:
             yield
-        except (KeyboardInterrupt, LinkError):
+        except (KeyboardInterrupt, *CURABLE):
             for buffer, value in zip(self.head.buffers(), buffers, strict=True):
                 buffer.copy_(value)
             self.remote.meter.restore(books)
@@ -333,6 +334,8 @@ class Trainer:
         if verdict.HasField("next"):
             self._switch(phase_of(verdict.next))
         self.then = pb.FINISH if verdict.finished else pb.STEP
+        if verdict.finished:  # a device that is lost from now on does not ask again: its server may be done
+            self.keep(anew=True)
 
     def finish(self, publish: bool) -> dict[str, Any]:
         """Judge the test part, say goodbye, keep the head; the summary."""

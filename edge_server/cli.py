@@ -18,7 +18,7 @@ from common import recipe as recipes
 from common.channel import ServerTls
 from common.checkpoint import EVERY
 from common.errors import ModelError
-from common.progress import size
+from common.progress import Screen, size
 from common.run import RunFolder
 from common.tokens import exposed
 from edge_server import certs as certificates
@@ -28,7 +28,7 @@ from edge_server.limits import Limits
 if TYPE_CHECKING:
     from edge_server.host import Host
 
-console = Console(soft_wrap=True)
+console = Screen(soft_wrap=True)
 
 
 @click.group()

@@ -82,7 +82,7 @@ class Coordinator:
         return decision
 
     def _validation(self, step: int, loss: float) -> Decision:
-        if self._recipe.schedule.kind != "plateau":
+        if self._recipe.schedule.kind != "plateau" or self.phase.kind == RANK:  # its loss is that of all channels
             return Decision(pb.STEP)
         before = self._plateau.position
         self._plateau = schedule.after_validation(self._plateau, loss, self._recipe.schedule)

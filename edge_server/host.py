@@ -6,6 +6,7 @@ it trains outlives visits and processes, and is in live.py.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -174,7 +175,7 @@ class Host:
                 )
             if self.run:
                 self.run.check_owner(session.identity)
-            self.ended.set()  # its own device, which has not heard of the end
+            self.finished_at = time.monotonic()  # its own device has not heard of the end, and judges once more
             return 0
         assert self.run
         if not run_id:
@@ -200,6 +201,16 @@ class Host:
                 f"the head of run {self.run_id} was not published; "
                 f"use --run with the folder of the device that trained it"
             )
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """The run's own device is back to hear of the end; a server that only waits for that stays until it has."""
+        self.finished_at = math.inf
+        try:
+            yield
+        finally:
+            self.finished_at = time.monotonic()
+        self.ended.set()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -244,16 +255,12 @@ class Host:
                 session.run = run
                 session.joined = True
                 return True
+            run.check_data(samples, classes, begin.step)  # before anything is given up for this device
             if session.back_to is not None:
                 self._put_back(session, begin.step)
             assert run.training
             _check_whole(run.training)
             run.training.answered_from(begin.step)
-            if (samples, classes) != (run.training.samples, run.training.classes):
-                raise MismatchError(
-                    f"the device came back with {samples} pictures of {len(classes)} classes; the run began with "
-                    f"{run.training.samples} of {len(run.training.classes)}: use the data it began with"
-                )
             run.take_over(context)
             run.faults.reconnects += session.joined
             session.joined = True
@@ -353,6 +360,15 @@ def _check_sizes(recipe: Recipe, halves: Halves, most: int) -> None:
                 f"the schedule has nested {list(phase.nested)}, and {phase.width or channels} channels cross at most "
                 f"in that phase: give narrower ones"
             )
+    ranked = recipe.bottleneck.kind != "channels"
+    for phase in recipe.schedule.phases:
+        narrow = min(phase.width or channels, *phase.nested, channels) < channels
+        if narrow and phase.views and not ranked:
+            raise ModelError(
+                'bottleneck.kind "channels" ranks them by their gradients, and none comes back in a phase with views: '
+                "put a phase without views before it that is narrower than all channels, or choose linear"
+            )
+        ranked = ranked or (narrow and not phase.views)
     too_wide = [width for width in recipe.schedule.width_list if width > channels]
     if too_wide:
         raise ModelError(

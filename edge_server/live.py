@@ -102,6 +102,21 @@ class LiveRun:
                 "this run was begun by another device and is its own; start another server for a second"
             )
 
+    def check_data(self, samples: int, classes: tuple[str, ...], step: int) -> None:
+        """Raise where a device that comes back at `step` has other pictures than the run began with."""
+        if self.training:
+            begun = self.training.samples, self.training.classes
+        elif step in self.checkpoints.written:
+            state = self.checkpoints.read(step).state
+            begun = state["samples"], tuple(state["classes"])
+        else:
+            return
+        if (samples, classes) != begun:
+            raise MismatchError(
+                f"the device came back with {samples:,} pictures of {len(classes)} classes; the run began with "
+                f"{begun[0]:,} of {len(begun[1])}: use the data it began with"
+            )
+
     # Streams
 
     def join(self, context: Stream) -> None:

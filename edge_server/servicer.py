@@ -102,7 +102,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             digest=host.recipe.digest(),
             run_id=host.run_id,
             phase=phase_message(host.served.manifest.phase) if host.served else None,
-            limits=pb.Limits(max_frame_bytes=wire.FRAME_BYTES, max_tensor_elements=host.limits.elements),
+            limits=pb.Limits(max_tensor_elements=host.limits.elements),
             head_size=0 if request.run_id else len(host.head_weights(session)),
             init_run_id=host.run.initial.run_id if host.run and host.run.initial and trains and not back else "",
             classes=host.served.manifest.classes if host.served else (),
@@ -152,7 +152,9 @@ class Servicer(split_pb2_grpc.SplitServicer):
                 training = stack.enter_context(self.host.judging(session, context))
             else:
                 stack.enter_context(self.host.evaluating())
-                if not session.trains:
+                if session.trains:
+                    stack.enter_context(self.host.telling())
+                else:
                     stack.callback(self.host.sessions.leave, session)
             stack.enter_context(session.streaming())
             stack.callback(receive.draft.drop)

@@ -43,7 +43,7 @@ class TrainStream:
         felt = self._felt() if wanted else []
         ready = pb.Ready(
             basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers),
-            sensitivity_follows=bool(felt),
+            sensitivity_follows=bool(felt), from_request=len(answers) == len(training.answers),
         )  # fmt: skip
         first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *felt]
         count = meter.frame if begun else meter.again
@@ -178,7 +178,6 @@ class TrainStream:
                 f"Recall of {frame.recall.steps:,} steps came; the server makes {self.host.limits.recall:,} at once"
             )
         clock, phase = time.perf_counter, training.phase
-        self.receive.draft.keep()
         training.answers = []
         for _ in range(frame.recall.steps):
             if self.host.stopping:
@@ -190,6 +189,8 @@ class TrainStream:
                 _, loss, correct = training.learn(sent, labels)
                 decision = training.apply()
                 done = self._done(step, phase, loss, correct, decision)
+                if not training.answers:  # by the first of its steps the device will know that the request had come
+                    self.receive.draft.keep()
                 training.answers.append([done])
                 run.meter.frame(DOWN, done)
                 seconds = {"decode": decoded - started, "tail": clock() - decoded}

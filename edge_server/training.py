@@ -267,6 +267,7 @@ class Training:
             "classes": self.classes, "samples": self.samples, "beside": asdict(self.beside),
             "rotated": self.rotated, "trained": self.trained,
             "stored": self.stored, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
+            "outlived": {path.name: last for path, last in self._outlived.items()},
             "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,
             "evaluated": sorted(self.evaluated), "test": asdict(self.test) if self.test else None,
             "validated": [self._validated[0], asdict(self._validated[1])],
@@ -283,6 +284,7 @@ class Training:
         self.wall_s, self.busy_s = state["wall_s"], state["busy_s"]
         self.evaluated = {(step, on_test) for step, on_test in state["evaluated"]}
         self.test = Judgement(**state["test"]) if state["test"] else None
+        self._outlived = {self.folder / name: last for name, last in state.get("outlived", {}).items()}
         step, phase_then = state["validated"]
         self._validated = step, phase_from(phase_then)
         self.halves.tail.resize(self.phase.width, self.phase.order)

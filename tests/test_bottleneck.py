@@ -8,7 +8,9 @@ import torch
 from benchmarks.recipes import recipe_text
 from common import bottleneck, schedule
 from common.recipe import parse
+from common.rpc import split_pb2 as pb
 from common.schedule import Plateau
+from edge_server.coordinator import Coordinator
 
 
 @pytest.mark.parametrize("kind", ["none", "channels", "linear"])
@@ -74,6 +76,42 @@ def test_epochs_become_steps() -> None:
     plan, steps = schedule.planned(parsed, 32, 10)
     assert steps == 15
     assert [(s.from_step, s.width, s.kind) for s in plan] == [(0, 32, "rank"), (2, 2, "learn"), (5, 32, "learn")]
+
+
+@pytest.mark.parametrize(
+    ("phases", "expected"),
+    [
+        # One that would be over before its channels are measured: what there is of it is, and then the channels go.
+        ("[4, 1], [8, 0.1]", [(0, 32, "rank"), (4, 4, "learn"), (10, 8, "learn")]),
+        ("[4, 1], [8, 0.2]", [(0, 32, "rank"), (4, 4, "learn"), (10, 32, "rank"), (11, 8, "learn")]),
+        ("[4, 0.1]", [(0, 4, "learn")]),
+        # The narrow widths of nested ones are chosen by rank too.
+        ("{ width = 0, epochs = 1, nested = [2, 4] }", [(0, 32, "rank"), (4, 32, "learn")]),
+    ],
+)
+def test_channels_are_ranked_where_some_are_left_out(phases: str, expected: list[tuple[int, int, str]]) -> None:
+    parsed = parse(
+        recipe_text("deprune", bottleneck='kind = "channels"\nranking_steps = 4', schedule=f"phases = [{phases}]")
+    )
+    plan, _ = schedule.planned(parsed, 32, 10)
+    assert [(s.from_step, s.width, s.kind) for s in plan] == expected
+
+
+def test_a_plateau_decides_nothing_while_channels_are_ranked() -> None:
+    """All of them cross then; and a run that ended there would be used with all of them."""
+    text = recipe_text(
+        "deprune",
+        data="batch = 32\nvalidation = 0.2",
+        bottleneck='kind = "channels"\nranking_steps = 4',
+        schedule='kind = "plateau"\nwidths = [4]\npatience = 1\nmin_gain = 0.5\nmax_epochs = 9',
+    )
+    coordinator = Coordinator(parse(text), 32, 1)
+    thens = []
+    for step in range(5):
+        coordinator.after_step(step)
+        thens.append(coordinator.after_validation(step, 1.0).then)
+    assert (coordinator.phase.kind, coordinator.phase.width) == ("learn", 4)
+    assert thens == [pb.STEP] * 4 + [pb.FINISH]
 
 
 def test_plateau_moves_on_after_patience() -> None:

@@ -108,6 +108,26 @@ def test_going_on_from_a_narrower_bottleneck_keeps_its_map() -> None:
     assert (mapped(fresh, 8) - expected).norm() < 1e-3 * expected.norm()
 
 
+def test_channels_that_were_never_sent_are_closed_to_a_linear_bottleneck() -> None:
+    source = parse(recipe_text("fixed", bottleneck='kind = "channels"', schedule="phases = [[8, 1]]"))
+    recipe = parse(recipe_text("fixed", bottleneck='kind = "linear"', schedule="phases = [[4, 1]]"))
+    order = tuple(np.random.default_rng(2).permutation(32).tolist())
+    manifest = Manifest("run", source.digest(), (), Phase(0, 0, 8, "fp32", "fp32", 0.1, 0, 1, order), True)
+    trained, fresh = halves.build(source), halves.build(recipe)
+    for new, old in ((fresh.head, trained.head), (fresh.tail, trained.tail)):
+        adopt(new, old.state_dict(), recipe, source, manifest)
+        old.bottleneck.resize(8, order)
+    pictures = torch.rand(16, 1, 16, 16)
+    with torch.no_grad():
+        for half in (trained.head, trained.tail, fresh.head, fresh.tail):
+            half.eval()
+        expected = trained.tail(trained.head(pictures))
+        for width in (32, 8):
+            for half in (fresh.head, fresh.tail):
+                half.bottleneck.resize(width)
+            assert torch.allclose(fresh.tail(fresh.head(pictures)), expected, atol=1e-4), width
+
+
 def test_principal_components_are_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder lists one class after the other."""
     digits = data.load("digits", (1, 16, 16), 3, 0.0, limit=400)
@@ -164,6 +184,15 @@ def test_models_whose_output_is_not_one_number_a_class(factory: str, words: str,
     with pytest.raises(ModelError, match=words):
         Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(file=io.StringIO()), (name,), False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("first", ["", "{ width = 0, epochs = 1 }, ", "{ width = 32, epochs = 1 }, "])
+def test_channels_cannot_be_ranked_where_no_gradient_comes_back(first: str, tmp_path: Path) -> None:
+    schedule = f"phases = [{first}{{ width = 4, epochs = 2, views = 1 }}]"
+    model = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "x.safetensors"'
+    text = recipe_text("prune", model=model, bottleneck='kind = "channels"', schedule=schedule)
+    with pytest.raises(ModelError, match="none comes back in a phase with views: put a phase without views before it"):
+        Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(file=io.StringIO()), (), False)
 
 
 def test_nested_widths_that_cannot_cross(tmp_path: Path) -> None:

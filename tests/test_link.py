@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import grpc
 import pytest
 
-from common.errors import AuthError, FaultError, LinkError
+from common.errors import AuthError, FaultError, FrameError, LinkError
 from common.meter import UP, Draft, Meter
 from common.rpc import split_pb2 as pb
 from device_client.link import Stream, Trouble
@@ -68,6 +68,14 @@ def test_a_fault_of_the_servers_own_is_not_tried_for_ever(monkeypatch: pytest.Mo
     with pytest.raises(FaultError):
         for _ in range(10):
             trouble.wait(FaultError("its log has the details"), lambda text: None)
+
+
+def test_refusals_between_lost_links_are_not_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad link damages a frame now and then: that is no server that means it."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    trouble = Trouble(give_up_s=1e6)
+    for number in range(100):
+        trouble.wait(LinkError("lost") if number % 3 else FrameError("damaged"), lambda text: None)
 
 
 def test_an_evaluation_keeps_sums_not_frames() -> None:

@@ -212,6 +212,17 @@ def test_a_full_disk_is_told_and_nothing_is_lost(
     assert not (tmp_path / "full" / "device" / "local").exists()
 
 
+def test_tied_weights_are_kept(digits: Dataset, tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, _text(0.5), digits)
+    trainer.head.layers.register_parameter("tied", next(trainer.head.layers.parameters()))
+    alone = Local(trainer)
+    alone.keep()
+    assert Checkpoints(alone.checkpoints.folder, alone.checkpoints.run_id, alone.checkpoints.digest).sound() == (
+        [0],
+        [],
+    )
+
+
 def test_the_summary_of_a_run_that_went_on_knows_what_was_learnt_alone(digits: Dataset, tmp_path: Path) -> None:
     text = _text(0.5, schedule="phases = [[4, 0.6]]")
     whole = inprocess.train(text, digits, folder=tmp_path / "whole")

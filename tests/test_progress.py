@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from common.progress import Counting, Live, several
+from common.progress import Counting, Live, Screen, several
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
@@ -44,6 +45,26 @@ def test_long_counting_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch
         "Read 400 of 2,000 pictures, 0:16 left",
         "Read 1,500 of 2,000 pictures, 0:05 left",
     ]
+
+
+def test_a_log_on_a_full_disk_ends_nothing() -> None:
+    class Disk(io.StringIO):
+        full = True
+
+        def write(self, text: str) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    disk = Disk()
+    screen = Screen(file=disk)
+    with Live(screen, 10) as live:
+        for done in range(5):
+            live.say(f"lost {done}")
+            live.step(done, 1.0, 0.5, width=done)
+        disk.full = False
+        live.say("there is room again")
+    assert disk.getvalue() == "there is room again\n"
 
 
 def test_one_is_not_told_in_the_plural() -> None:

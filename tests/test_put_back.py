@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.recipes import BATCH, recipe_text
+from benchmarks.recipes import BATCH, CLASSES, recipe_text
 from common.errors import FrameError, SessionError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
@@ -25,7 +25,7 @@ def begun(host: Host, step: int = 0, run_id: str = "", kept: tuple[int, ...] = (
     session, _ = host.open(True, run_id, kept, "")
     stream = Mock()
     stream.cancel.side_effect = lambda part=host.run.part: threading.Thread(target=part, args=(stream,)).start()
-    host.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)], step=step), stream)
+    host.begin(session, pb.Begin(samples=64, classes=CLASSES, step=step), stream)
     return session, stream
 
 
@@ -88,7 +88,7 @@ def test_a_handshake_that_is_played_once_more_disturbs_nothing(host: Host) -> No
     with pytest.raises(FrameError, match="Evaluate came before Begin"), host.judging(stranger, Mock()):
         pass
     with pytest.raises(FrameError, match="the handshake told this device to go on at 5"):
-        host.begin(stranger, pb.Begin(samples=64, step=0), Mock())
+        host.begin(stranger, pb.Begin(samples=64, classes=CLASSES, step=0), Mock())
     assert run.training is training
     stream.cancel.assert_not_called()
 
@@ -102,7 +102,7 @@ def test_a_run_that_went_on_meanwhile_is_not_put_where_it_cannot_be(host: Host) 
         run.training.learn(*BATCH)
         run.keep(run.training.apply())
     with pytest.raises(SessionError, match="the run has gone on from step 0 meanwhile; open another session"):
-        host.begin(late, pb.Begin(samples=64, step=0), Mock())
+        host.begin(late, pb.Begin(samples=64, classes=CLASSES, step=0), Mock())
 
 
 def test_a_device_that_stayed_while_its_server_was_replaced_can_still_be_replaced_itself(
@@ -119,7 +119,7 @@ def test_a_device_that_stayed_while_its_server_was_replaced_can_still_be_replace
     run.every = 5
     session, told = other.open(True, run.run_id, (0, 5, 8), "")
     assert told == 8
-    other.begin(session, pb.Begin(samples=64, classes=[str(number) for number in range(10)], step=8), Mock())
+    other.begin(session, pb.Begin(samples=64, classes=CLASSES, step=8), Mock())
     assert run.training
     for _ in range(3):
         run.training.learn(*BATCH)

@@ -50,10 +50,6 @@ from common.recipe import parse
         ),
         ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
         ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
-        (
-            {"bottleneck": 'kind = "channels"', "schedule": "phases = [{ width = 4, epochs = 2, views = 1 }]"},
-            "none comes back in a phase with views: put a phase without views before it",
-        ),
     ],
 )
 def test_recipes(change: dict[str, str], words: str) -> None:
