@@ -28,15 +28,20 @@ class Decision:
 class Coordinator:
     """One run's phases. `steps` is the length of the run as it is planned now, under a plateau the most it can take."""
 
-    def __init__(self, recipe: Recipe, channels: int, steps_per_epoch: int, budget: Budget | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, channels: int, steps_per_epoch: int, budget: Budget | None = None,
+        known: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        """`known`: channels that the network has been trained with, where those are not all; none: all."""
         self._recipe = recipe
         self._channels = channels
         self._steps_per_epoch = steps_per_epoch
         self._upcoming, self.steps = schedule.planned(recipe, channels, steps_per_epoch)
         self._plateau, self._budget = Plateau(), budget
         self._scores = torch.zeros(channels)
-        self._order = tuple(range(channels)) if recipe.bottleneck.kind == "channels" else ()
-        self._sent = 0  # channels chosen so far; they stay in front of the order
+        rest = tuple(channel for channel in range(channels) if channel not in known)
+        self._order = known + rest if recipe.bottleneck.kind == "channels" else ()
+        self._sent = len(known)  # channels chosen so far; they stay in front of the order
         self.phases: list[Phase] = []
         self._validated: tuple[int, Decision] | None = None
         self._advance()

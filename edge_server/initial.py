@@ -19,11 +19,13 @@ from common.run import RunFolder
 
 @dataclass(frozen=True)
 class Initial:
-    """What to fill new halves with. `run_id`: set where the device must bring the trained head itself."""
+    """What to fill new halves with. `run_id`: set where the device must bring the trained head itself. `known`: the
+    channels that a run by channels has sent, the most important first; the tail has seen no others."""
 
     head: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tail: Mapping[str, torch.Tensor] = field(default_factory=dict)
     run_id: str = ""
+    known: tuple[int, ...] = ()
 
     def fill(self, halves: Halves) -> None:
         if self.head:
@@ -81,7 +83,9 @@ def _from_run(recipe: Recipe, halves: Halves, folder: Path, allowed: Collection[
         layers = dict(trained.head.layers.state_dict()) | dict(trained.tail.layers.state_dict())
         own = dict(halves.head.layers.state_dict()) | dict(halves.tail.layers.state_dict())
         return _split(with_classes(layers, own, recipe, source), halves, str(folder))
+    known = manifest.phase.order[: manifest.phase.width] if recipe.bottleneck.kind == "channels" else ()
     tail = adopt(halves.tail, trained.tail.state_dict(), recipe, source, manifest)
     if here:
-        return Initial(adopt(halves.head, trained.head.state_dict(), recipe, source, manifest), tail)
-    return Initial(tail=tail, run_id=manifest.run_id)
+        head = adopt(halves.head, trained.head.state_dict(), recipe, source, manifest)
+        return Initial(head, tail, known=known)
+    return Initial(tail=tail, run_id=manifest.run_id, known=known)

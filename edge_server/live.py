@@ -171,7 +171,8 @@ class LiveRun:
         epoch = max(1, samples // batch)
         if self.recipe.schedule.budget_mb:
             budget = Budget(self.recipe, halves.channels, epoch, batch, beside)
-        coordinator = Coordinator(self.recipe, halves.channels, epoch, budget)
+        known = self.initial.known if self.initial else ()  # else a checkpoint knows
+        coordinator = Coordinator(self.recipe, halves.channels, epoch, budget, known)
         return Training(
             self.recipe, halves, coordinator, classes, samples, beside, self.checkpoints.folder, self.store_limit
         )

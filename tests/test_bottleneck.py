@@ -97,6 +97,15 @@ def test_channels_are_ranked_where_some_are_left_out(phases: str, expected: list
     assert [(s.from_step, s.width, s.kind) for s in plan] == expected
 
 
+def test_a_run_by_channels_goes_on_with_those_that_its_network_knows() -> None:
+    text = recipe_text("fixed", bottleneck='kind = "channels"\nranking_steps = 1', schedule="phases = [[2, 1]]")
+    coordinator = Coordinator(parse(text), 6, 4, known=(4, 1, 3))
+    worth = torch.tensor([9.0, 1.0, 9.0, 3.0, 2.0, 9.0])[:, None]
+    coordinator.observe(worth.T, torch.ones(1, 6))
+    assert coordinator.after_step(0).phase
+    assert coordinator.phase.order[:3] == (3, 4, 1) and coordinator.phase.width == 2
+
+
 def test_a_plateau_decides_nothing_while_channels_are_ranked() -> None:
     """All of them cross then; and a run that ended there would be used with all of them."""
     text = recipe_text(

@@ -128,6 +128,19 @@ def test_channels_that_were_never_sent_are_closed_to_a_linear_bottleneck() -> No
             assert torch.allclose(fresh.tail(fresh.head(pictures)), expected, atol=1e-4), width
 
 
+def test_pruning_a_run_by_channels_keeps_to_those_that_it_sent(tmp_path: Path) -> None:
+    channels = 'kind = "channels"\nranking_steps = 2'
+    few = data.load("digits", (1, 16, 16), 3, 0.0, limit=320)
+    wide = recipe_text("fixed", bottleneck=channels, schedule="phases = [[8, 0.5]]")
+    inprocess.train(wide, few, folder=tmp_path / "wide")
+    _, _, manifest = RunFolder(tmp_path / "wide" / "server").read()
+    model = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:{tmp_path}/wide"'
+    narrow = recipe_text("prune", model=model, bottleneck=channels, schedule="phases = [[3, 0.5]]")
+    inprocess.train(narrow, few, folder=tmp_path / "narrow")
+    _, _, pruned = RunFolder(tmp_path / "narrow" / "server").read()
+    assert set(pruned.phase.order[:8]) == set(manifest.phase.order[:8]) and pruned.phase.width == 3
+
+
 def test_principal_components_are_of_all_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder lists one class after the other."""
     digits = data.load("digits", (1, 16, 16), 3, 0.0, limit=400)
