@@ -48,6 +48,8 @@ def rows_table(rows: Rows) -> str:
     for (name, model), group in grouped(rows).items():
         plain = [row for row in rows if row["model"] == model and row["name"] == "plain"]
         coded = sent(group, "context") != sent(group)
+        # Seconds of another machine than plain's say nothing beside it.
+        timed = not plain or group[0]["machine"] == plain[0]["machine"]
         values = [100 * row["accuracy"] for row in group]
         result.append([
             name, model, str(len(group)), _passes(group[0]),
@@ -57,7 +59,7 @@ def rows_table(rows: Rows) -> str:
             f"{sent(group, 'context') / 1e6:,.1f}" if coded else "",
             f"{sent(plain) / sent(group, 'context'):,.1f}" if coded and plain else "",
             reached(group, "context"),
-            f"{_mean(group, 'wall_s'):,.0f}", f"{_mean(group, 'device_s'):,.0f}",
+            *(f"{_mean(group, key):,.0f}" if timed else "" for key in ("wall_s", "device_s")),
         ])  # fmt: skip
     head = ["row", "model", "seeds", "epochs", "accuracy", "from, to", "MB up", "MB down", "times fewer than plain",
             "MB by `context`", "times fewer", "MB to target", "wall s", "device s"]  # fmt: skip
