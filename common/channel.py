@@ -67,6 +67,8 @@ def parse_address(address: str) -> tuple[str, int]:
     host, separator, port = address.rpartition(":")
     if not separator or not host or not port.isdigit():
         raise DepruneError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise DepruneError(f"{address!r} has an IPv6 address without brackets; write [{host}]:{port}")
     if int(port) > 65535:
         raise DepruneError(f"{address} has port {port}; ports end at 65535")
     return host, int(port)

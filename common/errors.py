@@ -154,13 +154,19 @@ _RETRY_KEY = "retry-pushback-ms"
 _RETRY_MOST_S = 60.0
 
 
+def printable(text: str, most: int) -> str:
+    """What came from elsewhere, fit for a terminal and a log: cut to `most` characters, without control characters."""
+    return "".join(character if character.isprintable() else "?" for character in text[:most])
+
+
 def abort(context: grpc.ServicerContext, error: DepruneError) -> None:
     """End the RPC with the status, sentence and class name of `error`; raises, as grpc's own abort does."""
     metadata = [(_METADATA_KEY, type(error).__name__)]
     if isinstance(error, BusyError) and error.retry_after_s is not None:
         metadata.append((_RETRY_KEY, str(round(error.retry_after_s * 1000))))
     context.set_trailing_metadata(tuple(metadata))
-    context.abort(_STATUS.get(type(error), grpc.StatusCode.UNKNOWN), str(error))
+    # gRPC replaces a status that is too long by one of its own, which says something else.
+    context.abort(_STATUS.get(type(error), grpc.StatusCode.UNKNOWN), printable(str(error), 1000))
 
 
 def _reason(details: str) -> str:

@@ -94,7 +94,10 @@ class Tail(nn.Module):
         self.norms.put_away()
 
     def forward(self, sent: Tensor) -> Tensor:
-        return self.layers(self.bottleneck(sent)).float()
+        activation = self.bottleneck(sent)
+        if activation.requires_grad and activation.is_leaf:
+            activation = activation.clone()  # a layer may work in place, which nothing may on what asks for a gradient
+        return self.layers(activation).float()
 
 
 CPU = torch.device("cpu")

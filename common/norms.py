@@ -18,12 +18,13 @@ class Norms(nn.Module):
 
     def __init__(self, layers: nn.Module, widths: Sequence[int]) -> None:
         super().__init__()
-        self._used = {
-            f"{name}.{buffer}".replace(".", "_"): value
-            for name, module in layers.named_modules()
-            if isinstance(module, _BatchNorm)
-            for buffer, value in module.named_buffers(recurse=False)
-        }
+        self._used: dict[str, torch.Tensor] = {}
+        for name, module in layers.named_modules():
+            for buffer, value in module.named_buffers(recurse=False) if isinstance(module, _BatchNorm) else ():
+                key = f"{name}.{buffer}".replace(".", "_")
+                while key in self._used:  # "a_b.c" beside "a.b_c"
+                    key += "_"
+                self._used[key] = value
         self.widths = tuple(widths)
         self.width: int | None = None  # whose set the layers have now; None: not set yet
         for width in self.widths:

@@ -161,19 +161,23 @@ def find(remote_port: int, remote_host: str | None = None) -> Connection | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    found = [
-        connection.fd
-        for connection in psutil.Process().net_connections(kind="tcp")
-        if connection.raddr
-        and connection.raddr.port == remote_port
-        and (remote_host is None or _plain(connection.raddr.ip) == _plain(remote_host))
-        and connection.status == psutil.CONN_ESTABLISHED
-        and connection.fd >= 0
-    ]
     try:
-        return Connection(max(found)) if found else None
-    except OSError:  # it ended in this very moment
+        found = [
+            connection.fd
+            for connection in psutil.Process().net_connections(kind="tcp")
+            if connection.raddr
+            and connection.raddr.port == remote_port
+            and (remote_host is None or _plain(connection.raddr.ip) == _plain(remote_host))
+            and connection.status == psutil.CONN_ESTABLISHED
+            and connection.fd >= 0
+        ]
+        connection = Connection(max(found)) if found else None
+    except (OSError, psutil.Error):  # it ended in this very moment, no descriptor is left, or /proc cannot be read
         return None
+    if connection and not connection.alive:  # or a kernel that tells less: its bytes are not known, not none
+        connection.close()
+        return None
+    return connection
 
 
 def find_peer(peer: str) -> Connection | None:

@@ -182,4 +182,6 @@ def _collect(
 
 
 def _words(value: object) -> str:
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    """For a sentence, in which there is no room for all that can be sent."""
+    words = str(list(value[:10])) if isinstance(value, tuple) else str(value)
+    return words if len(words) <= 100 else words[:100] + "..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,20 @@ def _formats() -> tuple[str, ...]:
 
 def size_of(path: Path) -> tuple[int, int]:
     """Width and height of a picture file, from its header alone."""
+    _check_file(path)
     with Image.open(path, formats=_formats()) as image:
         return image.size
 
 
+def _check_file(path: Path) -> None:
+    """ValueError for a pipe or a socket, which would be waited for; OSError where nothing is there."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("not a file")
+
+
 def decode(path: Path, shape: Shape) -> Pictures:
     """A picture file as uint8 [C,H,W], turned upright as its EXIF says; of an animation, the first frame."""
+    _check_file(path)
     try:
         opened = Image.open(path, formats=_formats())
     except UnidentifiedImageError as error:

@@ -5,6 +5,7 @@ A source only lists what it has and how to read one picture.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import zipfile
@@ -110,7 +111,7 @@ def _folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool) -> So
 def _class_names(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; make it, with a folder of pictures for each class")
-    names = sorted(entry.name for entry in _scan(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in _scan(folder) if _is_dir(entry) and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder} has no classes; put the pictures of each class into a folder of its own there")
     return tuple(names)
@@ -125,7 +126,7 @@ def _folder_side(root: Path, folders: list[Path], classes: tuple[str, ...], shap
         names = sorted(
             entry.name
             for entry in _scan(folder)
-            if Path(entry.name).suffix.lower() in suffixes and not entry.name.startswith(".") and not entry.is_dir()
+            if Path(entry.name).suffix.lower() in suffixes and not entry.name.startswith(".") and not _is_dir(entry)
         )
         if not names:
             raise DataError(f"{folder} has no pictures; add some (*.jpg, *.png, ...) or remove the folder")
@@ -143,8 +144,19 @@ def _folder_side(root: Path, folders: list[Path], classes: tuple[str, ...], shap
 def _bytes_each(files: list[Path]) -> float:
     """Mean file size of a few. Pillow decodes without the GIL, but threads fight over it to parse small files:
     with two, 32x32 JPEGs took half as long again."""
-    sizes = [file.stat().st_size for file in files[:: len(files) // 64 + 1] if file.exists()]
+    sizes = []
+    for file in files[:: len(files) // 64 + 1]:
+        with contextlib.suppress(OSError):  # told where it is read
+            sizes.append(file.stat().st_size)
     return sum(sizes) / max(1, len(sizes))
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether it is, or leads to, a folder; a link that leads in circles is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:

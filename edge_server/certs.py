@@ -56,7 +56,7 @@ def make(folder: Path, hosts: Sequence[str], devices: Sequence[str], renew: bool
         raise AuthError(f"{folder} has no authority yet (ca.pem, ca.key); name the HOSTs that devices will connect to")
     wanted = [*(["server"] if names else []), *(devices or ([] if here else ["device"]))]
     if renew and not wanted:
-        wanted = sorted(path.stem for path in folder.glob("*.pem") if path.stem != "ca")
+        wanted = _signed(folder)
         names = _hosts_of(folder / "server.pem") if "server" in wanted else []
     if not wanted:
         raise AuthError("there is nothing to make: name HOSTs, a --device NAME, or pass --renew")
@@ -73,6 +73,17 @@ def make(folder: Path, hosts: Sequence[str], devices: Sequence[str], renew: bool
     for name in wanted:
         _issue(folder, name, authority, names if name == "server" else ())
     return wanted if here else ["ca", *wanted]
+
+
+def _signed(folder: Path) -> list[str]:
+    """The names whose certificates the authority in `folder` has signed; what else lies there is not its own."""
+    issuer, found = _load(folder / "ca.pem").subject, []
+    for path in sorted(folder.glob("*.pem")):
+        if path.stem != "ca" and path.with_suffix(".key").exists():
+            certificates = x509.load_pem_x509_certificates(path.read_bytes())
+            if [(one.issuer, one.subject) for one in certificates] in ([(issuer, _name(path.stem))],):
+                found.append(path.stem)
+    return found
 
 
 def _host(text: str) -> x509.GeneralName:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import grpc
 from rich.markup import escape
 
 from common import wire
-from common.errors import BusyError, DepruneError, FaultError, FrameError, StoppedError, VersionError, abort
+from common.errors import (
+    BusyError,
+    DepruneError,
+    FaultError,
+    FrameError,
+    StoppedError,
+    VersionError,
+    abort,
+    printable,
+)
 from common.meter import DOWN, UP
 from common.phase_message import phase_message
 from common.rpc import split_pb2 as pb
@@ -79,7 +88,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         more = f" (and {untold:,} more since the last of these lines)" if untold else ""
         # A sentence may quote what came, which may be long.
         kind = "Note" if isinstance(error, StoppedError) else "Refused"
-        self.host.console.print(f"[yellow]{kind}[/yellow]{more}: {escape(str(error)[:500])}", highlight=False)
+        self.host.console.print(f"[yellow]{kind}[/yellow]{more}: {escape(printable(str(error), 500))}", highlight=False)
 
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
@@ -118,11 +127,16 @@ class Servicer(split_pb2_grpc.SplitServicer):
     @_streaming
     def Head(self, request: pb.HeadRequest, context: grpc.ServicerContext) -> Iterator[pb.Frame]:
         session = self.host.sessions.get(request.session, self._identity(context))
-        frames = list(wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), self.host.head_weights(session)))
-        session.book_head(frames)
+        head = self.host.head_weights(session)
+
+        def frames() -> Generator[pb.Frame, None, None]:
+            """Made as they are sent: a caller that doesn't read them holds none."""
+            yield from wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), head)
+
+        session.book_head(frames())
         with self.host.watch.over(context) as stream:
             stream.session = session
-            yield from stream.sending(frame for frame in frames)
+            yield from stream.sending(frames())
 
     @_streaming
     def Train(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from common import weights, wire
 from common.chooser import Chooser
 from common.codecs import Aside, codec
-from common.errors import FrameError, StoppedError, TooLargeError
+from common.errors import FrameError, StoppedError, TooLargeError, printable
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_message
 from common.progress import Live, several
@@ -230,11 +230,10 @@ class TrainStream:
     def _pause(self, leave: pb.Leave) -> None:
         """The device's user has stopped it; both sides keep where they stand, and the run waits."""
         self.run.pause()
-        training = self.training
+        training, reason = self.training, escape(printable(leave.reason, 200)) or "its user stopped it"
         self.run.console.print(
-            f"The device left at step {training.step} of {training.coordinator.steps}: "
-            f"{escape(leave.reason) or 'its user stopped it'}. The run goes on when it is started again.",
-            highlight=False,
+            f"The device left at step {training.step} of {training.coordinator.steps}: {reason}. The run goes on when "
+            f"it is started again.", highlight=False,
         )  # fmt: skip
 
     def _finish(self, frame: pb.Frame) -> Iterator[pb.Frame]:

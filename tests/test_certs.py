@@ -33,6 +33,20 @@ def test_certs_keeps_what_is_there(tmp_path: Path) -> None:
     assert [str(name.value) for name in san] == hosts
 
 
+def test_renewing_leaves_alone_what_the_authority_has_not_signed(tmp_path: Path) -> None:
+    """Such as two authorities in one file, which is how one is exchanged for another."""
+    other = tmp_path / "other"
+    for folder in (tmp_path, other):
+        certs.make(folder, ["localhost"], ("pi",), renew=False)
+    both = (tmp_path / "ca.pem").read_bytes() + (other / "ca.pem").read_bytes()
+    (tmp_path / "both.pem").write_bytes(both)
+    for kind in ("pem", "key"):
+        (tmp_path / f"stranger.{kind}").write_bytes((other / f"pi.{kind}").read_bytes())
+    assert certs.make(tmp_path, (), (), renew=True) == ["pi", "server"]
+    assert (tmp_path / "both.pem").read_bytes() == both
+    assert (tmp_path / "stranger.pem").read_bytes() == (other / "pi.pem").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
+import psutil
 import pytest
 
 from benchmarks import counters, pair
 from benchmarks.recipes import recipe_text
-from common.tcp_info import Kernel, find
+from common import tcp_info
+from common.tcp_info import Kernel, find, find_server
 from device_client.remote_tail import RemoteTail
 from tests.conftest import needs_link
 
@@ -106,6 +110,27 @@ def test_a_reconnect_adds_up(proxy: Proxy) -> None:
     # TLS is off and loopback loses nothing: the kernel's books are the proxy's, but for what is on its way.
     assert abs(seen.sent - proxy.up) < 200 and abs(seen.received - proxy.down) < 200
     remote.close()
+
+
+@pytest.mark.parametrize("wrong", [OSError(errno.EMFILE, "Too many open files"), psutil.NoSuchProcess(1)])
+def test_where_connections_cannot_be_looked_at_bytes_are_not_known(
+    wrong: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server whose descriptors have run out must live on; one without /proc must not count zero bytes."""
+    monkeypatch.setattr(psutil.Process, "net_connections", Mock(side_effect=wrong))
+    kernel = Kernel()
+    kernel.add(find_server("127.0.0.1:9"))
+    assert kernel.read() is None
+
+
+def test_a_kernel_that_tells_less_is_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            assert (found := find_server(f"127.0.0.1:{port}"))
+            found.close()
+            monkeypatch.setattr(tcp_info.Connection, "_info", lambda self: bytes(tcp_info._SIZE))
+            assert find_server(f"127.0.0.1:{port}") is None
 
 
 def test_connections_that_ended_are_settled_and_let_go() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,17 @@ def test_decompression_bombs_are_refused_without_unpacking(folder, monkeypatch):
 def test_a_dangling_link_is_not_passed_over(folder):
     (folder / "train" / "ant" / "gone.jpg").symlink_to(folder / "nowhere.jpg")
     refused(r"1 of 37 .*gone.jpg \(no such file", f"folder:{folder}", RGB, 1, 0)
+
+
+def test_links_in_circles_and_pipes_are_named(folder):
+    for name in ("circle.png", "pipe.png"):
+        place = folder / "train" / sorted(path.name for path in (folder / "train").iterdir())[0] / name
+        place.symlink_to(place) if name.startswith("circle") else os.mkfifo(place)
+        with pytest.raises(DataError, match=rf"1 of .*{name} \("):
+            load(f"folder:{folder}", (3, 8, 8), 0, 0.0)
+        place.unlink()
+    (folder / "train" / "round").symlink_to(folder / "train" / "round")
+    load(f"folder:{folder}", (3, 8, 8), 0, 0.0)
 
 
 def test_malformed_folders_are_refused(folder):

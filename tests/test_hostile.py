@@ -13,9 +13,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import memory
+from common import memory, wire
 from common.codecs import NOTHING, Aside, codec, context, frame
-from common.errors import CodecError
+from common.errors import CodecError, FrameError, printable
+from common.meter import count_of
+from common.rpc import split_pb2 as pb
+from common.wire import Place
 
 SHAPE = (4, 8, 12, 12)
 COUNT = 4 * 8 * 12 * 12
@@ -147,6 +150,16 @@ ESCAPED = frame.compress(b"\xff" * (COUNT // 2 + COUNT))  # all symbols are esca
 def test_forged_payloads(data: bytes, words: str) -> None:
     with pytest.raises(CodecError, match=words):
         codec("step:12").decode(data, SHAPE)
+
+
+def test_a_shape_with_a_million_sides_is_refused_unmultiplied() -> None:
+    tensor = pb.Tensor(shape=[2**32 - 1] * 200_000, dtype="float32", codec="fp32", parts=1)
+    frame = Place(pb.ACTIVATION, 0, 0).frame(part=pb.Part(tensor=tensor))
+    assert count_of(frame)[1].raw == 0
+    with pytest.raises(FrameError) as refused:
+        wire.payload_of(frame, lambda: frame, Place(pb.ACTIVATION, 0, 0), (2, 3), "fp32")
+    assert len(str(refused.value)) < 400
+    assert printable("a\x1b[2Jb" * 100, 8) == "a?[2Jba?"
 
 
 @pytest.mark.parametrize("zero", [0, 127])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from device_client.remote_tail import RemoteTail
 from edge_server import incoming, limit_options
 from edge_server.host import Host
 from edge_server.limits import Limits
+from edge_server.servicer import Servicer
 from edge_server.sessions import _GRACE_S, Session
 from edge_server.store import Store
 
@@ -248,3 +250,23 @@ def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BusyError):
         use.patiently(at_once, lambda text: None)
     assert len(waits) == use.TRIES - 1, "where the server does not say when, there is no use in waiting"
+
+
+def test_a_head_is_not_kept_for_each_caller_that_does_not_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = quiet_host(tmp_path)
+    made, pack = [0], wire.pack_bytes
+
+    def counted(*arguments: Any) -> Iterator[pb.Frame]:
+        for frame in pack(*arguments):
+            made[0] += 1
+            yield frame
+
+    monkeypatch.setattr(wire, "pack_bytes", counted)
+    monkeypatch.setattr(wire, "FRAME_BYTES", 4096)
+    session = opened(host, "pi").name
+    frames = inprocess.Stub(Servicer(host)).Head(pb.HeadRequest(session=session))
+    next(frames)
+    booked = len(list(pack(Place(pb.WEIGHTS, 0, 0), host.head_weights(host.sessions.get(session, "")))))
+    assert booked > 2 and made[0] == booked + 1

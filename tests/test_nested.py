@@ -72,6 +72,20 @@ def test_each_width_keeps_its_own_statistics() -> None:
     assert torch.equal(norms.get_buffer("0_running_mean_at_4"), mean)
 
 
+def test_norms_whose_names_look_alike_are_kept_apart() -> None:
+    layers = nn.ModuleDict(
+        {"a_b": nn.ModuleDict({"n": nn.BatchNorm2d(3)}), "a": nn.ModuleDict({"b_n": nn.BatchNorm2d(3)})}
+    )
+    norms = Norms(layers, (2, 4))
+    for width in (2, 4):
+        norms.switch(width)
+        layers["a_b"]["n"].running_mean.fill_(width)
+        layers["a"]["b_n"].running_mean.fill_(10 * width)
+    norms.switch(2)
+    assert layers["a_b"]["n"].running_mean.unique().tolist() == [2.0]
+    assert layers["a"]["b_n"].running_mean.unique().tolist() == [20.0]
+
+
 @pytest.mark.parametrize("nested", ["[8]", "[2, 2]", "[0]"])
 def test_nested_widths_are_different_and_narrower(nested: str) -> None:
     text = recipe_text(

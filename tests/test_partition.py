@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import models
+from common import bottleneck, models
 from common.errors import CutError, ModelError
+from common.halves import Tail
 from common.partition import describe_cuts, split
 
 INPUT = (3, 32, 32)
@@ -107,6 +110,19 @@ def test_a_residual_edge_across_the_cut_is_refused() -> None:
 def test_what_cannot_be_cut(model: nn.Module, cut: str, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         split(model, cut, INPUT)
+
+
+def test_a_tail_may_work_in_place_on_a_view_of_what_it_received() -> None:
+    whole = nn.Sequential(
+        OrderedDict(conv=nn.Conv2d(1, 4, 3), out=nn.Identity(), flat=nn.Flatten(), relu=nn.ReLU(inplace=True),
+                    last=nn.Linear(4 * 6 * 6, 10))
+    )  # fmt: skip
+    _, layers = split(whole, "out", (1, 8, 8))
+    tail = Tail(layers, bottleneck.build("none", 4, 0)[1])
+    sent = torch.randn(2, 4, 6, 6, requires_grad=True)
+    before = sent.detach().clone()
+    tail(sent).sum().backward()
+    assert sent.grad is not None and torch.equal(sent, before)
 
 
 def test_costs_of_cuts() -> None:

@@ -390,6 +390,7 @@ def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: P
         (("train", "127.0.0.1:9", "--data", "digits", "--run", "RUN"), "(Connection refused); check the address"),
         (("train", "127.0.0.1:9", "--data", "digits", "--run", "RUN"), "or give it time with --wait SECONDS"),
         (("train", "http://127.0.0.1:9", "--data", "digits", "--run", "RUN"), "give HOST:PORT, such as"),
+        (("train", "::1:9", "--data", "digits", "--run", "RUN"), "without brackets; write [::1]:9"),
         (("predict", "127.0.0.1:9", "--run", "RUN", "a.png"), "holds no finished run"),
     ],
 )
