@@ -38,13 +38,23 @@ def duration(seconds: float) -> str:
 
 
 class Screen(Console):
-    """Where both sides say what they do: a log that is lost, on a full disk, must not end what it tells of."""
+    """Where both sides say what they do. While a run is trained a log may be lost, on a full disk or because whoever
+    read it is gone: that must not end what it tells of. A result that cannot be written is an error."""
+
+    may_be_lost = False
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
             super().print(*objects, **options)
         except OSError:
             self._buffer.clear()  # or it would be written with the next line, and grow until then
+            if not self.may_be_lost:
+                raise
+
+    def on_broken_pipe(self) -> None:
+        if not self.may_be_lost:
+            super().on_broken_pipe()
+        self.quiet = True
 
 
 class Counting:

@@ -228,6 +228,7 @@ class Recipe:
     precision: str = "fp32"  # arithmetic inside both halves: "fp32" or "bf16" (autocast); the link is not concerned
 
     def __post_init__(self) -> None:
+        _demand(self.name.isprintable(), f"name is {self.name!r}; leave control characters out")
         _one_of("method", self.method, METHODS)
         _one_of("precision", self.precision, ("fp32", "bf16"))
         _demand(0 <= self.seed < 2**32, f"seed is {self.seed}; give 0 to 2^32 - 1")

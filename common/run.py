@@ -184,7 +184,7 @@ class RunFolder:
         if theirs:
             raise RunFolderError(
                 f"{self.path} is the folder of the {_HOLDERS[other]} of a run, and the {_HOLDERS[half]} keeps its own: "
-                f"give that, or another --run"
+                f"give that, or another folder"
             )
         return saved
 

@@ -6,6 +6,7 @@ that help, wrong options, a server that is not there and pictures that cannot be
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from common import checkpoint, report
 from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
-from common.errors import AuthError, RunFolderError
+from common.errors import AbsentError, AuthError, RunFolderError
 from common.meter import DOWN, UP
 from common.progress import Counting, Screen, size
 from common.pulse import STALLED_S
@@ -193,9 +194,12 @@ def train(
     A run in --run that was not finished goes on where its newest checkpoint was taken; one that was is left alone.
     """
     check_source(source)
+    console.may_be_lost = True
     folder = RunFolder(run_path)
     click.get_current_context().with_resource(folder.claimed())
-    saved = None if overwrite else folder.left_by(HEAD)
+    saved = folder.left_by(HEAD)
+    if overwrite:
+        saved = None
     kept: list[int] = []
     if saved:
         kept, warnings = Checkpoints(folder.checkpoints, saved["run_id"], saved["digest"]).sound()
@@ -206,14 +210,17 @@ def train(
         folder.prepare(overwrite)
     remote = _connect(server, tls_ca, tls_cert, tls_key, token_file, give_up_after, stalled_after)
     try:
-        run_id = saved["run_id"] if saved else done.run_id if done else ""
-        opened = remote.open(trains=True, run_id=run_id, kept=kept, wait_s=wait)
-        if done:  # this very run: the server would have refused a device with another
+        if done:
+            with contextlib.suppress(
+                AbsentError
+            ):  # a server that trains another run refuses; one that is gone need not be
+                remote.open(trains=True, run_id=done.run_id)
             what = f"The run in {run_path} is complete already; to train anew, pass --overwrite or another --run."
             if publish_head:
                 what += " A head can only be published as its run ends; other devices need a copy of that folder."
             console.print(what, highlight=False, markup=False)
             return
+        opened = remote.open(trains=True, run_id=saved["run_id"] if saved else "", kept=kept, wait_s=wait)
         going = f", going on at step {opened.step:,}" if opened.step else ""
         if opened.step == 0:
             going = ", beginning again: no later checkpoint had been taken"
@@ -231,6 +238,8 @@ def train(
         if (batch := opened.recipe.data.batch) > len(loaded.train):
             _say(f"data.batch is {batch:,}, more than there are pictures: a step takes all {len(loaded.train):,}.")
         init = RunFolder(head_path) if head_path else None
+        if init and not saved and not opened.init_run_id:
+            _say(f"--head {head_path} is not needed: the server has the weights that this run begins with.")
         from common.optim import imitated
         from device_client import whole
 

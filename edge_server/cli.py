@@ -111,6 +111,7 @@ def serve(
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
     for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
         console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
+    console.may_be_lost = True
     folder = RunFolder(run_path)
     if recipe:
         parsed, text = recipes.load(recipe)
@@ -134,7 +135,8 @@ def serve(
     else:
         host = Host.to_serve(folder, console, allowed, Limits(**limits), chosen)
         if once:
-            what = f"The run in {run_path} is complete already; to serve it, leave out --once."
+            what = f"The run in {run_path} is complete already; to serve it, also to a device that has not heard of its"
+            what += " end, leave out --once."
             console.print(what, highlight=False, markup=False)
             return
     tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None

@@ -83,7 +83,9 @@ class Host:
         """A host that trains `recipe` in `folder`, from where it was left, with the tail on `processor`; what could
         fail later is tried now."""
         host = cls(recipe, text, folder, console, limits)
-        saved = None if overwrite else folder.left_by(TAIL)
+        saved = folder.left_by(TAIL)  # also where it is to be replaced: a device's only head is no server's to delete
+        if overwrite:
+            saved = None
         halves = halves_module.build(recipe, allowed)
         _check_sizes(recipe, halves, host.limits.elements)
         _check_output(recipe, halves)

@@ -14,7 +14,7 @@ from common.errors import ModelError, RunFolderError
 from common.halves import Halves
 from common.inherit import adopt, with_classes
 from common.recipe import Recipe
-from common.run import RunFolder
+from common.run import TAIL, RunFolder
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def _from_run(recipe: Recipe, halves: Halves, folder: Path, allowed: Collection[
     """
     if not (folder / "run.json").is_file() and (folder / "server" / "run.json").is_file():
         folder = folder / "server"
+    RunFolder(folder).left_by(TAIL)
     source, _, manifest = RunFolder(folder).read()
     if source.model.name != recipe.model.name:
         raise RunFolderError(f"{folder} trained {source.model.name}; the recipe has {recipe.model.name}")

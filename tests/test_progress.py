@@ -58,6 +58,9 @@ def test_a_log_on_a_full_disk_ends_nothing() -> None:
 
     disk = Disk()
     screen = Screen(file=disk)
+    with pytest.raises(OSError, match="No space left"):
+        screen.print("a result")
+    screen.may_be_lost = True
     with Live(screen, 10) as live:
         for done in range(5):
             live.say(f"lost {done}")

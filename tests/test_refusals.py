@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
@@ -214,6 +215,8 @@ def test_a_finished_run_is_left_alone(server: str, plain_run: Run, tmp_path: Pat
     with pair.server("--run", plain_run.path / "server", log=tmp_path / "log") as (_, address):
         done = pair.device("train", address, "--data", "digits", "--run", run, capture_output=True)
     assert done.returncode == 0 and "complete already" in done.stdout, done.stderr
+    gone = CliRunner().invoke(device_cli.cli, ["train", "127.0.0.1:9", "--data", "digits", "--run", str(run)])
+    assert gone.exit_code == 0 and "complete already" in gone.output, gone.output
     assert (run / "summary.json").read_bytes() == before
 
 
