@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -27,6 +28,9 @@ def run(module: str) -> None:
     from common.errors import DepruneError
 
     signal.signal(signal.SIGINT, before)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # a terminal or log that has no such letter must not end a run
     try:
         command(standalone_mode=False)
     except click.ClickException as error:

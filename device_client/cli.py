@@ -28,6 +28,8 @@ from device_client.connection import GIVE_UP_S
 from device_client.remote_tail import RemoteTail
 from device_client.sources import check_source
 
+_LONG = 100_000  # characters of a line
+
 if TYPE_CHECKING:
     import torch
 
@@ -308,4 +310,5 @@ def predict(
     table.add_column("probability", justify="right")
     for path, name, chance in answers:
         table.add_row(escape(str(path)), escape(name), f"{chance:.1%}")
-    console.print(table)
+    # A line for each picture where a program reads them, however long a path is.
+    console.print(table, width=None if console.is_terminal else _LONG, crop=False)

@@ -32,6 +32,8 @@ from device_client.local import Local
 from device_client.remote_tail import RemoteTail, StepResult
 from device_client.state import fingerprint, restore, state_of
 
+_ROOM_S = 10.0  # between two attempts to write the trained head
+
 
 class Trainer:
     """One run on the device: `prepare` the head, `run` from the first step, or from a checkpoint, to the end."""
@@ -343,7 +345,7 @@ class Trainer:
         samples = self.step * self.batch
         manifest = Manifest(self.opened.run_id, self.recipe.digest(), self.data.classes, self.phase, True)
         # The head is safe before the server is told that all is done.
-        self.folder.write_half("head", self.head, manifest)
+        self._write_head(manifest)
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
         outcome = report.Outcome(
             self.opened.run_id, verdict.accuracy, verdict.loss, self.step, samples,
@@ -356,6 +358,21 @@ class Trainer:
         self.folder.close()
         self.checkpoints.clear()  # what the run could go on from is not needed any more
         return summary
+
+    def _write_head(self, manifest: Manifest) -> None:
+        """Where the disk is full, wait for room: there may be no checkpoint either, and all would be lost."""
+        until = time.monotonic() + self.remote.give_up_s
+        while True:
+            try:
+                return self.folder.write_half("head", self.head, manifest)
+            except RunFolderError as error:
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise
+                self.console.print(
+                    f"[yellow]Warning[/yellow]: {error}; trying again, gives up in {duration(left)}", highlight=False
+                )
+                time.sleep(min(_ROOM_S, left))
 
     @property
     def where(self) -> str:

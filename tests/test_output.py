@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,19 @@ def test_an_answer_that_cannot_be_written_is_an_error(line: str) -> None:
             pair.command(*line.split()), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False
         )
     assert done.returncode == 1 and done.stderr == "Error: the output cannot be written: No space left on device\n"
+
+
+def test_letters_that_an_output_has_not_are_replaced(tmp_path: Path) -> None:
+    """The table of a run has an arrow, and a class any letters."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    program = (
+        "import sys, common.cli\n"
+        "sys.modules['fake'] = sys\n"
+        "sys.cli = lambda **_: print('a \\u2192 b')\n"
+        "common.cli.run('fake')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (0, "a ? b\n"), done.stderr
 
 
 def test_a_side_replaces_nothing_of_the_others(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from benchmarks import inprocess
 from benchmarks.inprocess import Stub
 from benchmarks.recipes import recipe_text
 from common.checkpoint import Checkpoints
-from common.errors import FaultError
+from common.errors import FaultError, RunFolderError
 from common.meter import UP
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
@@ -266,6 +266,22 @@ def test_a_device_that_dies_over_the_last_word_comes_back_to_hear_it(
     assert host.ended.is_set()
     assert whole and summary and summary["accuracy"] == whole["accuracy"]
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_a_full_disk_at_the_end_is_waited_for(few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be no checkpoint either: what was trained would be lost."""
+    write, tried = RunFolder.write_half, []
+
+    def full(self: RunFolder, half: str, *arguments: Any) -> None:
+        tried.append(half)
+        if tried.count(HEAD) < 3 and half == HEAD:
+            raise RunFolderError("the disk is full")
+        write(self, half, *arguments)
+
+    monkeypatch.setattr(RunFolder, "write_half", full)
+    monkeypatch.setattr("device_client.trainer._ROOM_S", 0.01)
+    assert leg(tmp_path, CASES["nested widths"], few)
+    assert tried == [HEAD] * 3 + [TAIL] and (tmp_path / "device" / "head.safetensors").is_file()
 
 
 def test_a_device_that_dies_while_steps_are_recalled_books_their_request_once(few: Dataset, tmp_path: Path) -> None:
