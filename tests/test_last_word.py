@@ -1,0 +1,109 @@
+"""Faults where little is left to do, or little was known: over the last word, among recalled steps, by a stranger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from common.errors import MismatchError, RunFolderError
+from common.rpc import split_pb2 as pb
+from common.run import HEAD, TAIL, RunFolder
+from device_client.data import Dataset, load
+from device_client.link import Stream
+from device_client.remote_tail import RemoteTail
+from edge_server.host import Host
+from tests.test_resume import CASES, _Killed, assert_same_end, leg, server_of
+
+
+@pytest.fixture(scope="module")
+def few() -> Dataset:
+    return load("digits", (1, 16, 16), 3, 0.0, limit=320)
+
+
+@pytest.mark.parametrize("name", ["plateau", "nested widths"])
+def test_a_device_that_dies_over_the_last_word_comes_back_to_hear_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is finished on the server, by a validation or by its schedule; a server with --once waits for it."""
+    text, data = CASES[name], load("digits", (1, 16, 16), 3, 0.2, limit=320)
+    whole = leg(tmp_path / "whole", text, data)
+    leave = RemoteTail.leave
+
+    def killed(*arguments: Any) -> None:
+        leave(*arguments)
+        raise _Killed
+
+    host = server_of(tmp_path / "broken", text)
+    with monkeypatch.context() as patched:
+        patched.setattr(RemoteTail, "leave", killed)
+        assert leg(tmp_path / "broken", text, data, lives=host) is None
+    assert host.served and host.finished_at
+    host.ended.clear()
+    opened = Host.open
+
+    def watched(*arguments: Any) -> Any:
+        result = opened(*arguments)
+        assert not host.ended.is_set(), "it has the test part to judge yet"
+        return result
+
+    close = Stream.close
+
+    def to_the_end(self: Stream) -> None:
+        close(self)
+        self.drain(0)  # gRPC runs what answers a stream to its end; in process whoever reads does
+
+    monkeypatch.setattr(Host, "open", watched)
+    monkeypatch.setattr(Stream, "close", to_the_end)
+    summary = leg(tmp_path / "broken", text, data, lives=host)
+    assert host.ended.is_set()
+    assert whole and summary and summary["accuracy"] == whole["accuracy"]
+    assert_same_end(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_a_full_disk_at_the_end_is_waited_for(few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be no checkpoint either: what was trained would be lost."""
+    write, tried = RunFolder.write_half, []
+
+    def full(self: RunFolder, half: str, *arguments: Any) -> None:
+        tried.append(half)
+        if tried.count(HEAD) < 3 and half == HEAD:
+            raise RunFolderError("the disk is full")
+        write(self, half, *arguments)
+
+    monkeypatch.setattr(RunFolder, "write_half", full)
+    monkeypatch.setattr("device_client.trainer._ROOM_S", 0.01)
+    assert leg(tmp_path, CASES["nested widths"], few)
+    assert tried == [HEAD] * 3 + [TAIL] and (tmp_path / "device" / "head.safetensors").is_file()
+
+
+def test_a_device_that_dies_while_steps_are_recalled_books_their_request_once(few: Dataset, tmp_path: Path) -> None:
+    """The server made them for a process that heard of none, or of some: both sides' books agree at the end."""
+    text = CASES["frozen head"]
+    for until in (14, 15, 19):  # recalled from 14 on
+        host = server_of(tmp_path / str(until), text)
+        assert host.run
+        assert leg(tmp_path / str(until), text, few, until, host) is None
+        summary = leg(tmp_path / str(until), text, few, None, host)
+        theirs = json.loads((tmp_path / str(until) / "server" / "summary.json").read_text())
+        assert summary
+        for way in ("up", "down"):
+            assert summary["bytes"][way]["by_role"] == theirs["bytes"][way]["by_role"], (until, way)
+
+
+def test_a_device_with_other_pictures_takes_nothing_from_the_run(few: Dataset, tmp_path: Path) -> None:
+    """It is refused before the run is put back for it, also where another has begun the run anew meanwhile."""
+    text, host = CASES["nested widths"], server_of(tmp_path, CASES["nested widths"])
+    run = host.run
+    assert run
+    assert leg(tmp_path, text, few, 0, host) is None
+    stands = run.training, sorted(run.checkpoints.written)
+    session, step = host.open(True, run.run_id, [0], "")
+    stream = Mock()
+    with pytest.raises(MismatchError, match="came back with 300 pictures of 10 classes; the run began with 320 of 10"):
+        host.begin(session, pb.Begin(samples=300, classes=few.classes, step=step), stream)
+    assert (run.training, sorted(run.checkpoints.written)) == stands
+    assert leg(tmp_path, text, few, None, host)
