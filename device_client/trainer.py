@@ -367,7 +367,7 @@ class Trainer:
                 return self.folder.write_half("head", self.head, manifest)
             except RunFolderError as error:
                 left = until - time.monotonic()
-                if left <= 0:
+                if left <= 0 or self.stopping:
                     raise
                 self.console.print(
                     f"[yellow]Warning[/yellow]: {error}; trying again, gives up in {duration(left)}", highlight=False

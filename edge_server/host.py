@@ -257,7 +257,7 @@ class Host:
                 session.run = run
                 session.joined = True
                 return True
-            run.check_data(samples, classes, begin.step)  # before anything is given up for this device
+            run.check_data(samples, classes)  # before anything is given up for this device
             if session.back_to is not None:
                 self._put_back(session, begin.step)
             assert run.training

@@ -58,6 +58,8 @@ class LiveRun:
         self.every, self.store_limit = EVERY, store_limit
         self.run_id: str = saved["run_id"] if saved else secrets.token_hex(8)
         self.owner: str | None = saved["state"]["owner"] if saved else None  # identity of the device that began it
+        # Pictures of an epoch, and classes, that it began with.
+        self._data = (saved["state"]["samples"], tuple(saved["state"]["classes"])) if saved else None
         self.training: Training | None = None
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.checkpoints = Checkpoints(folder.checkpoints, self.run_id, recipe.digest())
@@ -102,19 +104,12 @@ class LiveRun:
                 "this run was begun by another device and is its own; start another server for a second"
             )
 
-    def check_data(self, samples: int, classes: tuple[str, ...], step: int) -> None:
-        """Raise where a device that comes back at `step` has other pictures than the run began with."""
-        if self.training:
-            begun = self.training.samples, self.training.classes
-        elif step in self.checkpoints.written:
-            state = self.checkpoints.read(step).state
-            begun = state["samples"], tuple(state["classes"])
-        else:
-            return
-        if (samples, classes) != begun:
+    def check_data(self, samples: int, classes: tuple[str, ...]) -> None:
+        """Raise where a device that comes back has other pictures than the run began with."""
+        if self._data and self._data != (samples, classes):
             raise MismatchError(
                 f"the device came back with {samples:,} pictures of {len(classes)} classes; the run began with "
-                f"{begun[0]:,} of {len(begun[1])}: use the data it began with"
+                f"{self._data[0]:,} of {len(self._data[1])}: use the data it began with"
             )
 
     # Streams
@@ -163,7 +158,7 @@ class LiveRun:
         self.folder.start(self.text)
         self.checkpoints.clear()
         training.switch(training.phase)
-        self.training, self.owner = training, identity
+        self.training, self.owner, self._data = training, identity, (samples, classes)
 
     def _new(self, samples: int, classes: tuple[str, ...], beside: Beside) -> Training:
         halves = halves_module.build(self.recipe, self._allowed, self._processor)

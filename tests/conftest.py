@@ -87,3 +87,8 @@ def deprune_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def digits() -> Dataset:
     """Some of the digits, for runs in one process."""
     return load("digits", (1, 16, 16), 3, 0.0, limit=640)
+
+
+@pytest.fixture(scope="session")
+def few() -> Dataset:
+    return load("digits", (1, 16, 16), 3, 0.0, limit=320)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ from rich.console import Console
 from benchmarks.recipes import recipe_text
 from common import halves, schedule, wire
 from common.codecs import codec
-from common.errors import FrameError, ModelError, StoppedError, StoreError
+from common.errors import FrameError, ModelError, StoreError
 from common.meter import Draft
 from common.phase_message import phase_of
 from common.recipe import parse
@@ -26,12 +23,9 @@ from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
 from common.wire import Place
-from device_client.data import load
-from device_client.link import Trouble
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
 from edge_server.store import Store
-from edge_server.train_stream import TrainStream
 from tests.conftest import Run, train
 
 PER_EPOCH = 1438 // 32
@@ -151,67 +145,6 @@ def test_a_store_stays_within_its_limit(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="--store-limit"):
         store.add(bytes(size), np.zeros(4, int))
     assert store.steps == 2
-
-
-def test_a_store_that_no_checkpoint_needs_is_removed_by_a_server_that_came_back(tmp_path: Path) -> None:
-    from tests.test_resume import leg, server_of
-
-    text = recipe_text(
-        "deprune", data="batch = 16\ncrop = 1\nflip = true", bottleneck='kind = "linear"',
-        schedule="phases = [{ width = 4, epochs = 0.6, views = 0.3 }, [8, 2]]",
-    )  # fmt: skip
-    few = load("digits", (1, 16, 16), 3, 0.0, limit=320)
-    stores = sorted((tmp_path / "server" / "checkpoints").glob("store-*"))
-    assert leg(tmp_path, text, few, 14) is None  # the frozen phase is over at step 12
-    assert not stores
-    left: list[int] = []
-    host = server_of(tmp_path, text)
-    assert host.run
-    write = host.run.write
-
-    def watched(*arguments: Any) -> None:
-        write(*arguments)
-        left.append(len(list((tmp_path / "server" / "checkpoints").glob("store-*"))))
-
-    host.run.write = watched  # type: ignore[method-assign]
-    assert leg(tmp_path, text, few, None, host)
-    assert left[0] == 1 and left[-1] == 0, "an older checkpoint still needed it at first"
-
-
-def test_a_stop_between_a_request_and_its_first_step_counts_for_both_sides_alike(tmp_path: Path) -> None:
-    from tests.test_resume import leg, server_of
-
-    text = recipe_text(
-        "fixed", data="batch = 16", bottleneck='kind = "linear"',
-        schedule="phases = [{ width = 4, epochs = 6, views = 0.3 }]",
-    )  # fmt: skip
-    few = load("digits", (1, 16, 16), 3, 0.0, limit=320)
-    host = server_of(tmp_path, text)
-    requests = 0
-    recall = TrainStream._recall
-
-    def stopped(self: TrainStream, *arguments: Any) -> Iterator[pb.Frame]:
-        nonlocal requests
-        requests += 1
-        host.stopping = requests == 2
-        return recall(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainStream, "_recall", stopped)
-        patch.setattr(Trouble, "wait", lambda _self, error, _say: _raise(error))
-        with pytest.raises(StoppedError):
-            leg(tmp_path, text, few, None, host)
-    assert host.run
-    host.close()
-    summary = leg(tmp_path, text, few)
-    theirs = json.loads((tmp_path / "server" / "summary.json").read_text())
-    assert summary and requests == 2
-    for way in ("up", "down"):
-        assert summary["bytes"][way]["by_role"] == theirs["bytes"][way]["by_role"]
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def test_frames_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:

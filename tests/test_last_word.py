@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from common.errors import MismatchError, RunFolderError
+from benchmarks.recipes import recipe_text
+from common.errors import MismatchError, RunFolderError, StoppedError
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, TAIL, RunFolder
 from device_client.data import Dataset, load
-from device_client.link import Stream
+from device_client.link import Stream, Trouble
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
+from edge_server.train_stream import TrainStream
 from tests.test_resume import CASES, _Killed, assert_same_end, leg, server_of
-
-
-@pytest.fixture(scope="module")
-def few() -> Dataset:
-    return load("digits", (1, 16, 16), 3, 0.0, limit=320)
 
 
 @pytest.mark.parametrize("name", ["plateau", "nested widths"])
@@ -107,3 +105,56 @@ def test_a_device_with_other_pictures_takes_nothing_from_the_run(few: Dataset, t
         host.begin(session, pb.Begin(samples=300, classes=few.classes, step=step), stream)
     assert (run.training, sorted(run.checkpoints.written)) == stands
     assert leg(tmp_path, text, few, None, host)
+
+
+def test_a_store_that_no_checkpoint_needs_is_removed_by_a_server_that_came_back(few: Dataset, tmp_path: Path) -> None:
+    text = recipe_text(
+        "deprune", data="batch = 16\ncrop = 1\nflip = true", bottleneck='kind = "linear"',
+        schedule="phases = [{ width = 4, epochs = 0.6, views = 0.3 }, [8, 2]]",
+    )  # fmt: skip
+    assert leg(tmp_path, text, few, 14) is None  # the frozen phase is over at step 12
+    left: list[int] = []
+    host = server_of(tmp_path, text)
+    assert host.run
+    write = host.run.write
+
+    def watched(*arguments: Any) -> None:
+        write(*arguments)
+        left.append(len(list((tmp_path / "server" / "checkpoints").glob("store-*"))))
+
+    host.run.write = watched  # type: ignore[method-assign]
+    assert leg(tmp_path, text, few, None, host)
+    assert left[0] == 1 and left[-1] == 0, "an older checkpoint still needed it at first"
+
+
+def test_a_stop_between_a_request_and_its_first_step_counts_for_both_sides_alike(few: Dataset, tmp_path: Path) -> None:
+    text = recipe_text(
+        "fixed", data="batch = 16", bottleneck='kind = "linear"',
+        schedule="phases = [{ width = 4, epochs = 6, views = 0.3 }]",
+    )  # fmt: skip
+    host = server_of(tmp_path, text)
+    requests = 0
+    recall = TrainStream._recall
+
+    def stopped(self: TrainStream, *arguments: Any) -> Iterator[pb.Frame]:
+        nonlocal requests
+        requests += 1
+        host.stopping = requests == 2
+        return recall(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStream, "_recall", stopped)
+        patch.setattr(Trouble, "wait", lambda _self, error, _say: _raise(error))
+        with pytest.raises(StoppedError):
+            leg(tmp_path, text, few, None, host)
+    assert host.run
+    host.close()
+    summary = leg(tmp_path, text, few)
+    theirs = json.loads((tmp_path / "server" / "summary.json").read_text())
+    assert summary and requests == 2
+    for way in ("up", "down"):
+        assert summary["bytes"][way]["by_role"] == theirs["bytes"][way]["by_role"]
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -79,11 +79,6 @@ class _Killed(Exception):
     pass
 
 
-@pytest.fixture(scope="module")
-def few() -> Dataset:
-    return load("digits", (1, 16, 16), 3, 0.0, limit=320)
-
-
 def server_of(path: Path, text: str) -> Host:
     host = Host.to_train(parse(text), text, RunFolder(path / "server"), Console(file=io.StringIO()), (), False)
     assert host.run
