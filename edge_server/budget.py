@@ -7,6 +7,7 @@ run, so a run that is made again, after a fault, goes exactly as far.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from common.codecs import codec
 from common.errors import RecipeError
-from common.progress import size
+from common.progress import several, size
 from common.recipe import Recipe
 from common.schedule import RANK, Phase, ends_of
 
@@ -58,6 +59,7 @@ class Spent:
     steps: int = 0
     up: float = 0.0  # a step of late
     down: float = 0.0
+    ranked: int = 0  # the dearest step that ranked channels: more telling than what narrower ones let expect
 
     @property
     def total(self) -> int:
@@ -75,15 +77,38 @@ class Beside:
     head: int = 0
 
 
-def require_weights(recipe: Recipe, head: int, published: int = 0) -> None:
-    """RecipeError where the budget is less than a run needs before and after its steps: `head` bytes of the weights
-    that the device begins with, and `published` of those that it gives back."""
-    allowed, needed = round(recipe.schedule.budget_mb * 1e6), head + published
-    if 0 < allowed <= needed:
-        back = f", and {size(published)} at the end" if published else ""
+def require_weights(recipe: Recipe, head: int) -> None:
+    """RecipeError where the budget is less than the `head` bytes of weights that a device begins with."""
+    allowed = round(recipe.schedule.budget_mb * 1e6)
+    if 0 < allowed <= head:
         raise RecipeError(
             f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(allowed)}), and the weights of the head alone "
-            f"are {size(head)}{back}: give more"
+            f"are {size(head)}: give more"
+        )
+
+
+def require_room(recipe: Recipe, cut: tuple[int, ...], batch: int, beside: Beside, head: int) -> None:
+    """RecipeError where the budget is less than a run takes about before it has learnt anything: the weights, choosing
+    the first channels, the first steps and the test part. `cut`: [C, ...] of one picture; `head`: bytes that the device
+    begins with."""
+    first = recipe.schedule.phases[0]
+    place = math.prod(cut[1:]) / 8  # bytes of one channel of one picture, a bit each
+    up = place * _bits(first.activation or recipe.codec.activation)
+    both = up + place * _bits(first.gradient or recipe.codec.gradient)
+    width = first.width or cut[0]
+    ranked = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" and width < cut[0] else 0
+    parts = {
+        "the head's weights": head + beside.head,
+        "choosing channels": ranked * batch * cut[0] * both,
+        f"{_FIRST} steps": _FIRST * batch * width * both,
+        f"{several(beside.test, 'test picture')}": beside.test * width * up,
+    }
+    allowed, needed = recipe.schedule.budget_mb * 1e6, sum(parts.values())
+    if allowed < needed:
+        told = ", ".join(f"{size(part)} for {name}" for name, part in parts.items() if part)
+        raise RecipeError(
+            f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(allowed)}), and a run takes about "
+            f"{size(needed)} before it has learnt much ({told}): give more"
         )
 
 
@@ -121,6 +146,8 @@ class Budget:
         if not phase:
             return
         spent.framing += _FRAMING
+        if phase.kind == RANK:
+            spent.ranked = max(spent.ranked, sent_up + sent_down)
         load = _load(phase.widths, phase.activation_codec, phase.gradient_codec)
         if spent.load != load:
             spent.load, spent.steps = load, 0
@@ -129,18 +156,22 @@ class Budget:
         spent.up = sent_up * share + spent.up * (1 - share)
         spent.down = sent_down * share + spent.down * (1 - share)
 
-    def allows(self, coming: Phase, validates: bool) -> bool:
-        """Whether a step of phase `coming`, and the validation before it, can be paid for, and the test at the end."""
+    def allows(self, coming: Phase, tested: Phase, validates: bool) -> bool:
+        """Whether a step of phase `coming`, and the validation before it, can be paid for, and the test at the end if
+        that is made in phase `tested`."""
         spent = self._spent
         if not spent.steps:
             return True
-        ahead = _AHEAD * (spent.up + spent.down + _FRAMING) + self._judging(self._test, self._widest[-1])
+        test = Load(tested.width, tested.activation_codec, tested.gradient_codec)
+        ahead = _AHEAD * (spent.up + spent.down + _FRAMING) + self._judging(self._test, test)
         load = _load(coming.widths, coming.activation_codec, coming.gradient_codec)
         if validates:
             widest = Load(coming.width, coming.activation_codec, coming.gradient_codec)
             ahead += self._judging(self._validation, widest)
         if load != spent.load:
-            ahead += (_AHEAD + (self._ranking if coming.kind == RANK else 0)) * sum(load.of_step(spent))
+            ranks = coming.kind == RANK
+            step = max(sum(load.of_step(spent)), spent.ranked if ranks else 0)
+            ahead += (_AHEAD + (self._ranking if ranks else 0)) * step
         return spent.total + ahead <= self._allowed
 
     def fit(self, done: int) -> bool:
@@ -153,17 +184,25 @@ class Budget:
         costs = {other: self._step(other) for other in coming}
         for other in coming:
             costs[other] += self._judging(self._validation, self._widest[other]) / self._epoch
-        left = self._allowed - spent.total - costs[entry] - self._judging(self._test, self._widest[-1])
-        # Where choosing channels would take nearly all, better a good first phase than none.
-        left -= min(left / 2, sum(self._to_rank(other) for other in coming[1:]))
-        whole = sum(self._asked[other] * costs[other] for other in coming)
-        share = (left + (done - start) * costs[entry]) / whole
-        # No more steps in all than were asked for: where earlier phases had fewer, these may have more.
-        share = max(0.0, min(share, (sum(self._asked) - start) / sum(self._asked[other] for other in coming)))
+        # What the run takes beside its steps if it ends in one entry or another.
+        beside, ranked = {}, 0.0
+        for last in coming:
+            ranked += self._to_rank(last) if last > entry else 0.0
+            beside[last] = ranked + self._judging(self._test, self._widest[last])
+        share = 0.0
+        for last in reversed(coming):
+            kept = range(entry, last + 1)
+            left = self._allowed - spent.total - costs[entry] - beside[last]
+            share = (left + (done - start) * costs[entry]) / sum(self._asked[other] * costs[other] for other in kept)
+            # No more steps in all than were asked for: where earlier phases had fewer, these may have more.
+            share = max(0.0, min(share, (sum(self._asked) - start) / sum(self._asked[other] for other in kept)))
+            # An entry that would take more beside its steps than by them is left out, so others have more.
+            if last == entry or share * self._asked[last] * costs[last] >= beside[last] - beside[last - 1]:
+                break
         ends = list(self.ends)
         ends[entry] = max(done, start + round(self._asked[entry] * share))
         for other in coming[1:]:
-            ends[other] = ends[other - 1] + round(self._asked[other] * share)
+            ends[other] = ends[other - 1] + (round(self._asked[other] * share) if other <= last else 0)
         if abs(ends[-1] - self.ends[-1]) <= _NOTICEABLE * (self.ends[-1] - done):
             return False
         self.ends = ends
@@ -186,7 +225,8 @@ class Budget:
         load = self._loads[entry]
         if load.width >= self._channels:
             return 0.0
-        return self._ranking * sum(Load(self._channels, load.activation, load.gradient).of_step(self._spent))
+        expected = sum(Load(self._channels, load.activation, load.gradient).of_step(self._spent))
+        return self._ranking * max(expected, self._spent.ranked)
 
     # Checkpoints
 

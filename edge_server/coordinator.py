@@ -65,12 +65,14 @@ class Coordinator:
         validate = self._recipe.data.validation > 0 and done % self._steps_per_epoch == 0
         if self._budget:
             self._fit(self._budget, done)
-            following = self._upcoming[0] if self._due(done) else self.phase
-            if not self._budget.allows(following, validate):
-                if self.phase.kind == RANK:
-                    validate = False  # a run that ended here would have all channels
-                else:
-                    self.steps = done
+            coming = self._upcoming if self._due(done) else [self.phase, *self._upcoming]
+            tested = next((phase for phase in coming if phase.kind != RANK), self.phase)
+            # Under a fixed list of phases a validation decides nothing: the steps it would take are worth more, and
+            # while channels are ranked it would take all of them.
+            validate = validate and coming[0].kind != RANK and self._budget.allows(coming[0], tested, validates=True)
+            # A run that ended while channels are ranked would have all of them.
+            if self.phase.kind != RANK and not self._budget.allows(coming[0], tested, validates=False):
+                self.steps = done
         if done >= self.steps:
             return Decision(pb.FINISH)
         return Decision(pb.VALIDATE if validate else pb.STEP, self._switch(done))

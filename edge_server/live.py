@@ -25,7 +25,7 @@ from common.report import Faults
 from common.rpc import split_pb2 as pb
 from common.run import TAIL, Manifest, RunFolder
 from common.tcp_info import Kernel, KernelBytes
-from edge_server.budget import Beside, Budget, require_weights
+from edge_server.budget import Beside, Budget, require_room
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.initial import Initial
 from edge_server.training import Training
@@ -151,7 +151,8 @@ class LiveRun:
         assert self.initial  # check_free has looked
         if self.recipe.schedule.budget_mb:
             head = 0 if self.initial.run_id else len(weights.to_bytes(training.halves.head))
-            require_weights(self.recipe, head, beside.head)
+            batch = min(samples, self.recipe.data.batch)
+            require_room(self.recipe, training.halves.cut, batch, beside, head)
         self.initial.fill(training.halves)
         if self.training:  # begun by a device that made no step and is gone
             self.training.close()
