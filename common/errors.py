@@ -149,6 +149,8 @@ _STATUS: dict[type[DepruneError], grpc.StatusCode] = {
 }
 _BY_NAME = {cls.__name__: cls for cls in _STATUS}
 _METADATA_KEY = "deprune-error"
+# Words of a connection that was never made: where one breaks later, gRPC does not say so.
+_NEVER_MADE = "failed to connect"
 # Beside a BusyError: milliseconds after which to try again. A device waits no longer than the minute.
 _RETRY_KEY = "retry-pushback-ms"
 _RETRY_MOST_S = 60.0
@@ -189,8 +191,7 @@ def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
         return LinkError(f"the server at {server} does not use TLS; start it with --tls-cert, or leave out --tls-ca")
     if "Failed parsing HTTP/2" in details:
         return LinkError(f"what answers at {server} is no edge-server, but another program; check the port")
-    # Words of a connection that was never made: where one breaks later, gRPC does not say so.
-    if "failed to connect" in details and "Socket closed" in details:
+    if _NEVER_MADE in details and "Socket closed" in details:
         what = f"the server at {server} closed the connection before anything was said: it may be stopping"
         return LinkError(f"{what}; {doubt}" if doubt else what)
     return None
@@ -198,6 +199,11 @@ def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
 
 def _retry_after(milliseconds: str) -> float | None:
     return min(int(milliseconds) / 1000, _RETRY_MOST_S) if milliseconds.isdecimal() else None
+
+
+def was_sent(error: grpc.RpcError) -> bool:
+    """Whether anything of the call can have crossed the link: a connection was there for it."""
+    return _NEVER_MADE not in (error.details() or "")
 
 
 def from_rpc(error: grpc.RpcError, server: str, doubt: str = "") -> DepruneError:

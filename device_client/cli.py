@@ -17,7 +17,7 @@ from rich.table import Table
 from common import checkpoint, report
 from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
-from common.errors import AbsentError, AuthError, RunFolderError
+from common.errors import AbsentError, AuthError, DataError, RunFolderError
 from common.meter import DOWN, UP
 from common.progress import Counting, Screen, size
 from common.pulse import STALLED_S
@@ -148,6 +148,8 @@ def _load(
     if loaded.skipped:
         names = ", ".join(loaded.skipped[:5])
         console.print(f"[yellow]Left out[/yellow] {len(loaded.skipped)} unreadable pictures: {escape(names)}")
+    for sentence in loaded.left_out:
+        _say(f"{sentence}.")
     return loaded
 
 
@@ -312,3 +314,5 @@ def predict(
         table.add_row(escape(str(path)), escape(name), f"{chance:.1%}")
     # A line for each picture where a program reads them, however long a path is.
     console.print(table, width=None if console.is_terminal else _LONG, crop=False)
+    if missing := len(pictures) - len(answers):
+        raise DataError(f"{missing:,} of {len(pictures):,} pictures were left out, for they cannot be read")

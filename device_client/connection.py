@@ -24,6 +24,7 @@ from common.errors import (
     SessionError,
     VersionError,
     from_rpc,
+    was_sent,
 )
 from common.meter import DOWN, UP, Draft, Meter
 from common.phase_message import phase_of
@@ -149,7 +150,8 @@ class Connection:
         try:
             reply = self._stub.Open(wire.seal(request), timeout=channel.HANDSHAKE_S)
         except grpc.RpcError as error:
-            self.meter.control(UP, request, again=True)
+            if was_sent(error):
+                self.meter.control(UP, request, again=True)
             raise from_rpc(error, self.server, self._access.doubt) from error
         if reply.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(

@@ -49,6 +49,7 @@ class Dataset:
     test: Part
     skipped: tuple[str, ...]  # "train/cat/a.jpg (empty file)", only with skip_unreadable
     scaled: str = ""  # "train/cat/b.jpg was 640x480", of the first picture if it had another size than the model's
+    left_out: tuple[str, ...] = ()  # what lies in the source and is not used, in words
 
 
 def load(
@@ -118,7 +119,7 @@ def load(
     empty = Part(np.empty((0, *input_shape), dtype=np.uint8), np.empty(0, dtype=np.int64))
     train_part, validation_part, test_part = (read.get(name, empty) for name in ("train", "validation", "test"))
     scaled = _scaled(*next(iter(wanted.values())), input_shape)
-    return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled)
+    return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled, opened.left_out)
 
 
 def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> Pictures:

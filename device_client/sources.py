@@ -48,6 +48,7 @@ class Source:
     classes: tuple[str, ...]
     train: Side | None
     test: Side | None
+    left_out: tuple[str, ...] = ()  # what of it is not used though it may have been meant to be, in words
 
 
 def check_source(source: str) -> None:
@@ -95,7 +96,9 @@ def _folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool) -> So
         raise DataError(f"there is no folder {root}; give one that has train/CLASS/ and test/CLASS/ with pictures")
     # Without train/, a folder that is only evaluated still has classes: those of its test/.
     classes = _class_names(root / ("train" if wants_train or (root / "train").is_dir() else "test"))
-    sides = {}
+    sides: dict[str, Side] = {}
+    unused: list[str] = []
+    left_out: list[str] = []
     for name, wanted in (("train", wants_train), ("test", wants_test)):
         if wanted:
             folders = _class_names(root / name)
@@ -104,8 +107,14 @@ def _folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool) -> So
                     f"{root / 'test'} has classes that {root / 'train'} does not have: {some(unknown)};"
                     " rename or remove them, or add training pictures"
                 )
-            sides[name] = _folder_side(root, [root / name / folder for folder in folders], classes, shape)
-    return Source(classes, sides.get("train"), sides.get("test"))
+            if untested := [folder for folder in classes if folder not in folders]:
+                left_out.append(f"no {name} pictures of {len(untested)} of {len(classes)} classes: {some(untested)}")
+            sides[name] = _folder_side(root, [root / name / folder for folder in folders], classes, shape, unused)
+    if unused:
+        left_out.append(
+            f"not used, since a class's pictures lie directly in its folder and have a picture's ending: {some(unused)}"
+        )
+    return Source(classes, sides.get("train"), sides.get("test"), tuple(left_out))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -117,17 +126,23 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _folder_side(root: Path, folders: list[Path], classes: tuple[str, ...], shape: Shape) -> Side:
+def _folder_side(
+    root: Path, folders: list[Path], classes: tuple[str, ...], shape: Shape, unused: list[str]
+) -> Side:  # fmt: skip
+    """`unused` takes what else lies in the folders."""
     suffixes = set(Image.registered_extensions()) - _NOT_PICTURES
     files: list[Path] = []
     labels: list[int] = []
     for folder in folders:
         # Not is_file(): a dangling link is a picture that cannot be read, and must not vanish without a word.
-        names = sorted(
-            entry.name
-            for entry in _scan(folder)
-            if Path(entry.name).suffix.lower() in suffixes and not entry.name.startswith(".") and not _is_dir(entry)
-        )
+        names: list[str] = []
+        for entry in sorted(_scan(folder), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if Path(entry.name).suffix.lower() in suffixes and not _is_dir(entry):
+                names.append(entry.name)
+            else:
+                unused.append(str((folder / entry.name).relative_to(root)) + "/" * _is_dir(entry))
         if not names:
             raise DataError(f"{folder} has no pictures; add some (*.jpg, *.png, ...) or remove the folder")
         files += [folder / name for name in names]

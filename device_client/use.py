@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from common import codecs, halves, weights
-from common.errors import BusyError, MismatchError
+from common.errors import BusyError, DataError, MismatchError
 from common.halves import Head
 from common.processor import fits
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
+from device_client.batches import Pictures
 from device_client.data import Dataset, Part, load_picture
 from device_client.inputs import sent_batches
 from device_client.pictures import size_of
@@ -69,9 +70,10 @@ def _phase(remote: RemoteTail, width: int | None) -> Phase:
     phase = remote.opened.phase
     if width not in (None, *phase.widths):
         served = ", ".join(map(str, sorted(phase.widths)))
+        give = "give one of these" if len(phase.widths) > 1 else "leave --width out"
         raise MismatchError(
-            f"width {width} was asked for, but this network was trained for {served}; give one of these as --width, or "
-            f"train with nested widths"
+            f"width {width} was asked for, but this network was trained for {served}; {give}, or train with nested "
+            f"widths"
         )
     return replace(phase, width=width or phase.width)
 
@@ -105,11 +107,27 @@ def evaluate(remote: RemoteTail, head: Head, data: Dataset, say: Callable[[str],
 def predict(
     remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None]
 ) -> Iterator[tuple[Path, str, float]]:
-    """Class and probability of each picture file."""
+    """Class and probability of each picture file that can be read; `say` is told of the others.
+
+    DataError where there is none.
+    """
     opened = remote.opened
     recipe: Recipe = opened.recipe
     channels, height, width = recipe.model.input
-    pictures = np.stack([load_picture(path, (channels, height, width)) for path in paths])
+    read: dict[Path, Pictures] = {}
+    unreadable: list[DataError] = []
+    for path in dict.fromkeys(paths):
+        try:
+            read[path] = load_picture(path, (channels, height, width))
+        except DataError as error:
+            unreadable.append(error)
+    if not read:
+        none = f"none of {len(unreadable):,} pictures can be read; " if len(unreadable) > 1 else ""
+        raise DataError(f"{none}{unreadable[0]}")
+    for refused in unreadable:
+        say(str(refused))
+    paths = [path for path in paths if path in read]
+    pictures = np.stack([read[path] for path in paths])
     other = {path: size for path in paths if (size := size_of(path)) != (width, height)}
     if other:
         path, (wide, high) = next(iter(other.items()))

@@ -17,6 +17,7 @@ from common.errors import (
     DepruneError,
     FaultError,
     FrameError,
+    SessionError,
     StoppedError,
     VersionError,
     abort,
@@ -87,7 +88,8 @@ class Servicer(split_pb2_grpc.SplitServicer):
         untold, self._untold = self._untold, 0
         more = f" (and {untold:,} more since the last of these lines)" if untold else ""
         # A sentence may quote what came, which may be long.
-        kind = "Note" if isinstance(error, StoppedError) else "Refused"
+        # A device that comes back to a server that was restarted brings the session it had, and opens another.
+        kind = "Note" if isinstance(error, StoppedError | SessionError) else "Refused"
         self.host.console.print(f"[yellow]{kind}[/yellow]{more}: {escape(printable(str(error), 500))}", highlight=False)
 
     @_unary

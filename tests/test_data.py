@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -201,6 +202,23 @@ def test_links_in_circles_and_pipes_are_named(folder):
         place.unlink()
     (folder / "train" / "round").symlink_to(folder / "train" / "round")
     load(f"folder:{folder}", (3, 8, 8), 0, 0.0)
+
+
+def test_what_is_not_used_is_said(folder):
+    found = load(f"folder:{folder}", RGB, 1, 0)
+    assert found.left_out == ()
+    ant = folder / "train" / "ant"
+    (ant / "close-ups").mkdir()
+    save(ant / "close-ups" / "0.jpg")
+    (ant / "labels.txt").write_text("ant")
+    (ant / ".DS_Store").write_text("")
+    shutil.rmtree(folder / "test" / "bee")
+    found = load(f"folder:{folder}", RGB, 1, 0)
+    untested, unused = found.left_out
+    assert untested == "no test pictures of 1 of 3 classes: bee"
+    assert unused.endswith(": train/ant/close-ups/, train/ant/labels.txt")
+    assert len(found.train) == 30 and set(found.test.labels.tolist()) == {0, 2}
+    assert load(f"folder:{folder}", RGB, 1, 0, parts=("test",)).left_out == (untested,)
 
 
 def test_malformed_folders_are_refused(folder):

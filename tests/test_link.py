@@ -115,3 +115,13 @@ def test_a_certificate_that_is_being_exchanged_ends_no_run(monkeypatch: pytest.M
     assert remote._steadily(7, attempts) == "done"
     assert connects.call_count == 2 and attempts.call_count == 2
     remote.close()
+
+
+def test_what_was_never_sent_is_not_counted_as_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server listens yet: there is no connection that a handshake could have crossed."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    remote = RemoteTail("127.0.0.1:1")
+    with pytest.raises(LinkError, match="gave up after"):
+        remote.open(trains=True, wait_s=0.5)
+    assert remote.meter.report(None, None)["up"]["again"] == 0
+    remote.close()

@@ -112,6 +112,10 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
         judged = pair.device("evaluate", address, "--data", "digits", "--run", run, capture_output=True)
         named = pair.device("predict", address, "--run", run, *names, capture_output=True)
         text, _ = other.communicate(timeout=60)
+        broken = tmp_path / "broken.png"
+        broken.write_bytes(b"no picture")
+        partly = pair.device("predict", address, "--run", run, broken, *names, capture_output=True)
+        nothing = pair.device("predict", address, "--run", run, broken, tmp_path / "absent.png", capture_output=True)
         mistyped = pair.device("predict", address, "--run", tmp_path / "none", names[0], capture_output=True)
         process.terminate()
         assert process.wait(timeout=15) == 0
@@ -119,6 +123,9 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
     rows = {line.split()[0].rpartition("/")[2]: line.split() for line in named.stdout.splitlines() if "%" in line}
     assert (rows["3.png"][2], rows["7.png"][2]) == ("3", "7"), named.stdout + named.stderr
     assert "2 of 2 pictures are scaled to the model's 16x16" in named.stdout and "3.png" in text
+    assert partly.returncode == 1 and partly.stdout.count("%") == 2 and f"{broken} cannot be read" in partly.stdout
+    assert "1 of 3 pictures were left out" in partly.stderr, partly.stderr
+    assert nothing.returncode == 1 and "none of 2 pictures can be read; the picture" in nothing.stderr, nothing.stderr
     assert mistyped.returncode == 1 and "holds no finished run; check --run" in mistyped.stderr.replace("\n", " ")
 
 
