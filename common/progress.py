@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -85,7 +86,7 @@ class Live:
         # Where the estimate of what is left counts from: the first step here also waits for what is set up.
         self._first, self._since = done, 0.0
         self._shown = 0.0
-        self._width = 0
+        self._width = ""
         self._loss: float | None = None
         self._accuracy = 0.0
         # The bar is for wide terminals; what is told in place of steps may be longer than a line.
@@ -107,10 +108,15 @@ class Live:
         self._bar.stop()
 
     def step(
-        self, done: int, loss: float, accuracy: float, width: int = 0, crossed: tuple[int, int] | None = None
+        self,
+        done: int,
+        loss: float,
+        accuracy: float,
+        widths: Sequence[int] = (),
+        crossed: tuple[int, int] | None = None,
     ) -> None:
-        """`done` steps are done; the last had this loss, share of right answers and width; bytes up and down, of the
-        run, where any crossed.
+        """`done` steps are done; the last had this loss and share of right answers, and one of these widths; bytes up
+        and down, of the run, where any crossed.
         """
         # A running mean over about 20 steps: single batches jump.
         if self._loss is None:
@@ -120,6 +126,7 @@ class Live:
         if not self._since:
             self._first, self._since = done, now
         parts = {"step": f"{self._name} {done}/{self._steps}"}
+        width = "/".join(map(str, sorted(widths)))
         if width:
             parts["width"] = f"width {width}"
         parts |= {"loss": f"loss {self._loss:.3f}", "accuracy": f"acc {self._accuracy:.1%}"}

@@ -228,6 +228,7 @@ class Recipe:
     precision: str = "fp32"  # arithmetic inside both halves: "fp32" or "bf16" (autocast); the link is not concerned
 
     def __post_init__(self) -> None:
+        _demand(bool(self.name.strip()), 'name is empty; give the run one, as name = "pets"')
         _demand(self.name.isprintable(), f"name is {self.name!r}; leave control characters out")
         _one_of("method", self.method, METHODS)
         _one_of("precision", self.precision, ("fp32", "bf16"))

@@ -182,7 +182,7 @@ class Trainer:
                 if self.then == pb.VALIDATE:
                     self._validate(live)
                     continue
-                width = self.phase.width  # of a nested phase, each of whose steps may have another
+                widths = self.phase.widths
                 line = self._recall_step() if self.phase.kind == RECALL else self._train_step()
                 if self.phase.steps != planned:
                     planned = self.phase.steps
@@ -192,7 +192,7 @@ class Trainer:
                     )
                 total = self.remote.meter.total
                 crossed = total(UP).message, total(DOWN).message
-                live.step(self.step, line["loss"], line["accuracy"], width, crossed)
+                live.step(self.step, line["loss"], line["accuracy"], widths, crossed)
 
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""

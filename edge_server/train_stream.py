@@ -225,7 +225,7 @@ class TrainStream:
             live.say(f"[yellow]Warning[/yellow]: {warning}")
         crossed = run.meter.total(UP).message, run.meter.total(DOWN).message
         live.plan(training.coordinator.steps)
-        live.step(training.step, loss, accuracy, phase.width, crossed)
+        live.step(training.step, loss, accuracy, phase.widths, crossed)
 
     def _pause(self, leave: pb.Leave) -> None:
         """The device's user has stopped it; both sides keep where they stand, and the run waits."""

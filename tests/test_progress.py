@@ -18,7 +18,7 @@ def test_the_time_left_fits(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
     with Live(console, 123_456) as live:
         for done in (10_001, 10_002):
-            live.step(done, 2.345, 0.5, 16, (123_456_789, 98_765_432))
+            live.step(done, 2.345, 0.5, (16,), (123_456_789, 98_765_432))
             live._bar.refresh()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
     line = next(line for line in reversed(re.split(r"[\r\n]", shown)) if "10002/123456" in line)
@@ -73,3 +73,10 @@ def test_a_log_on_a_full_disk_ends_nothing() -> None:
 def test_one_is_not_told_in_the_plural() -> None:
     told = [several(count, "epoch") for count in (0, 1, 1.0, 1.5, 12, 1200)]
     assert told == ["0 epochs", "1 epoch", "1 epoch", "1.5 epochs", "12 epochs", "1,200 epochs"]
+
+
+def test_a_nested_phase_is_told_with_all_its_widths() -> None:
+    console = Console(file=io.StringIO(), width=140)
+    with Live(console, 10) as live:
+        live.step(1, 2.3, 0.1, (2, 4, 8))
+    assert "width 2/4/8" in console.file.getvalue()  # type: ignore[attr-defined]

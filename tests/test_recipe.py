@@ -48,6 +48,7 @@ from common.recipe import parse
             {"model": 'name = "tiny"\ninput = [32, 32, 3]\nclasses = 10\ncut = "x"'},
             "channels come first: [3, 32, 32]",
         ),
+        ({"top": 'name = " "\nmethod = "plain"'}, "name is empty; give the run one"),
         ({"top": 'name = "a\\u001b[31m"\nmethod = "plain"'}, "leave control characters out"),
         ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
         ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
