@@ -53,7 +53,7 @@ def _limit(name: str, field: str, kind: click.ParamType, metavar: str, text: str
 def limits(function: Callable[..., None]) -> Callable[..., None]:
     """Adds the options; they come as the keywords of Limits."""
     options = [
-        _limit("--max-sessions", "sessions", _COUNT, "N", "Devices at once."),
+        _limit("--max-sessions", "sessions", _COUNT, "N", "Sessions at once."),
         _limit("--max-sessions-each", "sessions_each", _COUNT, "N",
                "Sessions at once of one identity, or of one address where identities are not asked for."),
         _limit("--max-calls", "calls_a_second", _AMOUNT, "N", "Calls a second of one identity; more wait."),

@@ -64,7 +64,7 @@ def test_a_log_on_a_full_disk_ends_nothing() -> None:
     with Live(screen, 10) as live:
         for done in range(5):
             live.say(f"lost {done}")
-            live.step(done, 1.0, 0.5, width=done)
+            live.step(done, 1.0, 0.5, (done,))
         disk.full = False
         live.say("there is room again")
     assert disk.getvalue() == "there is room again\n"
