@@ -31,6 +31,17 @@ def with_classes(
     }
 
 
+def require_all(source: Recipe, recipe: Recipe, manifest: Manifest) -> None:
+    """MismatchError where the source learnt with some of its channels only and the new recipe sends all as they are:
+    the tail has never seen the others."""
+    phase = manifest.phase
+    if source.bottleneck.kind == "channels" and recipe.bottleneck.kind == "none" and phase.width < len(phase.order):
+        raise MismatchError(
+            f"model.init has learnt with {phase.width} of {len(phase.order)} channels, and bottleneck.kind "
+            f'"none" sends all: choose "channels" or "linear", or start from a run that had all'
+        )
+
+
 def adopt(
     half: Head | Tail, trained: Mapping[str, torch.Tensor], recipe: Recipe, source: Recipe, manifest: Manifest
 ) -> dict[str, torch.Tensor]:
@@ -45,6 +56,7 @@ def adopt(
             f'model.init has learnt a linear bottleneck; bottleneck.kind "{new}" cannot go on from it: choose '
             f'"linear", or start from a run without one'
         )
+    require_all(source, recipe, manifest)
     kept = ("layers.", "bottleneck.", "sensitivity") if old == new else ("layers.", "sensitivity")
     # What the widths of a nested run learnt apart is not taken over: the new run has widths of its own.
     theirs = {name: value for name, value in trained.items() if not name.startswith("norms.")}

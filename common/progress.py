@@ -92,7 +92,7 @@ class Live:
         # The bar is for wide terminals; what is told in place of steps may be longer than a line.
         bar = [BarColumn(bar_width=24)] if console.width >= 120 else []
         self._bar = Progress(
-            TextColumn("{task.description}", table_column=Column(overflow="fold")),
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
             *bar,
             console=console,
             disable=not console.is_terminal,
@@ -157,8 +157,8 @@ class Live:
         """What is done in place of steps, for a moment or long: the bar shows it, and output to a file gets a line."""
         self._bar.update(self._task, description=text)
         if not self._console.is_terminal:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False)
 
     def say(self, text: str) -> None:
-        """A line of its own that stays."""
+        """A line of its own that stays; with rich's markup."""
         self._bar.console.print(text, highlight=False)

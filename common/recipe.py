@@ -7,29 +7,18 @@ and checks the digest. Every default stands here, beside what it means.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from common.codecs import codec
 from common.errors import CodecError, RecipeError
+from common.tables import build, demand, one_of
 
 METHODS = ("plain", "fixed", "deprune", "prune")
-
-
-def _demand(holds: bool, message: str) -> None:
-    if not holds:
-        raise RecipeError(message)
-
-
-def _one_of(where: str, value: str, legal: typing.Collection[str]) -> None:
-    _demand(value in legal, f"{where} is {value!r}; legal are {', '.join(legal)}")
 
 
 @dataclass(frozen=True)
@@ -44,11 +33,11 @@ class ModelRecipe:
         legal_input = all(1 <= side <= 1024 for side in self.input)
         first, second, third = self.input
         turned = third in (1, 3) and first not in (1, 3)
-        _demand(not turned, f"model.input is {list(self.input)}; channels come first: {[third, first, second]}")
-        _demand(legal_input, f"model.input is {list(self.input)}; give channels, height, width, each 1 to 1024")
-        _demand(2 <= self.classes <= 65535, f"model.classes is {self.classes}; give 2 to 65535")
+        demand(not turned, f"model.input is {list(self.input)}; channels come first: {[third, first, second]}")
+        demand(legal_input, f"model.input is {list(self.input)}; give channels, height, width, each 1 to 1024")
+        demand(2 <= self.classes <= 65535, f"model.classes is {self.classes}; give 2 to 65535")
         known = not self.init or self.init.startswith("run:") or self.init.endswith(".safetensors")
-        _demand(known, f'model.init is {self.init!r}; give "run:DIR" or the path of a .safetensors file')
+        demand(known, f'model.init is {self.init!r}; give "run:DIR" or the path of a .safetensors file')
 
 
 @dataclass(frozen=True)
@@ -62,13 +51,13 @@ class DataRecipe:
     evaluation_batch: int = 256  # pictures a batch when judging; never changes the result, only the speed
 
     def __post_init__(self) -> None:
-        _demand(1 <= self.batch <= 65536, f"data.batch is {self.batch}; give 1 to 65536")
-        _demand(
+        demand(1 <= self.batch <= 65536, f"data.batch is {self.batch}; give 1 to 65536")
+        demand(
             1 <= self.evaluation_batch <= 65536, f"data.evaluation_batch is {self.evaluation_batch}; give 1 to 65536"
         )
-        _demand(0 <= self.crop <= 64, f"data.crop is {self.crop}; give 0 to 64 pixels")
-        _demand(0 <= self.validation < 1, f"data.validation is {self.validation}; give a share from 0 up to below 1")
-        _demand(all(value > 0 for value in self.std), "data.std must be above 0")
+        demand(0 <= self.crop <= 64, f"data.crop is {self.crop}; give 0 to 64 pixels")
+        demand(0 <= self.validation < 1, f"data.validation is {self.validation}; give a share from 0 up to below 1")
+        demand(all(value > 0 for value in self.std), "data.std must be above 0")
 
 
 @dataclass(frozen=True)
@@ -82,10 +71,10 @@ class BottleneckRecipe:
     ranking_steps: int = 4  # channels: steps at full width before each phase, to measure what a channel is worth
 
     def __post_init__(self) -> None:
-        _one_of("bottleneck.kind", self.kind, ("none", "channels", "linear"))
-        _one_of("bottleneck.start", self.start, ("auto", "orthogonal", "principal", "weighted"))
-        _demand(self.principal_pictures >= 1, "bottleneck.principal_pictures must be 1 or more")
-        _demand(self.ranking_steps >= 1, "bottleneck.ranking_steps must be 1 or more")
+        one_of("bottleneck.kind", self.kind, ("none", "channels", "linear"))
+        one_of("bottleneck.start", self.start, ("auto", "orthogonal", "principal", "weighted"))
+        demand(self.principal_pictures >= 1, "bottleneck.principal_pictures must be 1 or more")
+        demand(self.ranking_steps >= 1, "bottleneck.ranking_steps must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -110,6 +99,8 @@ _UNCODED = CodecRecipe("fp32", "fp32")
 class PhaseRecipe:
     """One entry of schedule.phases; the list [width, epochs] is short for a table with these two."""
 
+    SHORT: ClassVar[str] = "[width, epochs], such as in phases = [[8, 20]]"
+
     width: int  # channels that cross; 0: all
     epochs: float  # parts of an epoch are allowed
     activation: str = ""  # codec of this phase, such as a coarser one early on; "" as in [codec]
@@ -124,15 +115,20 @@ class PhaseRecipe:
     shift: int = 0  # with views: and moved by up to so many places each way
 
     def __post_init__(self) -> None:
-        _demand(self.width >= 0, f"schedule.phases has width {self.width}; give 0 (all channels) or more")
-        _demand(self.epochs > 0, f"schedule.phases has {self.epochs} epochs; they must be above 0")
-        _demand(self.lr >= 0, f"schedule.phases has lr {self.lr}; it must be 0 (as in optimiser) or more")
-        _demand(0 <= self.views <= 1000, f"schedule.phases has {self.views} views; give 0 to 1000")
+        demand(self.width >= 0, f"schedule.phases has width {self.width}; give 0 (all channels) or more")
+        demand(self.epochs > 0, f"schedule.phases has {self.epochs} epochs; they must be above 0")
+        demand(self.lr >= 0, f"schedule.phases has lr {self.lr}; it must be 0 (as in optimiser) or more")
+        demand(0 <= self.views <= 1000, f"schedule.phases has {self.views} views; give 0 to 1000")
+        demand(
+            0 < self.views < self.epochs or not (self.flip or self.shift),
+            f"schedule.phases has flip or shift with {self.views:g} views in {self.epochs:g} epochs: they are of what "
+            f"the server learns from again, after the views; pictures are varied by data.flip and data.crop",
+        )
         fits = all(1 <= width < (self.width or 2**31) for width in self.nested)
         fits = fits and len(set(self.nested)) == len(self.nested)
-        _demand(fits, f"schedule.phases has nested {list(self.nested)}; give different widths, each below width")
-        _demand(not (self.nested and self.views), "schedule.phases has nested and views; a frozen head has one width")
-        _demand(0 <= self.shift <= 64, f"schedule.phases has shift {self.shift}; give 0 to 64 places")
+        demand(fits, f"schedule.phases has nested {list(self.nested)}; give different widths, each below width")
+        demand(not (self.nested and self.views), "schedule.phases has nested and views; a frozen head has one width")
+        demand(0 <= self.shift <= 64, f"schedule.phases has shift {self.shift}; give 0 to 64 places")
         for name in (self.activation, self.gradient):
             try:
                 codec(name or "fp32")
@@ -153,21 +149,26 @@ class ScheduleRecipe:
     budget_mb: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("schedule.kind", self.kind, ("epochs", "plateau"))
-        _demand(self.budget_mb >= 0, f"schedule.budget_mb is {self.budget_mb}; give 0 (no limit) or more")
+        one_of("schedule.kind", self.kind, ("epochs", "plateau"))
+        demand(self.budget_mb >= 0, f"schedule.budget_mb is {self.budget_mb}; give 0 (no limit) or more")
         if self.kind == "epochs":
-            _demand(len(self.phases) > 0, "schedule.phases is empty; give a list of [width, epochs]")
+            demand(
+                not self.widths,
+                'schedule.widths belongs to kind "plateau"; write that, or the widths into schedule.phases',
+            )
+            demand(len(self.phases) > 0, "schedule.phases is empty; give a list of [width, epochs]")
             frozen = any(phase.views for phase in self.phases)
-            _demand(
+            demand(
                 not (self.budget_mb and frozen),
                 "schedule.budget_mb shortens phases, and phases with views send each picture a given number of times: "
                 "leave one of the two out",
             )
         else:
-            _demand(len(self.widths) > 0, "schedule.widths is empty; a plateau schedule needs the widths in order")
-            _demand(self.patience >= 1 and self.max_epochs >= 1, "schedule.patience and max_epochs must be 1 or more")
-            _demand(0 <= self.min_gain < 1, f"schedule.min_gain is {self.min_gain}; give a share from 0 up to below 1")
-            _demand(not self.budget_mb, 'schedule.budget_mb belongs to kind "epochs"; a plateau decides its own length')
+            demand(not self.phases, 'schedule.phases belongs to kind "epochs"; a plateau schedule has widths')
+            demand(len(self.widths) > 0, "schedule.widths is empty; a plateau schedule needs the widths in order")
+            demand(self.patience >= 1 and self.max_epochs >= 1, "schedule.patience and max_epochs must be 1 or more")
+            demand(0 <= self.min_gain < 1, f"schedule.min_gain is {self.min_gain}; give a share from 0 up to below 1")
+            demand(not self.budget_mb, 'schedule.budget_mb belongs to kind "epochs"; a plateau decides its own length')
 
     @property
     def nested(self) -> bool:
@@ -191,8 +192,8 @@ class LocalRecipe:
     lr: float = 0.0  # highest learning rate; 0 as in [optimiser], whose other settings hold here too
 
     def __post_init__(self) -> None:
-        _demand(self.epochs >= 0, f"local.epochs is {self.epochs}; it must be 0 (none) or more")
-        _demand(self.lr >= 0, f"local.lr is {self.lr}; it must be 0 (as in optimiser) or more")
+        demand(self.epochs >= 0, f"local.epochs is {self.epochs}; it must be 0 (none) or more")
+        demand(self.lr >= 0, f"local.lr is {self.lr}; it must be 0 (as in optimiser) or more")
 
 
 @dataclass(frozen=True)
@@ -206,11 +207,11 @@ class OptimiserRecipe:
     warmup: int = 0  # steps over which the learning rate rises linearly, at each start
 
     def __post_init__(self) -> None:
-        _one_of("optimiser.name", self.name, ("sgd", "adamw"))
-        _one_of("optimiser.decay", self.decay, ("cosine", "constant"))
-        _demand(self.lr > 0, f"optimiser.lr is {self.lr}; it must be above 0")
-        _demand(0 <= self.momentum < 1, f"optimiser.momentum is {self.momentum}; give 0 up to below 1")
-        _demand(self.weight_decay >= 0 and self.warmup >= 0, "optimiser.weight_decay and warmup must be 0 or more")
+        one_of("optimiser.name", self.name, ("sgd", "adamw"))
+        one_of("optimiser.decay", self.decay, ("cosine", "constant"))
+        demand(self.lr > 0, f"optimiser.lr is {self.lr}; it must be above 0")
+        demand(0 <= self.momentum < 1, f"optimiser.momentum is {self.momentum}; give 0 up to below 1")
+        demand(self.weight_decay >= 0 and self.warmup >= 0, "optimiser.weight_decay and warmup must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -228,23 +229,23 @@ class Recipe:
     precision: str = "fp32"  # arithmetic inside both halves: "fp32" or "bf16" (autocast); the link is not concerned
 
     def __post_init__(self) -> None:
-        _demand(bool(self.name.strip()), 'name is empty; give the run one, as name = "pets"')
-        _demand(self.name.isprintable(), f"name is {self.name!r}; leave control characters out")
-        _one_of("method", self.method, METHODS)
-        _one_of("precision", self.precision, ("fp32", "bf16"))
-        _demand(0 <= self.seed < 2**32, f"seed is {self.seed}; give 0 to 2^32 - 1")
+        demand(bool(self.name.strip()), 'name is empty; give the run one, as name = "pets"')
+        demand(self.name.isprintable(), f"name is {self.name!r}; leave control characters out")
+        one_of("method", self.method, METHODS)
+        one_of("precision", self.precision, ("fp32", "bf16"))
+        demand(0 <= self.seed < 2**32, f"seed is {self.seed}; give 0 to 2^32 - 1")
         channels = self.model.input[0]
-        _demand(
+        demand(
             self.data.crop < min(self.model.input[1:], default=65),
             f"data.crop is {self.data.crop}; pictures of {list(self.model.input)} can be shifted by less than a side",
         )
         for name, values in (("mean", self.data.mean), ("std", self.data.std)):
-            _demand(len(values) in (1, channels), f"data.{name} has {len(values)} numbers; give 1 or {channels}")
-        _demand(
+            demand(len(values) in (1, channels), f"data.{name} has {len(values)} numbers; give 1 or {channels}")
+        demand(
             self.schedule.kind != "plateau" or self.data.validation > 0,
             "a plateau schedule needs data.validation above 0: it is decided by the validation loss",
         )
-        _demand(
+        demand(
             not self.local.epochs or self.data.batch > 1,
             "local.epochs is above 0 and data.batch is 1: its classifier has batch norm, which needs 2 or more",
         )
@@ -258,7 +259,7 @@ class Recipe:
         return {self.codec.activation, self.codec.gradient} | (of_phases - {""})
 
     def _check_budget(self) -> None:
-        _demand(
+        demand(
             not self.schedule.budget_mb or not any(name.startswith("auto") for name in self.codecs),
             'schedule.budget_mb needs bytes that are the same in each run, and codec "auto", the default, follows the '
             'link: write activation = "context:20" and gradient = "context:5" in [codec], or "step:20" and "step:5"',
@@ -266,48 +267,52 @@ class Recipe:
 
     def _check_method(self) -> None:
         widths, kind = self.schedule.width_list, self.bottleneck.kind
-        _demand(
+        demand(
+            kind == "linear" or self.bottleneck.start == "auto",
+            f'bottleneck.start says how a linear bottleneck begins, and bottleneck.kind is "{kind}"; leave it out',
+        )
+        demand(
             kind != "none" or all(width == 0 for width in widths),
             'bottleneck.kind "none" sends all channels; write width 0 in the schedule, or choose channels or linear',
         )
-        _demand(
+        demand(
             self.optimiser.restart or not any(phase.lr for phase in self.schedule.phases),
             "schedule.phases has an lr of its own, which needs optimiser.restart = true: without, the learning rate "
             "falls once over the whole run",
         )
-        _demand(
+        demand(
             kind != "none" or not self.schedule.nested,
             'bottleneck.kind "none" sends all channels; nested widths need kind channels or linear',
         )
         if self.method == "plain":
             raw = self.codec == _UNCODED and kind == "none"
             raw = raw and not any(phase.activation or phase.gradient for phase in self.schedule.phases)
-            _demand(not self.local.epochs, 'method "plain" is what others are compared with: local.epochs must be 0')
-            _demand(raw, 'method "plain" compresses nothing: bottleneck.kind is "none" and both codecs are "fp32"')
+            demand(not self.local.epochs, 'method "plain" is what others are compared with: local.epochs must be 0')
+            demand(raw, 'method "plain" compresses nothing: bottleneck.kind is "none" and both codecs are "fp32"')
         if self.method in ("plain", "fixed"):
-            _demand(len(set(widths)) == 1, f'method "{self.method}" has one width; the schedule has {list(widths)}')
+            demand(len(set(widths)) == 1, f'method "{self.method}" has one width; the schedule has {list(widths)}')
         if self.method == "prune":
-            _demand(self.model.init != "", 'method "prune" starts from a trained network; set model.init')
+            demand(self.model.init != "", 'method "prune" starts from a trained network; set model.init')
         # Width 0 means all channels, wider than any number.
         sizes = [width or 2**31 for width in widths]
         if self.method == "deprune":
-            _demand(
+            demand(
                 sizes == sorted(sizes),
                 f'method "deprune" widens a bottleneck; the schedule has {list(widths)}: put the widths in rising '
                 f'order (0 is all), or take method "prune"',
             )
             # With all channels from the start it can still grow in the SNR of its codecs, phase by phase.
-            _demand(
+            demand(
                 kind != "none" or len(widths) > 1,
                 'method "deprune" widens a bottleneck, and bottleneck.kind is "none": choose channels or linear, or '
                 "give phases with better and better codecs",
             )
         if self.method == "prune":
-            _demand(
+            demand(
                 kind != "none",
                 'method "prune" narrows a bottleneck, and bottleneck.kind is "none": choose channels or linear',
             )
-            _demand(
+            demand(
                 sizes == sorted(sizes, reverse=True),
                 f'method "prune" narrows a bottleneck; the schedule has {list(widths)}: put the widths in falling '
                 f'order (0 is all), or take method "deprune"',
@@ -348,53 +353,8 @@ def parse(text: str, source: str = "recipe") -> Recipe:
         table = tomllib.loads(text)
         if table.get("method") == "plain":  # the one method whose codec is not a choice
             table.setdefault("codec", dataclasses.asdict(_UNCODED))
-        return _build(Recipe, table, "")
+        return build(Recipe, table, "")
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{source} is not valid TOML: {error}") from error
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from error
-
-
-def _build(cls: type, table: dict[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in table:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise RecipeError(f"unknown key {prefix}{key}{hint} (legal: {', '.join(fields)})")
-    values = {}
-    for name, spec in fields.items():
-        if name in table:
-            values[name] = _convert(table[name], hints[name], prefix + name)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise RecipeError(f"key {prefix}{name} is missing")
-    return cls(**values)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    if hint is PhaseRecipe and isinstance(value, list):
-        _demand(len(value) == 2, f"{where} has {len(value)} items; give [width, epochs], or a table")
-        value = dict(zip(("width", "epochs"), value, strict=True))
-    if dataclasses.is_dataclass(hint):
-        form = f"a table, [{where}]"
-        if hint is PhaseRecipe:
-            form = "[width, epochs], such as in phases = [[8, 20]], or a table"
-        _demand(isinstance(value, dict), f"{where} must be {form}")
-        return _build(typing.cast(type, hint), value, f"{where}.")
-    if isinstance(hint, types.GenericAlias):
-        args = hint.__args__
-        _demand(isinstance(value, list), f"{where} is {value!r}; give a list")
-        if args[-1] is Ellipsis:
-            return tuple(_convert(item, args[0], f"{where}[{i}]") for i, item in enumerate(value))
-        _demand(len(value) == len(args), f"{where} has {len(value)} items; give {len(args)}")
-        return tuple(
-            _convert(item, arg, f"{where}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True))
-        )
-    if hint is float and type(value) is int:
-        value = float(value)
-    names = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
-    # `type(...) is`: TOML's true is no number, though Python's bool is an int.
-    _demand(type(value) is hint, f"{where} is {value!r}; give {names[hint]}")
-    _demand(not (hint is float and not abs(value) < float("inf")), f"{where} is {value}; give a finite number")
-    return value

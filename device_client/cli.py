@@ -17,7 +17,7 @@ from rich.table import Table
 from common import checkpoint, report
 from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
-from common.errors import AbsentError, AuthError, DataError, RunFolderError
+from common.errors import AbsentError, AuthError, DataError, MismatchError, RunFolderError
 from common.meter import DOWN, UP
 from common.progress import Counting, Screen, size
 from common.pulse import STALLED_S
@@ -105,7 +105,9 @@ def _connect(
         )
     for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
         console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
-    return RemoteTail(server, access, give_up_s=give_up_s, stalled_s=stalled_s)
+    remote = RemoteTail(server, access, give_up_s=give_up_s, stalled_s=stalled_s)
+    remote.say = _say
+    return remote
 
 
 def _compute_with(threads: int | None, name: str) -> torch.device:
@@ -143,7 +145,7 @@ def _load(
     channels, height, width = recipe.model.input
     loaded = data_module.load(
         source, (channels, height, width), recipe.seed, recipe.data.validation, parts=parts, skip_unreadable=skip,
-        limit=limit, progress=Counting(console, "Read", "pictures"),
+        limit=limit, classes=recipe.model.classes, progress=Counting(console, "Read", "pictures"),
     )  # fmt: skip
     if loaded.skipped:
         names = ", ".join(loaded.skipped[:5])
@@ -208,7 +210,7 @@ def train(
     if saved:
         kept, warnings = Checkpoints(folder.checkpoints, saved["run_id"], saved["digest"]).sound()
         for warning in warnings:
-            console.print(f"[yellow]Warning[/yellow]: {warning}")
+            console.print(f"[yellow]Warning[/yellow]: {escape(warning)}")
     done = None if overwrite else folder.finished()
     if not saved and not done:
         folder.prepare(overwrite)
@@ -228,8 +230,20 @@ def train(
         going = f", going on at step {opened.step:,}" if opened.step else ""
         if opened.step == 0:
             going = ", beginning again: no later checkpoint had been taken"
-        console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {server}{going}.", highlight=False)
-        # A card that is not there is told before the pictures are read; for the processor torch can wait.
+        console.print(
+            f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {escape(server)}{going}.", highlight=False
+        )
+        # What can be told before the pictures are read is told then: on a small device that takes minutes.
+        if ":" in opened.recipe.model.name:
+            from common.models import require_allowed
+
+            require_allowed(opened.recipe.model.name, allowed)
+        if opened.init_run_id and not head_path and not saved:
+            raise MismatchError(
+                f"the recipe starts from the finished run {opened.init_run_id}, whose head stayed on its device; "
+                f"pass --head with that run's folder"
+            )
+        # A card that is not there, too; for the processor torch can wait.
         chosen = None if processor == "cpu" else _compute_with(threads, processor)
         loaded = _load(remote, source, skip_unreadable, ("train", "validation", "test"), limit)
         console.print(
@@ -256,7 +270,7 @@ def train(
     finally:
         remote.close()
     report.show(console, summary)
-    console.print(f"The trained head and summary.json are in {run_path}.", highlight=False)
+    console.print(f"The trained head and summary.json are in {run_path}.", highlight=False, markup=False)
 
 
 @cli.command()

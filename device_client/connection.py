@@ -28,6 +28,7 @@ from common.errors import (
 )
 from common.meter import DOWN, UP, Draft, Meter
 from common.phase_message import phase_of
+from common.progress import duration
 from common.pulse import STALLED_S
 from common.recipe import Recipe
 from common.report import Faults
@@ -36,7 +37,7 @@ from common.rpc import split_pb2_grpc
 from common.schedule import Phase
 from common.tcp_info import Kernel, KernelBytes, find_server
 from common.wire import Place
-from device_client.link import CURABLE, Stream, Trouble
+from device_client.link import CURABLE, Came, Stream, Trouble
 
 GIVE_UP_S = 600.0
 
@@ -84,6 +85,7 @@ class Connection:
         if stub is None:
             self._connect()
         self._train: Stream | None = None
+        self._came = Came()  # on the stream that was opened last, since it was to bring something
         self._begun: pb.Begin | None = None  # what each Begin of the run says alike
         self._joined = False  # the server has confirmed that the run has begun
         self._ready: pb.Ready
@@ -119,7 +121,7 @@ class Connection:
         request = pb.OpenRequest(
             protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN if trains else pb.USE, run_id=run_id, kept=kept
         )
-        trouble = Trouble(wait_s)
+        trouble, told = Trouble(wait_s), False
         while True:
             try:
                 reply = self._handshake(request, again=trains and bool(run_id))
@@ -129,6 +131,9 @@ class Connection:
                     if trains and isinstance(error, AbsentError):
                         raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
                     raise
+                if not told:
+                    self.say(f"{error}; waiting for up to {duration(wait_s)}")
+                    told = True
                 trouble.wait(error, lambda text: None)
                 self._connect()
         parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
@@ -189,7 +194,7 @@ class Connection:
                     raise
                 trouble = trouble or Trouble(self.give_up_s)
                 unknown = isinstance(error, SessionError)
-                trouble.wait(error, self.say)
+                trouble.wait(error, self.say, self._came.frames > 0)
 
     def _head_weights(self, again: bool) -> bytes:
         request, draft = pb.HeadRequest(session=self.opened.session), Draft(self.meter)
@@ -240,13 +245,14 @@ class Connection:
                         self._join(step, again=trouble is not None)
                     return attempt()
                 except CURABLE as error:
+                    moved = self._came.frames > 0
                     self._lose()
                     unknown = isinstance(error, SessionError)
                     if self._channel is None or self._begun is None:
                         raise
                     trouble = trouble or Trouble(self.give_up_s)
                     self.offline = True
-                    trouble.wait(error, self.say)
+                    trouble.wait(error, self.say, moved)
         finally:
             self.offline = False
 
@@ -289,6 +295,7 @@ class Connection:
         finally:
             draft.drop()
         self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
+        self._came.frames = 0  # that it may begin is nothing of what is to come
         self._find_connection()
         self._bring_basis()
 
@@ -310,7 +317,9 @@ class Connection:
             self._basis_on = self._train
 
     def _open_stream(self, call: Callable[..., Any]) -> Stream:
-        return Stream(call, self.server, self._stalled_s, watched=self._channel is not None)
+        stream = Stream(call, self.server, self._stalled_s, watched=self._channel is not None)
+        self._came = stream.came
+        return stream
 
     def _reopen(self, step: int) -> bool:
         """Handshake for a new session of the same run; whether it goes on. RolledBackError where from another step."""

@@ -61,12 +61,14 @@ def load(
     parts: Sequence[str] = ("train", "validation", "test"),
     skip_unreadable: bool = False,
     limit: int | None = None,
+    classes: int | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """The pictures of SOURCE, resized (not cropped) to `input_shape` = (C,H,W), and their labels.
 
     `limit` keeps that many training pictures, drawn by `seed` from all classes; `validation` (0 up to 1) is the
-    fraction of those that is held out, by `seed` too. Test pictures are never limited. Only `parts` are read: for
+    fraction of those that is held out, by `seed` too. `classes`: how many there must be.
+    Test pictures are never limited. Only `parts` are read: for
     "test" alone the training pictures are not touched. `progress` is called with (pictures read, pictures in all).
 
     Raises DataError, in one sentence with what to do, for a source that is missing, malformed or larger than half
@@ -81,6 +83,11 @@ def load(
 
     wants_train, wants_test = "train" in parts or "validation" in parts, "test" in parts
     opened = open_source(source, input_shape, wants_train, wants_test)
+    if classes not in (None, len(opened.classes)):
+        raise DataError(
+            f"{source} has {len(opened.classes)} classes and the recipe {classes}; use other data or change "
+            f"model.classes"
+        )
     wanted: dict[str, tuple[Side, NDArray[np.int64]]] = {}
     if opened.train:
         train, held_out = _split(len(opened.train.labels), seed, validation, limit)

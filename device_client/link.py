@@ -38,7 +38,16 @@ CURABLE = (LinkError, AuthError, StoppedError, BusyError, SessionError, FaultErr
 # A server that answers and refuses the same step so often in a row means it.
 _REFUSALS = 6
 _FIRST_S, _MOST_S, _DOUBLED = 0.2, 15.0, 7
+# A link that breaks again and again, each time after some of the answer has come, is given up after so many.
+_RENEWED = 10
 _LOOK_S = 1.0
+
+
+@dataclass
+class Came:
+    """How many frames have come on a stream: by itself, for whoever asks must not hold on to the stream."""
+
+    frames: int = 0
 
 
 class Stream:
@@ -52,6 +61,7 @@ class Stream:
         self._outgoing: queue.SimpleQueue[pb.Frame | None] = queue.SimpleQueue()
         self._incoming = call(iter(self._outgoing.get, None))
         self.wait_s = 0.0
+        self.came = Came()
         self._due: float | None = None  # since when the server is waited for
         self._lost = ""  # why we broke it off ourselves
         if watched:
@@ -76,7 +86,9 @@ class Stream:
         finally:
             self._due = None
             self.wait_s += time.perf_counter() - started
-        return wire.opened(draft.frame(DOWN, frame))
+        whole = wire.opened(draft.frame(DOWN, frame))
+        self.came.frames += 1
+        return whole
 
     def _watch(self) -> None:
         """Look at the connection until the stream has ended, and end it where it gets nowhere; a thread of its own."""
@@ -111,17 +123,22 @@ class Stream:
 
 @dataclass
 class Trouble:
-    """A stretch of failed attempts at one thing; ends with the first that succeeds, or after `give_up_s` seconds."""
+    """A stretch of failed attempts at one thing; ends with the first that succeeds, or after `give_up_s` seconds in
+    which nothing has moved."""
 
     give_up_s: float
 
     def __post_init__(self) -> None:
         self._since = time.monotonic()
-        self._attempts = self._refusals = 0
+        self._attempts = self._refusals = self._renewed = 0
         self._told = ""
 
-    def wait(self, error: DepruneError, say: Callable[[str], None]) -> None:
-        """Sleep before the next attempt, longer each time; raises `error` where there is to be none."""
+    def wait(self, error: DepruneError, say: Callable[[str], None], moved: bool = False) -> None:
+        """Sleep before the next attempt, longer each time; raises `error` where there is to be none. `moved`: the link
+        had come back, and broke again only after some of the answer had come."""
+        if moved and self._renewed < _RENEWED:
+            self._since, self._attempts = time.monotonic(), 0
+            self._renewed += 1
         self._attempts += 1
         # An answer, though not the one that was wanted; no answer at all is a matter of time alone.
         unanswered = isinstance(error, LinkError | AuthError | StoppedError | BusyError)

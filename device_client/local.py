@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -200,7 +201,8 @@ class Local:
             self.checkpoints.write(self.step, tensors, books)
         except RunFolderError as error:
             self.trainer.console.print(
-                f"[yellow]Warning[/yellow]: no checkpoint of local step {self.step}: {error}; learning goes on",
+                f"[yellow]Warning[/yellow]: no checkpoint of local step {self.step}: {escape(str(error))}; "
+                f"learning goes on",
                 highlight=False,
             )
 
@@ -213,7 +215,7 @@ class Local:
                 f"settings, or is damaged; give it those again, choose another --run, or pass --overwrite"
             )
         for warning in warnings:
-            self.trainer.console.print(f"[yellow]Warning[/yellow]: {warning}", highlight=False)
+            self.trainer.console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
         if good:
             self._restore(good[-1])
 

@@ -28,7 +28,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         tensors["basis"] = torch.from_numpy(trainer.basis)
     remote, kernel = trainer.remote, trainer.remote.kernel.read()
     return tensors, {
-        "half": HEAD, "data": trainer.data_id,
+        "half": HEAD, "data": trainer.data_id, "judged": trainer.judged_id,
         "then": trainer.then, "phases": [asdict(phase) for phase in trainer.phases],
         "meter": remote.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(remote.faults),
         "wall_s": trainer.elapsed_s, "busy_s": trainer.busy_s, "local": trainer.local,
@@ -43,6 +43,11 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
         raise DataError(
             f"these are not the {len(trainer.data.train):,} pictures that the run began with; give it the same --data "
             f"and --limit, or begin anew with --overwrite on both sides"
+        )
+    if kept.state.get("judged", trainer.judged_id) != trainer.judged_id:
+        raise DataError(
+            "the test or validation pictures are not those that the run began with; give it the same --data, or begin "
+            "anew with --overwrite on both sides"
         )
     weights.fill(trainer.head, part(kept.tensors, "head"), source)
     head = trainer.head
@@ -59,8 +64,10 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
     return kept
 
 
-def fingerprint(pictures: Part) -> str:
+def fingerprint(*parts: Part) -> str:
     """SHA-256 (hex) over pictures and labels, in their order."""
-    result = hashlib.sha256(np.ascontiguousarray(pictures.pictures).data)
-    result.update(np.ascontiguousarray(pictures.labels).data)
+    result = hashlib.sha256()
+    for pictures in parts:
+        result.update(np.ascontiguousarray(pictures.pictures).data)
+        result.update(np.ascontiguousarray(pictures.labels).data)
     return result.hexdigest()

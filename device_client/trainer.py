@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from common import checkpoint, codecs, halves, optim, report, weights
-from common.bottleneck import LinearEncoder, principal_components
 from common.checkpoint import Checkpoints, due
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
 from common.inherit import adopt
@@ -21,10 +21,11 @@ from common.phase_message import phase_of
 from common.processor import fits
 from common.progress import Live, duration, several
 from common.recipe import Recipe
+from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, Manifest, RunFolder
 from common.schedule import RECALL, Phase
-from device_client import batches
+from device_client.basis import rotate
 from device_client.data import Dataset, Part
 from device_client.inputs import computing, sent_batches, training_batch
 from device_client.link import CURABLE
@@ -33,6 +34,7 @@ from device_client.remote_tail import RemoteTail, StepResult
 from device_client.state import fingerprint, restore, state_of
 
 _ROOM_S = 10.0  # between two attempts to write the trained head
+_ROLLBACKS = 5  # in a row that did not come further than the run had been
 
 
 class Trainer:
@@ -44,13 +46,15 @@ class Trainer:
     ) -> None:  # fmt: skip
         """`processor`: where the head computes."""
         self.remote, self.data, self.folder, self.console, self.processor = remote, data, folder, console, processor
+        remote.say = self._say
         self.opened = remote.opened
         self.recipe: Recipe = self.opened.recipe
         self.phases: list[Phase] = []
         self.batch = min(self.recipe.data.batch, len(data.train))
         if not self.batch:
             raise DataError("the training part is empty; give more pictures or a smaller data.validation")
-        self.data_id = fingerprint(data.train)  # a run goes on with the pictures it began with
+        # A run goes on with the pictures it began with.
+        self.data_id, self.judged_id = fingerprint(data.train), fingerprint(data.validation, data.test)
         self.started = time.monotonic()
         self.wall_s = 0.0  # taken by the run before this process
         self.step, self.then = 0, pb.STEP
@@ -108,11 +112,7 @@ class Trainer:
 
     def _inherit(self, init: RunFolder | None) -> None:
         wanted = self.opened.init_run_id
-        if init is None:
-            raise MismatchError(
-                f"the recipe starts from the finished run {wanted}, whose head stayed on its device; "
-                f"pass --head with that run's folder"
-            )
+        assert init  # the command line has looked
         source, _, manifest = init.read()
         if manifest.run_id != wanted:
             raise MismatchError(
@@ -124,18 +124,23 @@ class Trainer:
 
     def run(self, publish: bool) -> dict[str, Any]:
         """All that is left of the run; the summary."""
+        if not self.phases:  # the server would say so too, but only once the head has learnt alone
+            weighs = self.opened.head_size + self._published(publish)
+            require_room(self.recipe, self.cut, self.batch, len(self.data.test), weighs)
         self.learn_alone()
-        furthest, since = self.step, time.monotonic()
+        furthest, since, again = self.step, time.monotonic(), 0
         while True:
             try:
                 self.fit(publish)
                 return self.finish(publish)
             except RolledBackError as error:
+                again += 1
                 if self.step > furthest:
-                    furthest, since = self.step, time.monotonic()
-                elif (spent := time.monotonic() - since) > self.remote.give_up_s:
+                    furthest, since, again = self.step, time.monotonic(), 0
+                # Steps that are made again take their time; a step that its server dies of is met again and again.
+                elif (spent := time.monotonic() - since) > self.remote.give_up_s and again > _ROLLBACKS:
                     raise LinkError(f"step {furthest} was not passed in {duration(spent)}: {error}; gave up") from error
-                self.console.print(f"Back to step {error.step} from step {self.step}: {error}.", highlight=False)
+                self._say(f"Back to step {error.step} from step {self.step}: {error}.")
                 kept = restore(self, error.step)
                 lost = self.folder.resume(error.step)
                 self.remote.meter.restore(kept.state["meter"])
@@ -160,39 +165,49 @@ class Trainer:
     def fit(self, publish: bool) -> None:
         """Train from the present step to the last; `publish`: the head is to be, at the end."""
         judged = len(self.data.validation), len(self.data.test)
-        published = len(weights.to_bytes(self.head)) if publish else 0
         ready = self.remote.begin(
-            len(self.data.train), self.data.classes, self.step, judged, published, self.start_width
+            len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.start_width
         )
         if not self.phases:
             self.opened = self.remote.opened  # a server that was restarted before this names the run anew
             self.checkpoints.run_id = self.opened.run_id
             if ready.basis_wanted:
-                self._rotate()
+                rotate(self)
             self._switch(phase_of(ready.phase))
             self.keep()
             self.remote.meter.lap()
         planned = self.phase.steps
         with Live(self.console, planned, self.step) as live:
             self.remote.say = live.waiting
-            while self.then != pb.FINISH:
-                if self.stopping:
-                    self.resting = True
-                    raise KeyboardInterrupt
-                if self.then == pb.VALIDATE:
-                    self._validate(live)
-                    continue
-                widths = self.phase.widths
-                line = self._recall_step() if self.phase.kind == RECALL else self._train_step()
-                if self.phase.steps != planned:
-                    planned = self.phase.steps
-                    live.plan(planned)
-                    live.say(
-                        f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for {several(planned, 'step')}."
-                    )
-                total = self.remote.meter.total
-                crossed = total(UP).message, total(DOWN).message
-                live.step(self.step, line["loss"], line["accuracy"], widths, crossed)
+            try:
+                self._loop(live, planned)
+            finally:
+                self.remote.say = self._say
+
+    def _published(self, publish: bool) -> int:
+        """Bytes of the head that are given to the server at the end."""
+        return len(weights.to_bytes(self.head)) if publish else 0
+
+    def _loop(self, live: Live, planned: int) -> None:
+        """Step after step; `planned`: how many the run was to have."""
+        while self.then != pb.FINISH:
+            if self.stopping:
+                self.resting = True
+                raise KeyboardInterrupt
+            if self.then == pb.VALIDATE:
+                self._validate(live)
+                continue
+            widths = self.phase.widths
+            line = self._recall_step() if self.phase.kind == RECALL else self._train_step()
+            if self.phase.steps != planned:
+                planned = self.phase.steps
+                live.plan(planned)
+                live.say(
+                    f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for {several(planned, 'step')}."
+                )
+            total = self.remote.meter.total
+            crossed = total(UP).message, total(DOWN).message
+            live.step(self.step, line["loss"], line["accuracy"], widths, crossed)
 
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""
@@ -264,7 +279,7 @@ class Trainer:
         }  # fmt: skip
         # Logged before a checkpoint says that the step is done: a process that dies in between leaves no gap.
         if warning := self.folder.log(line):
-            self.console.print(f"[yellow]Warning[/yellow]: {warning}", highlight=False)
+            self.console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
         self.checkpoints.confirm(result.kept)
         if due(self.step, self.opened.checkpoint_every, turn=bool(result.next) or result.then != pb.STEP):
             self.keep()
@@ -285,7 +300,7 @@ class Trainer:
             checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
         except RunFolderError as error:
             self.console.print(
-                f"[yellow]Warning[/yellow]: no checkpoint of step {self.step}: {error}; training goes on",
+                f"[yellow]Warning[/yellow]: no checkpoint of step {self.step}: {escape(str(error))}; training goes on",
                 highlight=False,
             )
 
@@ -294,30 +309,6 @@ class Trainer:
         self.head.bottleneck.resize(phase.width, phase.order)
         # A frozen head is the one that is used later: batch norm takes its running statistics.
         self.head.train(not phase.frozen)
-
-    @torch.no_grad()
-    def _rotate(self) -> None:
-        """Turn the bottleneck into the principal components of what is sent, and tell the server.
-
-        They are weighted by what the loss feels, where the head's own classifier or the server has said that.
-        """
-        encoder = self.head.bottleneck
-        assert isinstance(encoder, LinearEncoder)
-        encoder.resize(self.start_width)
-        self.head.eval()
-        count = min(self.recipe.bottleneck.principal_pictures, len(self.data.train))
-        # Some of all classes: a folder lists one after the other.
-        chosen = batches.order(self.recipe.seed, 0, len(self.data.train))[:count]
-        part = Part(self.data.train.pictures[chosen], self.data.train.labels[chosen])
-        sent = (torch.from_numpy(batch) for batch, _ in sent_batches(self.head, part, self.recipe))
-        told, self.remote.sensitivity = self.remote.sensitivity, None
-        if told is not None:
-            self.felt = torch.from_numpy(told.copy())
-        components, mean = principal_components(sent, self.felt)
-        self.felt = None
-        encoder.rotate(components, mean)
-        self.basis = np.concatenate([components.numpy(), mean.numpy()[None]])
-        self.remote.send_basis(self.basis)
 
     def _judge(self, part: Part, subset: pb.Subset) -> pb.Verdict:
         self.head.eval()
@@ -328,6 +319,10 @@ class Trainer:
         )  # fmt: skip
         self.head.train(not self.phase.frozen)
         return verdict
+
+    def _say(self, text: str) -> None:
+        """What is done in place of steps, where no bar shows it."""
+        self.console.print(text, highlight=False, markup=False)
 
     def _validate(self, live: Live) -> None:
         """Judge the validation part, and take in what that decides."""

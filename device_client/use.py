@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common import codecs, halves, weights
-from common.errors import BusyError, DataError, MismatchError
+from common.errors import BusyError, DataError, MismatchError, SessionError
 from common.halves import Head
 from common.processor import fits
 from common.recipe import Recipe
@@ -78,6 +78,18 @@ def _phase(remote: RemoteTail, width: int | None) -> Phase:
     return replace(phase, width=width or phase.width)
 
 
+def _again(remote: RemoteTail, attempt: Callable[[], T], say: Callable[[str], None]) -> T:
+    """What `attempt` comes to; on a new session where reading the pictures took longer than the server keeps one."""
+    try:
+        return patiently(attempt, say)
+    except SessionError:
+        before = remote.opened
+        opened = patiently(lambda: remote.open(trains=False, run_id=before.run_id), say)
+        if (opened.recipe.digest(), opened.phase) != (before.recipe.digest(), before.phase):
+            raise MismatchError(f"the server at {remote.server} serves another run now; start again") from None
+        return patiently(attempt, say)
+
+
 def patiently(attempt: Callable[[], T], say: Callable[[str], None]) -> T:
     """What `attempt` comes to; where the server has no room now and says when it may, tried again then."""
     for left in reversed(range(TRIES)):
@@ -101,7 +113,7 @@ def evaluate(remote: RemoteTail, head: Head, data: Dataset, say: Callable[[str],
         batches = functools.partial(sent_batches, head, data.test, opened.recipe)
         return remote.evaluate(batches, len(data.test), pb.TEST, phase, data.classes)
 
-    return patiently(attempt, say)
+    return _again(remote, attempt, say)
 
 
 def predict(
@@ -139,7 +151,7 @@ def predict(
         sent = (batch for batch, _ in sent_batches(head, part, recipe))
         return np.concatenate(list(remote.predict(sent, len(part), _phase(remote, head.bottleneck.width))))
 
-    logits = patiently(attempt, say)
+    logits = _again(remote, attempt, say)
     chances = torch.from_numpy(logits).softmax(1)
     for path, chance in zip(paths, chances, strict=True):
         best = int(chance.argmax())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from typing import Any
@@ -42,7 +43,9 @@ def train(
             raise KeyboardInterrupt
         trainer.stopping = True
         again = "; press Ctrl-C again to stop at once" if caught == signal.SIGINT else ""
-        console.print(f"Stopping after this step{again}.")
+        # Where the output is held up, this is called in the middle of a write, and another may not begin.
+        with contextlib.suppress(RuntimeError):
+            console.print(f"Stopping after this step{again}.")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     how = "start it again with the same --run to go on"

@@ -7,21 +7,18 @@ run, so a run that is made again, after a fault, goes exactly as far.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from common.codecs import codec
-from common.errors import RecipeError
-from common.progress import several, size
 from common.recipe import Recipe
+from common.room import FIRST, bits
 from common.schedule import RANK, Phase, ends_of
 
-# Steps at the start of a phase before it is judged by them, and between two judgements.
-_FIRST, _EVERY = 8, 16
+# Steps between two judgements of a phase by what they cost; the first is after FIRST.
+_EVERY = 16
 _MEMORY = 64  # steps that a running mean looks back
 # The plan changes only where the rest of the run would change by more than this share.
 _NOTICEABLE = 0.02
@@ -44,8 +41,8 @@ class Load:
 
     def of_step(self, spent: Spent) -> tuple[float, float]:
         """Bytes up and down of a step, from what `spent` says of another load."""
-        up = self.width * _bits(self.activation) / (spent.load.width * _bits(spent.load.activation))
-        down = self.width * _bits(self.gradient) / (spent.load.width * _bits(spent.load.gradient))
+        up = self.width * bits(self.activation) / (spent.load.width * bits(spent.load.activation))
+        down = self.width * bits(self.gradient) / (spent.load.width * bits(spent.load.gradient))
         return spent.up * up, spent.down * down
 
 
@@ -75,41 +72,6 @@ class Beside:
     validation: int = 0
     test: int = 0
     head: int = 0
-
-
-def require_weights(recipe: Recipe, head: int) -> None:
-    """RecipeError where the budget is less than the `head` bytes of weights that a device begins with."""
-    allowed = round(recipe.schedule.budget_mb * 1e6)
-    if 0 < allowed <= head:
-        raise RecipeError(
-            f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(allowed)}), and the weights of the head alone "
-            f"are {size(head)}: give more"
-        )
-
-
-def require_room(recipe: Recipe, cut: tuple[int, ...], batch: int, beside: Beside, head: int) -> None:
-    """RecipeError where the budget is less than a run takes about before it has learnt anything: the weights, choosing
-    the first channels, the first steps and the test part. `cut`: [C, ...] of one picture; `head`: bytes that the device
-    begins with."""
-    first = recipe.schedule.phases[0]
-    place = math.prod(cut[1:]) / 8  # bytes of one channel of one picture, a bit each
-    up = place * _bits(first.activation or recipe.codec.activation)
-    both = up + place * _bits(first.gradient or recipe.codec.gradient)
-    width = first.width or cut[0]
-    ranked = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" and width < cut[0] else 0
-    parts = {
-        "the head's weights": head + beside.head,
-        "choosing channels": ranked * batch * cut[0] * both,
-        f"{_FIRST} steps": _FIRST * batch * width * both,
-        f"{several(beside.test, 'test picture')}": beside.test * width * up,
-    }
-    allowed, needed = recipe.schedule.budget_mb * 1e6, sum(parts.values())
-    if allowed < needed:
-        told = ", ".join(f"{size(part)} for {name}" for name, part in parts.items() if part)
-        raise RecipeError(
-            f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(allowed)}), and a run takes about "
-            f"{size(needed)} before it has learnt much ({told}): give more"
-        )
 
 
 class Budget:
@@ -177,7 +139,7 @@ class Budget:
     def fit(self, done: int) -> bool:
         """Plan anew after `done` steps, the last of which is not booked yet; whether `ends` changed."""
         spent, entry = self._spent, self._entry(done - 1)
-        if spent.steps < _FIRST or spent.steps % _EVERY != _FIRST % _EVERY:
+        if spent.steps < FIRST or spent.steps % _EVERY != FIRST % _EVERY:
             return False
         start = self.ends[entry - 1] if entry else 0
         coming = range(entry, len(self._loads))
@@ -241,10 +203,3 @@ class Budget:
 
 def _load(widths: tuple[int, ...], activation: str, gradient: str) -> Load:
     return Load(sum(widths) / len(widths), activation, gradient)
-
-
-def _bits(name: str) -> float:
-    """Bits an element, about. Those of codecs set by an SNR grow with it as docs/codec.md's tables do."""
-    chosen = codec(name)
-    snr = getattr(chosen, "snr", None)
-    return 8 * chosen.bound((1, 1, 64, 64)) / 4096 if snr is None else (snr + 6) / 10

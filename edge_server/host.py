@@ -20,22 +20,22 @@ from rich.markup import escape
 
 from common import codecs, weights, wire
 from common import halves as halves_module
-from common.codecs.base import elements
 from common.errors import (
     BusyError,
     FrameError,
     MismatchError,
-    ModelError,
     RunFolderError,
     SessionError,
     StoppedError,
 )
 from common.halves import Halves
 from common.recipe import Recipe
+from common.room import require_weights
 from common.rpc import split_pb2 as pb
 from common.run import TAIL, Manifest, RunFolder
 from common.wire import Place
-from edge_server.budget import Beside, require_weights
+from edge_server import checks
+from edge_server.budget import Beside
 from edge_server.callers import Callers
 from edge_server.initial import initial_weights
 from edge_server.limits import Limits
@@ -87,8 +87,9 @@ class Host:
         if overwrite:
             saved = None
         halves = halves_module.build(recipe, allowed)
-        _check_sizes(recipe, halves, host.limits.elements)
-        _check_output(recipe, halves)
+        checks.sizes(recipe, halves, host.limits.elements)
+        checks.output(recipe, halves)
+        checks.batch(recipe, halves)
         if saved and saved["digest"] != recipe.digest():
             raise RunFolderError(
                 f"{folder.path} holds an unfinished run of another recipe; choose another --run, or pass --overwrite"
@@ -124,7 +125,7 @@ class Host:
         recipe, text, manifest = folder.read()
         host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed, processor)
-        _check_sizes(recipe, halves, host.limits.elements)
+        checks.sizes(recipe, halves, host.limits.elements)
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"
         host._serve(halves, manifest, published.read_bytes() if published.is_file() else b"")
@@ -322,58 +323,6 @@ class Host:
         return self._first_head
 
 
-def _check_output(recipe: Recipe, halves: Halves) -> None:
-    """ModelError where the model does not end in a number for each class: better now than in the first step."""
-    halves.head.eval(), halves.tail.eval()
-    with torch.no_grad():
-        sent = halves.head(torch.zeros(1, *recipe.model.input))
-        logits = halves.tail.layers(halves.tail.bottleneck(sent))
-    if not isinstance(logits, torch.Tensor) or logits.shape != (1, recipe.model.classes):
-        what = f"of shape {list(logits.shape[1:])}" if isinstance(logits, torch.Tensor) else "that is no tensor"
-        raise ModelError(
-            f"the model {recipe.model.name} has an output {what}; {recipe.model.classes} numbers a picture were "
-            f"expected, one for each class: change model.classes, or the model"
-        )
-
-
 def _check_whole(training: Training) -> None:
     if training.spoiled:
         raise SessionError("a step failed half-way, and the run goes on from a checkpoint; open another session")
-
-
-def _check_sizes(recipe: Recipe, halves: Halves, most: int) -> None:
-    channels = halves.channels
-    largest = elements(halves.sent_shape(max(recipe.data.batch, recipe.data.evaluation_batch), channels))
-    if largest > most:
-        raise ModelError(
-            f"an activation of {largest:,} elements would cross the link; at most {most:,} may: lower data.batch or "
-            f"data.evaluation_batch, cut later, or raise --max-elements"
-        )
-    largest_shift = max((phase.shift for phase in recipe.schedule.phases), default=0)
-    moves = largest_shift or any(phase.flip for phase in recipe.schedule.phases)
-    if moves and (len(halves.cut) != 3 or largest_shift >= min(halves.cut[1:])):
-        raise ModelError(
-            f"the schedule flips or shifts what was kept by {largest_shift} places, which an activation of shape "
-            f"{list(halves.cut)} at the cut {recipe.model.cut} does not allow; leave them out"
-        )
-    for phase in recipe.schedule.phases:
-        if phase.nested and max(phase.nested) >= (phase.width or channels):
-            raise ModelError(
-                f"the schedule has nested {list(phase.nested)}, and {phase.width or channels} channels cross at most "
-                f"in that phase: give narrower ones"
-            )
-    ranked = recipe.bottleneck.kind != "channels"
-    for phase in recipe.schedule.phases:
-        narrow = min(phase.width or channels, *phase.nested, channels) < channels
-        if narrow and phase.views and not ranked:
-            raise ModelError(
-                'bottleneck.kind "channels" ranks them by their gradients, and none comes back in a phase with views: '
-                "put a phase without views before it that is narrower than all channels, or choose linear"
-            )
-        ranked = ranked or (narrow and not phase.views)
-    too_wide = [width for width in recipe.schedule.width_list if width > channels]
-    if too_wide:
-        raise ModelError(
-            f"the schedule has width {too_wide[0]}, but only {channels} channels cross the cut {recipe.model.cut}; "
-            f"give 1 to {channels}, or 0 for all"
-        )

@@ -12,7 +12,7 @@ from common import halves as halves_module
 from common import weights
 from common.errors import ModelError, RunFolderError
 from common.halves import Halves
-from common.inherit import adopt, with_classes
+from common.inherit import adopt, require_all, with_classes
 from common.recipe import Recipe
 from common.run import TAIL, RunFolder
 
@@ -81,6 +81,7 @@ def _from_run(recipe: Recipe, halves: Halves, folder: Path, allowed: Collection[
                 f"{folder} was cut at {source.model.cut}, the recipe cuts at {recipe.model.cut}: that needs a run "
                 f"without a linear bottleneck whose head lies on this machine or was published"
             )
+        require_all(source, recipe, manifest)
         layers = dict(trained.head.layers.state_dict()) | dict(trained.tail.layers.state_dict())
         own = dict(halves.head.layers.state_dict()) | dict(halves.tail.layers.state_dict())
         return _split(with_classes(layers, own, recipe, source), halves, str(folder))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from common import halves as halves_module
 from common import report, weights
@@ -22,10 +23,11 @@ from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, 
 from common.meter import Meter
 from common.recipe import Recipe
 from common.report import Faults
+from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import TAIL, Manifest, RunFolder
 from common.tcp_info import Kernel, KernelBytes
-from edge_server.budget import Beside, Budget, require_room
+from edge_server.budget import Beside, Budget
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.initial import Initial
 from edge_server.training import Training
@@ -71,7 +73,7 @@ class LiveRun:
             found, warnings = self.checkpoints.sound()
             self._at = found[-1]
             for warning in warnings:
-                console.print(f"[yellow]Warning[/yellow]: {warning}", highlight=False)
+                console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
 
     # Who may have it
 
@@ -152,7 +154,7 @@ class LiveRun:
         if self.recipe.schedule.budget_mb:
             head = 0 if self.initial.run_id else len(weights.to_bytes(training.halves.head))
             batch = min(samples, self.recipe.data.batch)
-            require_room(self.recipe, training.halves.cut, batch, beside, head)
+            require_room(self.recipe, training.halves.cut, batch, beside.test, head + beside.head)
         self.initial.fill(training.halves)
         if self.training:  # begun by a device that made no step and is gone
             self.training.close()
@@ -265,7 +267,8 @@ class LiveRun:
 
     def _unkept(self, step: int, error: Exception) -> None:
         self.console.print(
-            f"[yellow]Warning[/yellow]: no checkpoint of step {step}: {error}; training goes on", highlight=False
+            f"[yellow]Warning[/yellow]: no checkpoint of step {step}: {escape(str(error))}; training goes on",
+            highlight=False,
         )
 
     def pause(self) -> bool:

@@ -222,7 +222,7 @@ class TrainStream:
             "seconds": {name: round(value, 6) for name, value in seconds.items()},
         }  # fmt: skip
         if warning := run.folder.log(line):
-            live.say(f"[yellow]Warning[/yellow]: {warning}")
+            live.say(f"[yellow]Warning[/yellow]: {escape(warning)}")
         crossed = run.meter.total(UP).message, run.meter.total(DOWN).message
         live.plan(training.coordinator.steps)
         live.step(training.step, loss, accuracy, phase.widths, crossed)

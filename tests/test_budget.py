@@ -20,6 +20,7 @@ from common.meter import Count
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.schedule import Phase
+from device_client import trainer
 from device_client.data import Dataset, load
 from edge_server import live
 from edge_server.budget import Beside, Budget
@@ -178,7 +179,8 @@ def test_a_budget_that_is_not_reached_changes_nothing(digits: Dataset, tmp_path:
 
 
 def test_a_budget_that_turns_out_too_small_is_said(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "require_room", lambda *_: None)  # as if its estimate had been far too low
+    monkeypatch.setattr(live, "require_room", lambda *_: None)
+    monkeypatch.setattr(trainer, "require_room", lambda *_: None)  # as if its estimate had been far too low
     summary = run(digits, "phases = [[2, 1]]\nbudget_mb = 0.1")
     assert summary["steps"] <= 3 and spent(summary) > 100_000
     console = Console(file=io.StringIO(), width=200)

@@ -21,7 +21,7 @@ from common.inherit import adopt
 from common.recipe import load, parse
 from common.run import Manifest, RunFolder
 from common.schedule import Phase
-from device_client import data, trainer
+from device_client import basis, data
 from device_client.data import Dataset, Part
 from edge_server.host import Host
 from edge_server.initial import initial_weights
@@ -147,9 +147,9 @@ def test_principal_components_are_of_all_classes(monkeypatch: pytest.MonkeyPatch
     order = np.argsort(digits.train.labels, kind="stable")
     sorted_ = Part(digits.train.pictures[order], digits.train.labels[order])
     seen: list[Part] = []
-    whole = trainer.sent_batches
+    whole = basis.sent_batches
     monkeypatch.setattr(
-        trainer, "sent_batches", lambda head, part, recipe: seen.append(part) or whole(head, part, recipe)
+        basis, "sent_batches", lambda head, part, recipe: seen.append(part) or whole(head, part, recipe)
     )
     bottleneck = 'kind = "linear"\nstart = "principal"\nprincipal_pictures = 64'
     text = recipe_text("fixed", bottleneck=bottleneck, schedule="phases = [[4, 0.1]]")

@@ -54,12 +54,17 @@ def build(name: str, input_shape: tuple[int, int, int], classes: int, allowed: C
         raise ModelError(
             f"there is no model {name!r}; use one of {', '.join(sorted(MODELS))}, or your own as package.module:factory"
         )
-    if name not in allowed:
+    require_allowed(name, allowed)
+    return _call_custom(name, input_shape, classes)
+
+
+def require_allowed(name: str, allowed: Collection[str]) -> None:
+    """ModelError where `name` is code that this side's user has not allowed."""
+    if ":" in name and name not in allowed:
         raise ModelError(
             f"the recipe wants to run the code {name}, which is not part of deprune; "
             f"if you trust it, allow it with `--allow-model {name}` on the command line"
         )
-    return _call_custom(name, input_shape, classes)
 
 
 def _call_custom(name: str, input_shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -1,0 +1,56 @@
+"""Whether a budget has room for a run at all; asked by the server, and by a device before its head learns alone."""
+
+from __future__ import annotations
+
+import math
+
+from common.codecs import codec
+from common.errors import RecipeError
+from common.progress import several, size
+from common.recipe import Recipe
+
+# Steps before a run can be judged by what they cost.
+FIRST = 8
+
+
+def require_weights(recipe: Recipe, head: int) -> None:
+    """RecipeError where the budget is less than the `head` bytes of weights that a device begins with."""
+    allowed = round(recipe.schedule.budget_mb * 1e6)
+    if 0 < allowed <= head:
+        raise RecipeError(
+            f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(allowed)}), and the weights of the head alone "
+            f"are {size(head)}: give more"
+        )
+
+
+def require_room(recipe: Recipe, cut: tuple[int, ...], batch: int, test: int, head: int) -> None:
+    """RecipeError where the budget is less than a run takes about before it has learnt anything: `head` bytes of
+    weights, choosing the first channels, the first steps, judging `test` pictures. `cut`: [C, ...] of one picture."""
+    if not recipe.schedule.budget_mb:
+        return
+    first = recipe.schedule.phases[0]
+    place = math.prod(cut[1:]) / 8  # bytes of one channel of one picture, a bit each
+    up = place * bits(first.activation or recipe.codec.activation)
+    both = up + place * bits(first.gradient or recipe.codec.gradient)
+    width = first.width or cut[0]
+    ranked = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" and width < cut[0] else 0
+    parts = {
+        "the head's weights": head,
+        "choosing channels": ranked * batch * cut[0] * both,
+        f"{FIRST} steps": FIRST * batch * width * both,
+        f"{several(test, 'test picture')}": test * width * up,
+    }
+    allowed, needed = recipe.schedule.budget_mb * 1e6, sum(parts.values())
+    if allowed < needed:
+        told = ", ".join(f"{size(part)} for {name}" for name, part in parts.items() if part)
+        raise RecipeError(
+            f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(allowed)}), and a run takes about "
+            f"{size(needed)} before it has learnt much ({told}): give more"
+        )
+
+
+def bits(name: str) -> float:
+    """Bits an element, about. Those of codecs set by an SNR grow with it as docs/codec.md's tables do."""
+    chosen = codec(name)
+    snr = getattr(chosen, "snr", None)
+    return 8 * chosen.bound((1, 1, 64, 64)) / 4096 if snr is None else (snr + 6) / 10

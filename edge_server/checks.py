@@ -1,0 +1,83 @@
+"""Whether a recipe's model, cut and schedule fit each other: asked once, before a server waits for its device."""
+
+from __future__ import annotations
+
+import torch
+
+from common.codecs.base import elements
+from common.errors import ModelError
+from common.halves import Halves
+from common.recipe import Recipe
+
+
+def output(recipe: Recipe, halves: Halves) -> None:
+    """ModelError where the model does not end in a number for each class: better now than in the first step."""
+    halves.head.eval(), halves.tail.eval()
+    with torch.no_grad():
+        sent = halves.head(torch.zeros(1, *recipe.model.input))
+        logits = halves.tail.layers(halves.tail.bottleneck(sent))
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, recipe.model.classes):
+        what = f"of shape {list(logits.shape[1:])}" if isinstance(logits, torch.Tensor) else "that is no tensor"
+        raise ModelError(
+            f"the model {recipe.model.name} has an output {what}; {recipe.model.classes} numbers a picture were "
+            f"expected, one for each class: change model.classes, or the model"
+        )
+
+
+def batch(recipe: Recipe, halves: Halves) -> None:
+    """ModelError where the model cannot be trained with the recipe's batch: batch norm needs two numbers a channel."""
+    pictures = min(2, recipe.data.batch)
+    layers = (halves.head, halves.tail)
+    before = [{name: value.clone() for name, value in half.named_buffers()} for half in layers]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            halves.head.train(), halves.tail.train()
+            halves.tail.layers(halves.tail.bottleneck(halves.head(torch.zeros(pictures, *recipe.model.input))))
+    except ValueError as error:
+        raise ModelError(
+            f"the model {recipe.model.name} cannot be trained with data.batch = {recipe.data.batch} ({error}); "
+            f"give more"
+        ) from error
+    finally:
+        halves.head.eval(), halves.tail.eval()
+        for half, values in zip(layers, before, strict=True):
+            for name, value in half.named_buffers():
+                value.copy_(values[name])
+
+
+def sizes(recipe: Recipe, halves: Halves, most: int) -> None:
+    channels = halves.channels
+    largest = elements(halves.sent_shape(max(recipe.data.batch, recipe.data.evaluation_batch), channels))
+    if largest > most:
+        raise ModelError(
+            f"an activation of {largest:,} elements would cross the link; at most {most:,} may: lower data.batch or "
+            f"data.evaluation_batch, cut later, or raise --max-elements"
+        )
+    largest_shift = max((phase.shift for phase in recipe.schedule.phases), default=0)
+    moves = largest_shift or any(phase.flip for phase in recipe.schedule.phases)
+    if moves and (len(halves.cut) != 3 or largest_shift >= min(halves.cut[1:])):
+        raise ModelError(
+            f"the schedule flips or shifts what was kept by {largest_shift} places, which an activation of shape "
+            f"{list(halves.cut)} at the cut {recipe.model.cut} does not allow; leave them out"
+        )
+    for phase in recipe.schedule.phases:
+        if phase.nested and max(phase.nested) >= (phase.width or channels):
+            raise ModelError(
+                f"the schedule has nested {list(phase.nested)}, and {phase.width or channels} channels cross at most "
+                f"in that phase: give narrower ones"
+            )
+    ranked = recipe.bottleneck.kind != "channels"
+    for phase in recipe.schedule.phases:
+        narrow = min(phase.width or channels, *phase.nested, channels) < channels
+        if narrow and phase.views and not ranked:
+            raise ModelError(
+                'bottleneck.kind "channels" ranks them by their gradients, and none comes back in a phase with views: '
+                "put a phase without views before it that is narrower than all channels, or choose linear"
+            )
+        ranked = ranked or (narrow and not phase.views)
+    too_wide = [width for width in recipe.schedule.width_list if width > channels]
+    if too_wide:
+        raise ModelError(
+            f"the schedule has width {too_wide[0]}, but only {channels} channels cross the cut {recipe.model.cut}; "
+            f"give 1 to {channels}, or 0 for all"
+        )
