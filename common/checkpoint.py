@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 EVERY = 200  # steps between two checkpoints, by default
+# Of what the two sides write into one: raised where another release would read it otherwise.
+_FORMAT = 1
 _KEPT = 2
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
 
@@ -61,7 +63,9 @@ class Checkpoints:
         """
         import safetensors.torch  # torch takes seconds to load: not for a command that only looks into a folder
 
-        head = json.dumps({"step": step, "run_id": self.run_id, "digest": self.digest, "state": state})
+        head = json.dumps(
+            {"format": _FORMAT, "step": step, "run_id": self.run_id, "digest": self.digest, "state": state}
+        )
         whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         data = safetensors.torch.save(whole, {"deprune": head, "sha256": _digest(head, whole)})
         try:
@@ -156,6 +160,17 @@ def clear(folder: Path) -> None:
             folder.rmdir()
 
 
+def unsound(folder: Path) -> str:
+    """Why the newest checkpoint in a folder cannot be used; "" where it can, or there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)[:1]:
+            try:
+                read_file(path)
+            except RunFolderError as error:
+                return str(error)
+    return ""
+
+
 def newest(folder: Path) -> Mapping[str, Any] | None:
     """Head of the newest sound checkpoint in a folder ("run_id", "digest", "step", "state"); None without one."""
     with contextlib.suppress(FileNotFoundError):
@@ -174,9 +189,12 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         text = metadata["deprune"]
         if _digest(text, tensors) != metadata["sha256"]:
             raise ValueError("its checksum is wrong")
-        return json.loads(text), tensors
+        head = json.loads(text)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RunFolderError(f"the checkpoint {path} is damaged ({error}) and is not used") from error
+    if head.get("format") != _FORMAT:
+        raise RunFolderError(f"the checkpoint {path} was written by another release of deprune and is not used")
+    return head, tensors
 
 
 def _digest(head: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -32,13 +32,17 @@ def with_classes(
 
 
 def require_all(source: Recipe, recipe: Recipe, manifest: Manifest) -> None:
-    """MismatchError where the source learnt with some of its channels only and the new recipe sends all as they are:
-    the tail has never seen the others."""
-    phase = manifest.phase
-    if source.bottleneck.kind == "channels" and recipe.bottleneck.kind == "none" and phase.width < len(phase.order):
+    """MismatchError where the source learnt with some of its channels only, and the new recipe sends all as they are,
+    or cuts elsewhere: the tail has never seen the others."""
+    phase, moved = manifest.phase, source.model.cut != recipe.model.cut
+    if source.bottleneck.kind != "channels" or phase.width >= len(phase.order):
+        return
+    if moved or recipe.bottleneck.kind == "none":
+        what = f"another cut than {source.model.cut}" if moved else 'bottleneck.kind "none"'
+        instead = "cut there" if moved else 'choose "channels" or "linear"'
         raise MismatchError(
-            f"model.init has learnt with {phase.width} of {len(phase.order)} channels, and bottleneck.kind "
-            f'"none" sends all: choose "channels" or "linear", or start from a run that had all'
+            f"model.init has learnt with {phase.width} of {len(phase.order)} channels, and {what} would open the "
+            f"others: {instead}, or start from a run that had all"
         )
 
 

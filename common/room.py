@@ -8,9 +8,12 @@ from common.codecs import codec
 from common.errors import RecipeError
 from common.progress import several, size
 from common.recipe import Recipe
+from common.schedule import steps_of
 
 # Steps before a run can be judged by what they cost.
 FIRST = 8
+# Tensors may take that much less than `bits` says.
+_SURE = 0.7
 
 
 def require_weights(recipe: Recipe, head: int) -> None:
@@ -23,25 +26,30 @@ def require_weights(recipe: Recipe, head: int) -> None:
         )
 
 
-def require_room(recipe: Recipe, cut: tuple[int, ...], batch: int, test: int, head: int) -> None:
-    """RecipeError where the budget is less than a run takes about before it has learnt anything: `head` bytes of
-    weights, choosing the first channels, the first steps, judging `test` pictures. `cut`: [C, ...] of one picture."""
+def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, head: int) -> None:
+    """RecipeError where the budget is far less than a run on `samples` pictures takes before it has learnt anything:
+    `head` bytes of weights, choosing the first channels, the first steps, judging `test` pictures. `cut`: [C, ...] of
+    one picture."""
     if not recipe.schedule.budget_mb:
         return
-    first = recipe.schedule.phases[0]
+    first, batch = recipe.schedule.phases[0], min(samples, recipe.data.batch)
+    steps = steps_of(first.epochs, max(1, samples // batch))
     place = math.prod(cut[1:]) / 8  # bytes of one channel of one picture, a bit each
     up = place * bits(first.activation or recipe.codec.activation)
     both = up + place * bits(first.gradient or recipe.codec.gradient)
     width = first.width or cut[0]
-    ranked = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" and width < cut[0] else 0
+    ranked = 0
+    if recipe.bottleneck.kind == "channels" and width < cut[0]:
+        ranked = max(0, min(recipe.bottleneck.ranking_steps, steps - 1))
+    few = max(1, min(FIRST, steps - ranked))
     parts = {
         "the head's weights": head,
         "choosing channels": ranked * batch * cut[0] * both,
-        f"{FIRST} steps": FIRST * batch * width * both,
-        f"{several(test, 'test picture')}": test * width * up,
+        several(few, "step"): few * batch * width * both,
+        several(test, "test picture"): test * width * up,
     }
     allowed, needed = recipe.schedule.budget_mb * 1e6, sum(parts.values())
-    if allowed < needed:
+    if allowed < head + _SURE * (needed - head):
         told = ", ".join(f"{size(part)} for {name}" for name, part in parts.items() if part)
         raise RecipeError(
             f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(allowed)}), and a run takes about "
@@ -53,4 +61,6 @@ def bits(name: str) -> float:
     """Bits an element, about. Those of codecs set by an SNR grow with it as docs/codec.md's tables do."""
     chosen = codec(name)
     snr = getattr(chosen, "snr", None)
+    if name == "int8":  # zstd makes it about half of what it may be
+        return 4.0
     return 8 * chosen.bound((1, 1, 64, 64)) / 4096 if snr is None else (snr + 6) / 10

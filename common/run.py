@@ -65,6 +65,11 @@ class MetricsLog:
         self.dropped += 1
         return f"{self._path} cannot be written ({reason}); training goes on without it" if self.dropped == 1 else None
 
+    def settle(self) -> None:
+        """Make sure that what was written outlasts a loss of power."""
+        with contextlib.suppress(OSError):  # not every place can
+            os.fsync(self._file.fileno())
+
     def rewind(self, step: int) -> dict[str, int]:
         """Drop the lines of `step` and later, which are made again: how many "steps", and their bytes "up", "down"."""
         lost, end = {"up": 0, "down": 0, "steps": 0}, 0
@@ -156,6 +161,11 @@ class RunFolder:
             raise RunFolderError(f"run folder {self.path} cannot be used: {error.strerror}") from error
         if present and not untrained and not overwrite:
             kind = "a finished" if "summary.json" in present else "an unfinished"
+            if kind == "an unfinished" and not self.unfinished() and (why := checkpoint.unsound(self.checkpoints)):
+                raise RunFolderError(
+                    f"{self.path} holds an unfinished run that cannot be gone on with: {why}; choose another --run, or "
+                    f"pass --overwrite, which deletes that run"
+                )
             raise RunFolderError(
                 f"{self.path} already holds {kind} run, and not this one; choose another --run, or pass --overwrite, "
                 "which deletes that run"
@@ -233,6 +243,11 @@ class RunFolder:
     def log(self, line: dict[str, Any]) -> str | None:
         """A line of metrics.jsonl; the warning to show, once, where it could not be written."""
         return self.metrics.append(line) if self.metrics else None
+
+    def settle(self) -> None:
+        """Have the metrics up to now be there whatever happens: before a checkpoint that goes on from them."""
+        if self.metrics:
+            self.metrics.settle()
 
     def close(self) -> None:
         if self.metrics:

@@ -349,6 +349,11 @@ class Connection:
 
     @property
     def _stream(self) -> Stream:
+        if self._train is None and self.opened.finished:
+            raise MismatchError(
+                f"run {self.opened.run_id} was finished meanwhile by a device with a copy of this folder; the trained "
+                f"head is there"
+            )
         assert self._train is not None, "begin comes first"
         return self._train
 

@@ -126,7 +126,7 @@ class Trainer:
         """All that is left of the run; the summary."""
         if not self.phases:  # the server would say so too, but only once the head has learnt alone
             weighs = self.opened.head_size + self._published(publish)
-            require_room(self.recipe, self.cut, self.batch, len(self.data.test), weighs)
+            require_room(self.recipe, self.cut, len(self.data.train), len(self.data.test), weighs)
         self.learn_alone()
         furthest, since, again = self.step, time.monotonic(), 0
         while True:
@@ -296,6 +296,7 @@ class Trainer:
         if self.step in self.checkpoints.written and not anew:
             return
         try:
+            self.folder.settle()
             self.checkpoints.write(self.step, *state_of(self))
             checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
         except RunFolderError as error:

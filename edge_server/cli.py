@@ -167,9 +167,11 @@ def _left(host: Host) -> str:
     if not host.run.checkpoints.written:
         begun = f" at step {host.run.step:,};" if host.run.training else "; no device had begun, and"
         return f"{begun} nothing was kept."
+    kept = max(host.run.checkpoints.written)
+    there = "there" if kept == host.run.step else f"step {kept:,}, which is kept,"
     return (
-        f" at step {host.run.step:,}; the run is not finished and goes on from there when it is started again with the "
-        f"same recipe and --run."
+        f" at step {host.run.step:,}; the run is not finished and goes on from {there} when it is started again with "
+        f"the same recipe and --run."
     )
 
 

@@ -76,7 +76,7 @@ def evaluate(host: Host, receive: Incoming, training: Training | None) -> Genera
                 host.run.keep(anew=True)
         yield last
     finally:
-        if training:
+        if training and not host.served:  # which may have ended while its device did not read
             halves.tail.train()
 
 

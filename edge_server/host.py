@@ -10,6 +10,7 @@ import math
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from common.errors import (
     BusyError,
     FrameError,
     MismatchError,
+    ModelError,
     RunFolderError,
     SessionError,
     StoppedError,
@@ -62,7 +64,7 @@ class Host:
         self.limits = limits or Limits()
         self.callers = Callers(self.limits)
         self.watch = Watch(self.limits, self.note)
-        self._evaluations = 0  # streams that use the finished run at the moment
+        self._evaluations: Counter[str] = Counter()  # streams that use the finished run at the moment, by caller
         self._lock = threading.Lock()
         self._beginning = threading.Lock()  # held while a stream takes another's place, and while the run is put back
         self.sessions = Sessions(self.limits)
@@ -97,8 +99,12 @@ class Host:
         initial = None
         if not (saved and saved["step"]):  # else no device can begin it any more
             # Read before prepare: with --overwrite a run may start from what lay in its own folder.
-            initial = initial_weights(recipe, halves, allowed)
-            if not initial.run_id:
+            try:
+                initial = initial_weights(recipe, halves, allowed)
+            except (RunFolderError, ModelError):
+                if not saved:  # else the checkpoint has all that came of it, for the device that began the run
+                    raise
+            if initial and not initial.run_id:
                 initial.fill(halves)
                 host._first_head = weights.to_bytes(halves.head)
         require_weights(recipe, len(host._first_head))
@@ -216,20 +222,23 @@ class Host:
         self.ended.set()
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """A place among the streams that use the finished run; BusyError where all are taken."""
+    def evaluating(self, session: Session) -> Iterator[None]:
+        """A place among the streams that use the finished run; BusyError where there is none."""
+        caller, again = session.caller, f"try again in {self.limits.retry_s:g} s"
         with self._lock:
-            if self._evaluations >= self.limits.queue:
+            if (judging := self._evaluations.total()) >= self.limits.queue:
+                raise BusyError(f"the server is already judging for {judging} devices; {again}", self.limits.retry_s)
+            if (own := self._evaluations[caller]) >= self.limits.queue_each:
                 raise BusyError(
-                    f"the server is already judging for {self._evaluations} devices; "
-                    f"try again in {self.limits.retry_s:g} s", self.limits.retry_s,
-                )  # fmt: skip
-            self._evaluations += 1
+                    f"the server is already judging for {own} devices of yours; {again}", self.limits.retry_s
+                )
+            self._evaluations[caller] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._evaluations -= 1
+                self._evaluations[caller] -= 1
+                self._evaluations += Counter()  # drops callers without one
 
     # Training
 

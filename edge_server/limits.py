@@ -38,6 +38,11 @@ class Limits:
     store: int = 4096 * 1_000_000
 
     @property
+    def queue_each(self) -> int:
+        """Evaluations and predictions at once of one caller: a quarter, as of the sessions."""
+        return max(1, self.queue // 4)
+
+    @property
     def calls(self) -> int:
         """RPCs at once, each with a thread: two for each session, and some for handshakes."""
         return 2 * self.sessions + 8

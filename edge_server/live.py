@@ -153,8 +153,7 @@ class LiveRun:
         assert self.initial  # check_free has looked
         if self.recipe.schedule.budget_mb:
             head = 0 if self.initial.run_id else len(weights.to_bytes(training.halves.head))
-            batch = min(samples, self.recipe.data.batch)
-            require_room(self.recipe, training.halves.cut, batch, beside.test, head + beside.head)
+            require_room(self.recipe, training.halves.cut, samples, beside.test, head + beside.head)
         self.initial.fill(training.halves)
         if self.training:  # begun by a device that made no step and is gone
             self.training.close()
@@ -260,6 +259,7 @@ class LiveRun:
             if taken.step in self.checkpoints.written and not anew:
                 return
             try:
+                self.folder.settle()
                 self.checkpoints.write(taken.step, taken.tensors, taken.state)
                 training.forget_stores(min(self.checkpoints.written))
             except RunFolderError as error:

@@ -7,6 +7,7 @@ crossed the link. The servicer adds; the session draws batches; the index goes i
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,12 +39,14 @@ class Store:
         """The store as it was when `index` was taken: what came later is dropped; StoreError where it is not there."""
         store = cls.__new__(cls)
         store._set_up(folder, phase, shape, seed, limit)
-        store._places = [(int(start), int(length)) for start, length in index["places"]]
+        store._places = [(int(start), int(length), int(crc)) for start, length, crc in index["places"]]
         store._labels = list(index["labels"].numpy())
         store._open("r+b")
         if store._file.seek(0, os.SEEK_END) < store.size:
             raise StoreError(f"{store.path} is shorter than the checkpoint says; start the run anew with --overwrite")
         store._file.truncate(store.size)
+        for number in range(store.steps):  # now, for nobody could say when in a run a damaged one would be drawn
+            store._read(number)
         return store
 
     def _set_up(self, folder: Path, phase: Phase, shape: tuple[int, ...], seed: int, limit: int) -> None:
@@ -51,7 +54,7 @@ class Store:
         # Beside the checkpoints, which hold its index.
         self.path = folder / f"store-{phase.from_step:012}.bin"
         self._seed = seed
-        self._places: list[tuple[int, int]] = []
+        self._places: list[tuple[int, int, int]] = []  # start, length and CRC-32 of each payload
         self._labels: list[np.ndarray] = []
         self._mix: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -71,7 +74,7 @@ class Store:
             raise StoreError(f"{self.path} cannot be made safe on the disk: {error.strerror}") from error
         labels = np.array(self._labels, np.int64).reshape(self.steps, self.shape[0])
         return {
-            "places": torch.tensor(self._places, dtype=torch.int64).reshape(-1, 2),
+            "places": torch.tensor(self._places, dtype=torch.int64).reshape(-1, 3),
             "labels": torch.from_numpy(labels),
         }
 
@@ -82,7 +85,7 @@ class Store:
     @property
     def size(self) -> int:
         """Bytes on the disk."""
-        return sum(self._places[-1]) if self._places else 0
+        return sum(self._places[-1][:2]) if self._places else 0
 
     def add(self, payload: bytes | bytearray, labels: np.ndarray) -> None:
         """Keep one step; StoreError where it would take more disk than the operator allowed."""
@@ -98,7 +101,7 @@ class Store:
             self._file.flush()
         except OSError as error:
             raise StoreError(f"what the device sent cannot be kept on the server's disk: {error.strerror}") from error
-        self._places.append((start, len(payload)))
+        self._places.append((start, len(payload), zlib.crc32(payload)))
         self._labels.append(labels)
 
     def draw(self, number: int, flip: bool = False, shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -122,9 +125,22 @@ class Store:
         return batch_of, labels[order]
 
     def _decode(self, index: int) -> np.ndarray:
-        start, length = self._places[index]
-        self._file.seek(start)
-        return codec(self.phase.activation_codec).decode(bytearray(self._file.read(length)), self.shape)
+        return codec(self.phase.activation_codec).decode(self._read(index), self.shape)
+
+    def _read(self, index: int) -> bytearray:
+        """The payload of one step; StoreError where it is not what was written."""
+        start, length, crc = self._places[index]
+        try:
+            self._file.seek(start)
+            payload = bytearray(self._file.read(length))
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be read: {error.strerror}") from error
+        if zlib.crc32(payload) != crc:
+            raise StoreError(
+                f"{self.path} is damaged: what step {index} of its phase brought is not what was kept; start the run "
+                f"anew with --overwrite on both sides"
+            )
+        return payload
 
     def close(self) -> None:
         self._file.close()

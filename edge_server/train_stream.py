@@ -15,7 +15,7 @@ from rich.markup import escape
 from common import weights, wire
 from common.chooser import Chooser
 from common.codecs import Aside, codec
-from common.errors import FrameError, StoppedError, TooLargeError, printable
+from common.errors import BusyError, FrameError, RunFolderError, StoppedError, TooLargeError, printable
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_message
 from common.progress import Live, several
@@ -26,6 +26,8 @@ from edge_server.coordinator import Decision
 from edge_server.host import Host
 from edge_server.incoming import STOPPED, Incoming
 from edge_server.live import LiveRun
+
+_ROOM_S = 10.0  # after which a device asks again to be done, where the disk has no room for what was trained
 
 
 class TrainStream:
@@ -126,9 +128,9 @@ class TrainStream:
         decoded = clock()
         frames: list[pb.Frame] = []
         with training.applying():
-            gradient, loss, correct = training.learn(sent, labels)
-            if phase.kind == STORE:
+            if phase.kind == STORE:  # first: a tail may work in place on what was decoded, which may be the payload
                 training.keep(payload, labels)
+            gradient, loss, correct = training.learn(sent, labels)
             encoded = learnt = clock()
             if gradient is not None:
                 aside = Aside((training.recipe.seed, step, pb.GRADIENT), training.halves.gate.support(sent, phase))
@@ -249,10 +251,17 @@ class TrainStream:
                 raise FrameError("after the published head Leave was expected")
         if training.test is None:
             raise FrameError("Leave says finished, but the run is not; evaluate the test part first")
+        before = self.run.meter.state()
         receive.draft.keep()
         goodbye = wire.seal(Place(pb.CONTROL, training.step, training.phase.index).frame(goodbye=pb.Goodbye()))
         self.run.meter.frame(DOWN, goodbye)
-        self.host.finish(head)
+        try:
+            self.host.finish(head)
+        except RunFolderError as error:
+            self.run.meter.restore(before)
+            raise BusyError(
+                f"the server cannot keep the trained network ({error}); it waits for room", _ROOM_S
+            ) from error
         yield goodbye
         if receive.drained():
             self.host.ended.set()

@@ -221,6 +221,12 @@ def test_what_is_not_used_is_said(folder):
     assert load(f"folder:{folder}", RGB, 1, 0, parts=("test",)).left_out == (untested,)
 
 
+def test_another_number_of_classes_is_told_before_pictures_are_read(folder, monkeypatch):
+    monkeypatch.setattr(data, "_read", lambda *_: pytest.fail("read"))
+    with pytest.raises(DataError, match="has 3 classes and the recipe 10; use other data"):
+        load(f"folder:{folder}", RGB, 1, 0, classes=10)
+
+
 def test_malformed_folders_are_refused(folder):
     source = f"folder:{folder}"
     refused("there is no folder .*nowhere; give one that has train/CLASS", f"folder:{folder}/nowhere", RGB, 1, 0)

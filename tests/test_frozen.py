@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 from rich.console import Console
+from torch import nn
 
+from benchmarks import inprocess
 from benchmarks.recipes import recipe_text
-from common import halves, schedule, wire
+from common import halves, models, schedule, wire
 from common.codecs import codec
 from common.errors import FrameError, ModelError, StoreError
 from common.meter import Draft
@@ -23,6 +27,7 @@ from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
 from common.wire import Place
+from device_client.data import load
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
 from edge_server.store import Store
@@ -133,6 +138,11 @@ def test_a_store_goes_on_from_its_index(tmp_path: Path) -> None:
     assert again.steps == 5 and again.path.stat().st_size == again.size
     assert all(np.array_equal(left, right) for left, right in zip(again.draw(7), expected, strict=True))
     again.close()
+    whole = bytearray(again.path.read_bytes())
+    whole[again.size // 2] ^= 1
+    again.path.write_bytes(whole)
+    with pytest.raises(StoreError, match="is damaged: what step 2 of its phase brought"):
+        Store.reopen(tmp_path, store.phase, SHAPE, 7, store.limit, index)
     again.path.write_bytes(b"short")
     with pytest.raises(StoreError, match="shorter than the checkpoint says"):
         Store.reopen(tmp_path, store.phase, SHAPE, 7, store.limit, index)
@@ -207,3 +217,32 @@ def test_a_cut_without_maps_cannot_be_flipped(tmp_path: Path) -> None:
         text = text.replace("stage1_relu2", cut)
         with pytest.raises(ModelError, match="flips or shifts what was kept"):
             Host.to_train(parse(text), text, RunFolder(tmp_path), Console(), (), False)
+
+
+def view_then(inplace: bool) -> Callable[[tuple[int, ...], int], nn.Module]:
+    def net(shape: tuple[int, ...], classes: int) -> nn.Module:
+        size = 8 * shape[1] * shape[2]
+        return nn.Sequential(
+            nn.Conv2d(shape[0], 8, 3, padding=1), nn.Flatten(), nn.SiLU(inplace=inplace), nn.Linear(size, classes)
+        )
+
+    return net
+
+
+in_place, apart = view_then(True), view_then(False)
+
+
+def test_what_is_kept_is_what_came_though_the_tail_works_in_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """fp32 is decoded to a view of the payload itself."""
+    data, build, losses = load("digits", (1, 16, 16), 3, 0.0, limit=160), models.build, []
+    monkeypatch.setattr(models, "build", lambda name, *rest: build(name, *rest[:2], (name,)))
+    for factory in ("in_place", "apart"):
+        model = f'name = "tests.test_frozen:{factory}"\ninput = [1, 16, 16]\nclasses = 10\ncut = "_0"'
+        schedule = "phases = [{ width = 0, epochs = 2, views = 1 }]"
+        text = recipe_text("fixed", model=model, codec='activation = "fp32"\ngradient = "fp32"', schedule=schedule)
+        inprocess.train(text, data, folder=tmp_path / factory)
+        lines = (tmp_path / factory / "device" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == losses[1] and len(losses[0]) == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from benchmarks import inprocess
 from benchmarks.recipes import recipe_text
 from common import halves, models, weights
 from common.bottleneck import principal_components
-from common.errors import ModelError, RunFolderError
+from common.errors import MismatchError, ModelError, RunFolderError
 from common.inherit import adopt
 from common.recipe import load, parse
 from common.run import Manifest, RunFolder
@@ -25,7 +26,9 @@ from device_client import basis, data
 from device_client.data import Dataset, Part
 from edge_server.host import Host
 from edge_server.initial import initial_weights
+from tests import test_resume
 from tests.conftest import Run
+from tests.test_resume import assert_same_end, leg
 
 
 def test_whole_model_weights_are_split(tmp_path: Path) -> None:
@@ -213,3 +216,61 @@ def test_nested_widths_that_cannot_cross(tmp_path: Path) -> None:
     text = recipe_text("fixed", bottleneck='kind = "linear"', schedule=schedule)
     with pytest.raises(ModelError, match=r"nested \[2, 64\], and 32 channels cross"):
         Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(file=io.StringIO()), (), False)
+
+
+def pooled(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 4, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(4, classes),
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_batch_that_batch_norm_cannot_take_is_refused_at_the_start(batch: int, tmp_path: Path) -> None:
+    name = "tests.test_initial:pooled"
+    model = f'name = "{name}"\ninput = [1, 16, 16]\nclasses = 10\ncut = "_1"'
+    text = recipe_text(model=model).replace("batch = 32", f"batch = {batch}")
+    arguments = (parse(text), text, RunFolder(tmp_path / "run"), Console(file=io.StringIO()), (name,), False)
+    if batch > 1:
+        assert Host.to_train(*arguments).run
+    else:
+        with pytest.raises(ModelError, match="cannot be trained with data.batch = 1 .*; give more"):
+            Host.to_train(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cut", "words"),
+    [("none", "stage1_relu2", 'bottleneck.kind "none" would open'), ("none", "stage2_1_relu2", "another cut than")],
+)
+def test_channels_that_a_run_closed_are_not_opened_by_the_way(kind: str, cut: str, words: str, tmp_path: Path) -> None:
+    """Its tail has never seen them: of 96 % right 35 would be left."""
+    digits = data.load("digits", (1, 16, 16), 3, 0.0, limit=64)
+    source = recipe_text("fixed", bottleneck='kind = "channels"', schedule="phases = [[2, 1]]")
+    inprocess.train(source, digits, folder=tmp_path, publish=True)
+    table = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "{cut}"\ninit = "run:{tmp_path / "server"}"'
+    recipe = parse(recipe_text("fixed", model=table, bottleneck=f'kind = "{kind}"'))
+    with pytest.raises(MismatchError, match=f"learnt with 2 of 32 channels, and {words}"):
+        initial_weights(recipe, halves.build(recipe), ())
+
+
+def test_a_run_that_has_begun_needs_no_longer_what_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server is lost before the first checkpoint after the start, and the run that it started from is gone."""
+    digits = data.load("digits", (1, 16, 16), 3, 0.0, limit=64)
+    inprocess.train(recipe_text("plain", schedule="phases = [[0, 1]]"), digits, folder=tmp_path / "first", publish=True)
+    model = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:{tmp_path / "first"}"'
+    text = recipe_text("prune", model=model, bottleneck='kind = "linear"', schedule="phases = [[4, 4]]")
+    whole = leg(tmp_path / "whole", text, digits)
+    monkeypatch.setattr(test_resume, "EVERY", 200)
+    assert leg(tmp_path / "broken", text, digits, 3) is None
+    shutil.rmtree(tmp_path / "first")
+    assert leg(tmp_path / "broken", text, digits)
+    assert whole
+    assert_same_end(tmp_path / "broken", tmp_path / "whole")
+    with pytest.raises(RunFolderError, match="no run.json there"):
+        leg(tmp_path / "anew", text, digits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,10 +12,11 @@ from unittest.mock import Mock
 import pytest
 
 from benchmarks.recipes import recipe_text
-from common.errors import MismatchError, RunFolderError, StoppedError
+from common import run
+from common.errors import BusyError, DataError, MismatchError, RunFolderError, StoppedError
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, TAIL, RunFolder
-from device_client.data import Dataset, load
+from device_client.data import Dataset, Part, load
 from device_client.link import Stream, Trouble
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
@@ -158,3 +160,41 @@ def test_a_stop_between_a_request_and_its_first_step_counts_for_both_sides_alike
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+@pytest.mark.parametrize("file", ["tail.safetensors", "summary.json"])
+def test_a_server_whose_disk_is_full_at_the_end_waits_for_room(
+    file: str, few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device asks again, and the books have the farewell once."""
+    text, left, write = CASES["nested widths"], [2], run.write_atomically
+    whole = leg(tmp_path / "whole", text, few)
+
+    def full(path: Path, *rest: Any) -> None:
+        if path.parent.name == "server" and path.name == file and left[0]:
+            left[0] -= 1
+            raise RunFolderError(f"{path} cannot be written: No space left on device")
+        write(path, *rest)
+
+    monkeypatch.setattr(run, "write_atomically", full)
+    host = server_of(tmp_path / "full", text)
+    for _ in range(2):
+        with pytest.raises(BusyError, match="cannot keep the trained network .*No space left.*; it waits for room"):
+            leg(tmp_path / "full", text, few, lives=host)
+    summary = leg(tmp_path / "full", text, few, lives=host)
+    assert whole and summary
+    assert_same_end(tmp_path / "full", tmp_path / "whole")
+    books = [
+        json.loads((tmp_path / name / "server" / "summary.json").read_text())["bytes"] for name in ("full", "whole")
+    ]
+    for way in ("up", "down"):
+        assert books[0][way]["by_role"] == books[1][way]["by_role"]
+
+
+def test_a_run_does_not_go_on_with_another_test_part(few: Dataset, tmp_path: Path) -> None:
+    text = CASES["nested widths"]
+    assert leg(tmp_path, text, few, 6) is None
+    other = replace(few, test=Part(few.test.pictures[:50], few.test.labels[:50]))
+    with pytest.raises(DataError, match="test or validation pictures are not those that the run began with"):
+        leg(tmp_path, text, other)
+    assert leg(tmp_path, text, few)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import click
 import numpy as np
@@ -18,7 +20,15 @@ from rich.console import Console
 from benchmarks import inprocess, pair
 from benchmarks.recipes import PHASE, recipe_text
 from common import wire
-from common.errors import BusyError, FrameError, ModelError, StoreError, TooLargeError
+from common.errors import (
+    BusyError,
+    FrameError,
+    MismatchError,
+    ModelError,
+    SessionError,
+    StoreError,
+    TooLargeError,
+)
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
@@ -270,3 +280,39 @@ def test_a_head_is_not_kept_for_each_caller_that_does_not_read_it(
     next(frames)
     booked = len(list(pack(Place(pb.WEIGHTS, 0, 0), host.head_weights(host.sessions.get(session, "")))))
     assert booked > 2 and made[0] == booked + 1
+
+
+def test_places_for_evaluations_are_shared_out(tmp_path: Path) -> None:
+    host = quiet_host(tmp_path / "run", queue=8)
+    with contextlib.ExitStack() as held:
+        for number in range(8):
+            held.enter_context(host.evaluating(opened(host, f"caller {number // 2}")))
+        with pytest.raises(BusyError, match="already judging for 8 devices; "), host.evaluating(opened(host, "fifth")):
+            pass
+    with contextlib.ExitStack() as held:
+        for _ in range(2):
+            held.enter_context(host.evaluating(opened(host, "one")))
+        with pytest.raises(BusyError, match="for 2 devices of yours"), host.evaluating(opened(host, "one")):
+            pass
+        with host.evaluating(opened(host, "other")):
+            pass
+    assert not host._evaluations
+
+
+def test_a_session_that_reading_outlasted_is_opened_anew() -> None:
+    """Thousands of large pictures take longer than a server keeps a device that says nothing."""
+    recipe, opens, left = parse(recipe_text()), [], [SessionError("not known here")]
+    remote = Mock(server="here", opened=Mock(recipe=recipe, phase=PHASE, run_id="a run"))
+    remote.open = lambda **arguments: opens.append(arguments) or remote.opened
+
+    def attempt() -> str:
+        if left:
+            raise left.pop()
+        return "judged"
+
+    assert use._again(remote, attempt, print) == "judged"
+    assert opens == [{"trains": False, "run_id": "a run"}]
+    left.append(SessionError("not known here"))
+    remote.open = lambda **_: Mock(recipe=recipe, phase=None)
+    with pytest.raises(MismatchError, match="serves another run now"):
+        use._again(remote, attempt, print)

@@ -53,9 +53,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def serving(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One with a finished run and two places for evaluations."""
+    """One with a finished run and eight places for evaluations, two for each caller."""
     log = tmp_path_factory.mktemp("serving") / "log"
-    arguments = ("--run", finished / "server", "--threads", 1, "--max-queue", 2, "--max-calls", 1e6)
+    arguments = ("--run", finished / "server", "--threads", 1, "--max-queue", 8, "--max-calls", 1e6)
     with pair.server(*arguments, "--max-sessions-each", 4, log=log) as (_, address):
         yield address
         assert "Traceback" not in log.read_text(), log.read_text()
@@ -199,7 +199,10 @@ def test_the_queue_of_evaluations(serving: str, finished: Path) -> None:
         taken.enter_context(evaluation(serving))
     with taken:
         time.sleep(0.3)  # both have begun
-        with evaluation(serving) as third, pytest.raises(BusyError, match="already judging for 2") as refused:
+        with (
+            evaluation(serving) as third,
+            pytest.raises(BusyError, match="already judging for 2 devices of yours") as refused,
+        ):
             third.receive(Draft(RemoteTail("127.0.0.1:1", stub=object()).meter))
         assert refused.value.retry_after_s == Limits().retry_s
         line = pair.command("device-client", "evaluate", serving, "--data", "digits", "--run", finished / "device")

@@ -125,3 +125,27 @@ def test_what_was_never_sent_is_not_counted_as_sent_again(monkeypatch: pytest.Mo
         remote.open(trains=True, wait_s=0.5)
     assert remote.meter.report(None, None)["up"]["again"] == 0
     remote.close()
+
+
+def test_a_link_that_moves_in_between_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long evaluation whose link breaks every few minutes gets on; one that breaks for ever is given up too."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    trouble, breaks = Trouble(give_up_s=600), 0
+    with pytest.raises(LinkError, match="gave up after"):
+        while True:
+            now += 500  # in which some of the answer comes
+            trouble.wait(LinkError("lost"), lambda text: None, moved=True)
+            breaks += 1
+    assert 10 <= breaks < 20
+    stuck = Trouble(give_up_s=600)
+    stuck.wait(LinkError("lost"), lambda text: None)
+    now += 601
+    with pytest.raises(LinkError, match="gave up after"):
+        stuck.wait(LinkError("lost"), lambda text: None)

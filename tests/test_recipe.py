@@ -52,6 +52,18 @@ from common.recipe import parse
         ({"top": 'name = "a\\u001b[31m"\nmethod = "plain"'}, "leave control characters out"),
         ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
         ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
+        # What would do nothing is not let pass.
+        ({"schedule": "phases = [{ width = 0, epochs = 2, flip = true }]"}, "flip or shift with 0 views in 2 epochs"),
+        (
+            {"schedule": "phases = [{ width = 0, epochs = 2, views = 2, shift = 1 }]"},
+            "pictures are varied by data.flip and data.crop",
+        ),
+        ({"schedule": "phases = [[0, 1]]\nwidths = [2, 4]"}, 'schedule.widths belongs to kind "plateau"'),
+        (
+            {"schedule": 'kind = "plateau"\nwidths = [0]\nphases = [[0, 1]]', "data": "validation = 0.2"},
+            'schedule.phases belongs to kind "epochs"',
+        ),
+        ({"bottleneck": 'kind = "none"\nstart = "weighted"'}, 'bottleneck.kind is "none"; leave it out'),
     ],
 )
 def test_recipes(change: dict[str, str], words: str) -> None:

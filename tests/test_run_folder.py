@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from common import checkpoint
 from common.errors import RunFolderError
 from common.files import write_atomically
 from common.run import MetricsLog, RunFolder
@@ -91,4 +93,21 @@ def test_a_run_that_made_no_step_is_no_run(tmp_path: Path) -> None:
     folder.prepare(overwrite=False)
     (folder.path / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(RunFolderError, match="already holds an unfinished run"):
+        folder.prepare(overwrite=False)
+
+
+@pytest.mark.parametrize("kind", ["damaged", "other release"])
+def test_checkpoints_that_cannot_be_used_are_said(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.start("name = 'mine'")
+    if kind == "other release":
+        monkeypatch.setattr(checkpoint, "_FORMAT", 0)
+    checkpoint.Checkpoints(folder.checkpoints, "id", "digest").write(7, {"a": torch.zeros(3)}, {})
+    monkeypatch.undo()
+    folder.close()
+    (folder.path / "metrics.jsonl").write_text('{"step": 0}\n')
+    if kind == "damaged":
+        next(folder.checkpoints.iterdir()).write_bytes(b"half of it")
+    words = "is damaged" if kind == "damaged" else "was written by another release"
+    with pytest.raises(RunFolderError, match=f"holds an unfinished run that cannot be gone on with: .*{words}"):
         folder.prepare(overwrite=False)
