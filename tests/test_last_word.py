@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,18 @@ import pytest
 
 from benchmarks.recipes import recipe_text
 from common import run
-from common.errors import BusyError, DataError, MismatchError, RunFolderError, StoppedError
+from common.errors import (
+    BusyError,
+    DataError,
+    LinkError,
+    MismatchError,
+    RolledBackError,
+    RunFolderError,
+    StoppedError,
+)
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, TAIL, RunFolder
+from device_client import trainer
 from device_client.data import Dataset, Part, load
 from device_client.link import Stream, Trouble
 from device_client.remote_tail import RemoteTail
@@ -197,4 +207,30 @@ def test_a_run_does_not_go_on_with_another_test_part(few: Dataset, tmp_path: Pat
     other = replace(few, test=Part(few.test.pictures[:50], few.test.labels[:50]))
     with pytest.raises(DataError, match="test or validation pictures are not those that the run began with"):
         leg(tmp_path, text, other)
+    assert leg(tmp_path, text, few)
+
+
+def test_a_server_that_dies_twice_before_new_ground_is_waited_for(
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making 200 steps again can take longer than --give-up-after; what kills its server each time ends too."""
+    text, backs, now = CASES["nested widths"], [0], [0.0]
+    assert leg(tmp_path, text, few, 6) is None
+    fit, furthest = trainer.Trainer.fit, 5
+
+    def falls(self: trainer.Trainer, publish: bool) -> None:
+        now[0] += 1000
+        if backs[0]:
+            backs[0] -= 1
+            self.step = furthest
+            raise RolledBackError("the server was put back to step 4", 4)
+        fit(self, publish)
+
+    monkeypatch.setattr(trainer.Trainer, "fit", falls)
+    monkeypatch.setattr(trainer, "time", Mock(wraps=time, monotonic=lambda: now[0]))
+    backs[0] = 100
+    with pytest.raises(LinkError, match="step 5 was not passed in .*gave up"):
+        leg(tmp_path, text, few)
+    assert backs[0] > 85
+    backs[0] = 3
     assert leg(tmp_path, text, few)
