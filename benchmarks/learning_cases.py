@@ -101,10 +101,9 @@ class Case:
         classes = 10 if self.part in (ALL, OTHERS) else 5
         method = self.method if self.method in METHODS else "plain"
         part = 1 if self.start else share(model, quick)
-        basis = self.basis if self.kind == "linear" else "auto"
         return RECIPE.format(
             name=self.name, method=method, seed=seed, model=model, classes=classes, cut=CUTS[model][self.later],
-            init=f"run:{init}" if init else "", kind=self.kind, basis=basis, up=self.up, down=self.down,
+            init=f"run:{init}" if init else "", kind=self.kind, basis=self.basis, up=self.up, down=self.down,
             phases=shortened(self.phases, part), local=self.local * part, lr=self.lr, warmup=self.warmup,
             restart=str(self.restart).lower(), precision=precision(kind),
         )  # fmt: skip

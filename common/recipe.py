@@ -268,10 +268,6 @@ class Recipe:
     def _check_method(self) -> None:
         widths, kind = self.schedule.width_list, self.bottleneck.kind
         demand(
-            kind == "linear" or self.bottleneck.start == "auto",
-            f'bottleneck.start says how a linear bottleneck begins, and bottleneck.kind is "{kind}"; leave it out',
-        )
-        demand(
             kind != "none" or all(width == 0 for width in widths),
             'bottleneck.kind "none" sends all channels; write width 0 in the schedule, or choose channels or linear',
         )

@@ -63,7 +63,6 @@ from common.recipe import parse
             {"schedule": 'kind = "plateau"\nwidths = [0]\nphases = [[0, 1]]', "data": "validation = 0.2"},
             'schedule.phases belongs to kind "epochs"',
         ),
-        ({"bottleneck": 'kind = "none"\nstart = "weighted"'}, 'bottleneck.kind is "none"; leave it out'),
     ],
 )
 def test_recipes(change: dict[str, str], words: str) -> None:
