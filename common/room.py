@@ -41,7 +41,7 @@ def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, 
     ranked = 0
     if recipe.bottleneck.kind == "channels" and width < cut[0]:
         ranked = max(0, min(recipe.bottleneck.ranking_steps, steps - 1))
-    few = max(1, min(FIRST, steps - ranked))
+    few = max(1, min(max(FIRST, recipe.optimiser.warmup), steps - ranked))
     parts = {
         "the head's weights": head,
         "choosing channels": ranked * batch * cut[0] * both,

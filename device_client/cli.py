@@ -19,7 +19,7 @@ from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
 from common.errors import AbsentError, AuthError, DataError, MismatchError, RunFolderError
 from common.meter import DOWN, UP
-from common.progress import Counting, Screen, size
+from common.progress import Counting, Screen, several, size
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
 from common.tokens import exposed
@@ -149,7 +149,9 @@ def _load(
     )  # fmt: skip
     if loaded.skipped:
         names = ", ".join(loaded.skipped[:5])
-        console.print(f"[yellow]Left out[/yellow] {len(loaded.skipped)} unreadable pictures: {escape(names)}")
+        console.print(
+            f"[yellow]Left out[/yellow] {several(len(loaded.skipped), 'unreadable picture')}: {escape(names)}"
+        )
     for sentence in loaded.left_out:
         _say(f"{sentence}.")
     return loaded

@@ -94,6 +94,8 @@ def _folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool) -> So
     """`root`/train/CLASS/* and `root`/test/CLASS/*; the classes are train's folders, sorted by code point."""
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give one that has train/CLASS/ and test/CLASS/ with pictures")
+    if root.name in ("train", "test") and not (root / root.name).is_dir() and (root.parent / "train").is_dir():
+        raise DataError(f"{root} is one of the parts; give the folder that holds both: folder:{root.parent}")
     # Without train/, a folder that is only evaluated still has classes: those of its test/.
     classes = _class_names(root / ("train" if wants_train or (root / "train").is_dir() else "test"))
     sides: dict[str, Side] = {}

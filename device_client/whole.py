@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from common import halves
-from common.errors import LinkError
+from common.errors import DivergedError, LinkError
 from common.run import RunFolder
 from device_client.data import Dataset
 from device_client.remote_tail import RemoteTail
@@ -55,6 +55,10 @@ def train(
         trainer.rest()
         console.print(f"Stopped{trainer.where}; the run is not finished: {how}.", highlight=False)
         sys.exit(128 + caught)
+    except DivergedError as error:
+        if trainer.phases:
+            remote.interrupt(trainer.step, trainer.phase, "its training has diverged")
+        raise DivergedError(f"{error}; then begin anew, with --overwrite on both sides") from error
     except LinkError as error:
         raise LinkError(f"{error}; the run stopped{trainer.where} and is not finished: {how}") from error
     finally:

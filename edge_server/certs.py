@@ -63,7 +63,8 @@ def make(folder: Path, hosts: Sequence[str], devices: Sequence[str], renew: bool
     present = [f"{name}{kind}" for name in wanted for kind in (".pem", ".key") if (folder / f"{name}{kind}").exists()]
     if present and not renew:
         raise AuthError(
-            f"{folder} already has {', '.join(present)}; pass --renew to make it anew under the same authority"
+            f"{folder} already has {', '.join(present)}; leave out HOST or --device for what is there, or pass "
+            f"--renew to replace it under the same authority"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -96,7 +96,8 @@ class Sessions:
             session = self._open.get(name)
         if session is None or session.identity != identity:
             raise SessionError(
-                "this session is not known here (the server was restarted, or it was idle too long); open another"
+                "this session is not known here (the server was restarted, or it was idle too long): a device opens "
+                "another"
             )
         session.touched = time.monotonic()
         return session

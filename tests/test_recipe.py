@@ -52,6 +52,9 @@ from common.recipe import parse
         ({"top": 'name = "a\\u001b[31m"\nmethod = "plain"'}, "leave control characters out"),
         ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
         ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
+        ({"top": 'name = "a"\nmethod = "plain"\nbatch = 16'}, "unknown key batch; it belongs in [data]"),
+        ({"data": "seed = 1"}, "unknown key data.seed; it belongs at the top of the file"),
+        ({"schedule": "epochs = 10"}, "unknown key schedule.epochs; it belongs in phases: [width, epochs]"),
         # What would do nothing is not let pass.
         ({"schedule": "phases = [{ width = 0, epochs = 2, flip = true }]"}, "flip or shift with 0 views in 2 epochs"),
         (

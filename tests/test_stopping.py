@@ -113,3 +113,19 @@ def test_a_server_that_is_stopped_before_a_device_came(tmp_path: Path) -> None:
         assert process.wait(timeout=30) == 0
     assert "Stopped by SIGTERM; no device had begun, and nothing was kept." in (tmp_path / "log").read_text()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_says_what_to_do_on_both_sides(tmp_path: Path) -> None:
+    """Started again as it is it would diverge again; a raw activation that overflows is seen by the device alone."""
+    text = recipe_text("fixed", codec='activation = "fp16"\ngradient = "fp32"', optimiser="lr = 1e4\nwarmup = 0")
+    (tmp_path / "recipe.toml").write_text(text)
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
+    with pair.server(*arguments, log=tmp_path / "log") as (server, address):
+        options = ("--data", "digits", "--run", tmp_path / "device", "--threads", 1)
+        device = pair.device("train", address, *options, capture_output=True)
+        server.terminate()
+        server.wait(timeout=30)
+    told = " ".join(device.stderr.split())
+    assert device.returncode == 1 and "training has diverged; lower optimiser.lr" in told, told
+    assert "then begin anew, with --overwrite on both sides" in told
+    assert "diverged" in (tmp_path / "log").read_text()

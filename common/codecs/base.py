@@ -56,7 +56,9 @@ class Codec(Protocol):
 def require_finite(low: float, high: float) -> None:
     """Check the smallest and the largest element before encoding: NaN and Inf show in one of them."""
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise DivergedError("a tensor to be sent is not finite: training has diverged; lower the learning rate")
+        raise DivergedError(
+            "a tensor to be sent is not finite: training has diverged; lower optimiser.lr in the recipe"
+        )
 
 
 def require_size(payload: Buffer, expected: int, codec: str) -> None:
