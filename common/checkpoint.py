@@ -162,22 +162,26 @@ def clear(folder: Path) -> None:
 
 def unsound(folder: Path) -> str:
     """Why the newest checkpoint in a folder cannot be used; "" where it can, or there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        for path in sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)[:1]:
-            try:
-                read_file(path)
-            except RunFolderError as error:
-                return str(error)
+    for path in _newest_first(folder)[:1]:
+        try:
+            read_file(path)
+        except RunFolderError as error:
+            return str(error)
     return ""
 
 
 def newest(folder: Path) -> Mapping[str, Any] | None:
     """Head of the newest sound checkpoint in a folder ("run_id", "digest", "step", "state"); None without one."""
-    with contextlib.suppress(FileNotFoundError):
-        for path in sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True):
-            with contextlib.suppress(RunFolderError):
-                return read_file(path)[0]
+    for path in _newest_first(folder):
+        with contextlib.suppress(RunFolderError):
+            return read_file(path)[0]
     return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+    return []
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
