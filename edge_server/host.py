@@ -26,6 +26,7 @@ from common.errors import (
     FrameError,
     MismatchError,
     ModelError,
+    RecipeError,
     RunFolderError,
     SessionError,
     StoppedError,
@@ -101,7 +102,7 @@ class Host:
             # Read before prepare: with --overwrite a run may start from what lay in its own folder.
             try:
                 initial = initial_weights(recipe, halves, allowed)
-            except (RunFolderError, ModelError):
+            except (RunFolderError, ModelError, MismatchError, RecipeError):
                 if not saved:  # else the checkpoint has all that came of it, for the device that began the run
                     raise
             if initial and not initial.run_id:

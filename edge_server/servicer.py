@@ -167,10 +167,10 @@ class Servicer(split_pb2_grpc.SplitServicer):
             if run:
                 training = stack.enter_context(self.host.judging(session, context))
             else:
-                if session.trains:  # the run's own device, which always has its place
+                stack.enter_context(self.host.evaluating(session))
+                if session.trains:
                     stack.enter_context(self.host.telling())
                 else:
-                    stack.enter_context(self.host.evaluating(session))
                     stack.callback(self.host.sessions.leave, session)
             stack.enter_context(session.streaming())
             stack.callback(receive.draft.drop)
