@@ -67,9 +67,8 @@ def rows_table(rows: Rows) -> str:
     head = ["row", "model", "seeds", "epochs", "accuracy", "from, to", "MB up", "MB down", "times fewer than plain",
             "MB by `context`", "times fewer by it", "MB to target", "wall s", "device s"]  # fmt: skip
     # Without plain there is nothing to compare with, and seconds that were not taken by themselves say nothing.
-    kept = [
-        place for place, name in enumerate(head) if any(row["name"] == "plain" for row in rows) or name not in _OF_PLAIN
-    ]
+    compared = any(row["name"] == "plain" for row in rows)
+    kept = [place for place, name in enumerate(head) if compared or name not in _OF_PLAIN]
     return table([head[place] for place in kept], [[line[place] for place in kept] for line in result])
 
 

@@ -30,8 +30,6 @@ def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, 
     """RecipeError where the budget is far less than a run on `samples` pictures takes before it has learnt anything:
     `head` bytes of weights, choosing the first channels, the first steps, judging `test` pictures. `cut`: [C, ...] of
     one picture."""
-    if not recipe.schedule.budget_mb:
-        return
     first, batch = recipe.schedule.phases[0], min(samples, recipe.data.batch)
     steps = steps_of(first.epochs, max(1, samples // batch))
     place = math.prod(cut[1:]) / 8  # bytes of one channel of one picture, a bit each

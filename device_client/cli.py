@@ -219,9 +219,8 @@ def train(
     remote = _connect(server, tls_ca, tls_cert, tls_key, token_file, give_up_after, stalled_after)
     try:
         if done:
-            with contextlib.suppress(
-                AbsentError
-            ):  # a server that trains another run refuses; one that is gone need not be
+            # A server that trains another run refuses; one that is gone need not be there.
+            with contextlib.suppress(AbsentError):
                 remote.open(trains=True, run_id=done.run_id)
             what = f"The run in {run_path} is complete already; to train anew, pass --overwrite or another --run."
             if publish_head:

@@ -67,9 +67,9 @@ def load(
     """The pictures of SOURCE, resized (not cropped) to `input_shape` = (C,H,W), and their labels.
 
     `limit` keeps that many training pictures, drawn by `seed` from all classes; `validation` (0 up to 1) is the
-    fraction of those that is held out, by `seed` too. `classes`: how many there must be.
-    Test pictures are never limited. Only `parts` are read: for
-    "test" alone the training pictures are not touched. `progress` is called with (pictures read, pictures in all).
+    fraction of those that is held out, by `seed` too. Test pictures are never limited. Only `parts` are read: for
+    "test" alone the training pictures are not touched. `classes`: how many there must be. `progress` is called with
+    (pictures read, pictures in all).
 
     Raises DataError, in one sentence with what to do, for a source that is missing, malformed or larger than half
     of the free memory, and for pictures that cannot be read, unless `skip_unreadable` leaves those out.

@@ -124,7 +124,7 @@ class Trainer:
 
     def run(self, publish: bool) -> dict[str, Any]:
         """All that is left of the run; the summary."""
-        if not self.phases:  # the server would say so too, but only once the head has learnt alone
+        if self.recipe.schedule.budget_mb and not self.phases:  # the server would say so once the head has learnt alone
             weighs = self.opened.head_size + self._published(publish)
             require_room(self.recipe, self.cut, len(self.data.train), len(self.data.test), weighs)
         self.learn_alone()
@@ -366,7 +366,8 @@ class Trainer:
                 if left <= 0 or self.stopping:
                     raise
                 self.console.print(
-                    f"[yellow]Warning[/yellow]: {error}; trying again, gives up in {duration(left)}", highlight=False
+                    f"[yellow]Warning[/yellow]: {escape(str(error))}; trying again, gives up in {duration(left)}",
+                    highlight=False,
                 )
                 time.sleep(min(_ROOM_S, left))
 

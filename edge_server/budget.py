@@ -124,12 +124,10 @@ class Budget:
         spent = self._spent
         if not spent.steps:
             return True
-        test = Load(tested.width, tested.activation_codec, tested.gradient_codec)
-        ahead = _AHEAD * (spent.up + spent.down + _FRAMING) + self._judging(self._test, test)
+        ahead = _AHEAD * (spent.up + spent.down + _FRAMING) + self._judging(self._test, _whole(tested))
         load = _load(coming.widths, coming.activation_codec, coming.gradient_codec)
         if validates:
-            widest = Load(coming.width, coming.activation_codec, coming.gradient_codec)
-            ahead += self._judging(self._validation, widest)
+            ahead += self._judging(self._validation, _whole(coming))
         if load != spent.load:
             ranks = coming.kind == RANK
             step = max(sum(load.of_step(spent)), spent.ranked if ranks else 0)
@@ -199,6 +197,11 @@ class Budget:
         up, down = state["spent"]["payloads"]
         self._spent = Spent(**{**state["spent"], "payloads": (up, down), "load": Load(**state["spent"]["load"])})
         self.ends = list(state["ends"])
+
+
+def _whole(phase: Phase) -> Load:
+    """Of an evaluation in the phase: it takes all that a nested one has."""
+    return Load(phase.width, phase.activation_codec, phase.gradient_codec)
 
 
 def _load(widths: tuple[int, ...], activation: str, gradient: str) -> Load:

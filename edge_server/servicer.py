@@ -87,9 +87,9 @@ class Servicer(split_pb2_grpc.SplitServicer):
             return
         untold, self._untold = self._untold, 0
         more = f" (and {untold:,} more since the last of these lines)" if untold else ""
-        # A sentence may quote what came, which may be long.
         # A device that comes back to a server that was restarted brings the session it had, and opens another.
         kind = "Note" if isinstance(error, StoppedError | SessionError) else "Refused"
+        # A sentence may quote what came, which may be long.
         self.host.console.print(f"[yellow]{kind}[/yellow]{more}: {escape(printable(str(error), 500))}", highlight=False)
 
     @_unary
