@@ -35,7 +35,8 @@ CLOSE, CLOSE_SEEDS = ((20, 5), (20, 10), (30, 5)), (2, 3)
 # Runs of one seed that differ by next to nothing still end some tenths of a point apart: the mean of these is what
 # the others are compared with.
 AS_RAW = ("fp32", "fp16", "step:40")
-LONG, LONG_RAW, LONG_SEEDS = ((20, 5), (25, 5), (30, 5)), ("fp32", "step:40"), (0, 1, 2, 3)
+LONG = ((20, 5), (20, 10), (20, 15), (25, 5), (25, 10), (30, 5))
+LONG_RAW, LONG_SEEDS = ("fp32", "step:40"), (0, 1, 2, 3)
 RECIPE = """
 name = "effect"
 method = "fixed"

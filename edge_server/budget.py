@@ -134,13 +134,32 @@ class Budget:
             ahead += (_AHEAD + (self._ranking if ranks else 0)) * step
         return spent.total + ahead <= self._allowed
 
+    @property
+    def shortens(self) -> bool:
+        """Whether the run is planned to be shorter than its recipe asks for."""
+        return self.ends[-1] < sum(self._asked)
+
     def fit(self, done: int) -> bool:
         """Plan anew after `done` steps, the last of which is not booked yet; whether `ends` changed."""
         spent, entry = self._spent, self._entry(done - 1)
         if spent.steps < FIRST or spent.steps % _EVERY != FIRST % _EVERY:
             return False
+        ends = self._plan(done, range(entry, len(self._loads)))
+        change = max(abs(then - now) for then, now in zip(ends, self.ends, strict=True))
+        if change <= _NOTICEABLE * (self.ends[-1] - done):
+            return False
+        self.ends = ends
+        return True
+
+    def stay(self, done: int) -> None:
+        """Plan what is left for the entry that the last of `done` steps was of, since the next cannot be paid for."""
+        entry = self._entry(done - 1)
+        self.ends = self._plan(done, range(entry, entry + 1))
+
+    def _plan(self, done: int, coming: range) -> list[int]:
+        """`ends` with as much of the entries `coming`, in the proportions that were asked for, as can be paid for."""
+        entry = coming[0]
         start = self.ends[entry - 1] if entry else 0
-        coming = range(entry, len(self._loads))
         costs = {other: self._step(other) for other in coming}
         for other in coming:
             costs[other] += self._judging(self._validation, self._widest[other]) / self._epoch
@@ -149,24 +168,27 @@ class Budget:
         for last in coming:
             ranked += self._to_rank(last) if last > entry else 0.0
             beside[last] = ranked + self._judging(self._test, self._widest[last])
-        share = 0.0
+        share, last = 0.0, coming[-1]
         for last in reversed(coming):
             kept = range(entry, last + 1)
-            left = self._allowed - spent.total - costs[entry] - beside[last]
+            left = self._allowed - self._spent.total - costs[entry] - beside[last]
             share = (left + (done - start) * costs[entry]) / sum(self._asked[other] * costs[other] for other in kept)
             # No more steps in all than were asked for: where earlier phases had fewer, these may have more.
-            share = max(0.0, min(share, (sum(self._asked) - start) / sum(self._asked[other] for other in kept)))
-            # An entry that would take more beside its steps than by them is left out, so others have more.
-            if last == entry or share * self._asked[last] * costs[last] >= beside[last] - beside[last - 1]:
+            most = (sum(self._asked) - start) / sum(self._asked[other] for other in kept)
+            if share >= most and last == len(self._loads) - 1:
+                share = most  # all can be paid for, whatever is beside it
+                break
+            share = max(0.0, min(share, most))
+            # An entry that would take more beside its steps than by them, or end before it can be judged whether a
+            # step more is paid for, is left out, so others have more.
+            steps = share * self._asked[last]
+            if last == entry or (steps >= _AHEAD and steps * costs[last] >= beside[last] - beside[last - 1]):
                 break
         ends = list(self.ends)
         ends[entry] = max(done, start + round(self._asked[entry] * share))
-        for other in coming[1:]:
+        for other in range(entry + 1, len(ends)):
             ends[other] = ends[other - 1] + (round(self._asked[other] * share) if other <= last else 0)
-        if abs(ends[-1] - self.ends[-1]) <= _NOTICEABLE * (self.ends[-1] - done):
-            return False
-        self.ends = ends
-        return True
+        return ends
 
     def _entry(self, step: int) -> int:
         """The entry of the schedule that a step lies in."""

@@ -65,14 +65,15 @@ class Coordinator:
         validate = self._recipe.data.validation > 0 and done % self._steps_per_epoch == 0
         if self._budget:
             self._fit(self._budget, done)
-            coming = self._upcoming if self._due(done) else [self.phase, *self._upcoming]
-            tested = next((phase for phase in coming if phase.kind != RANK), self.phase)
-            # Under a fixed list of phases a validation decides nothing: the steps it would take are worth more, and
-            # while channels are ranked it would take all of them.
-            validate = validate and coming[0].kind != RANK and self._budget.allows(coming[0], tested, validates=True)
+            coming, tested = self._ahead(done)
             # A run that ended while channels are ranked would have all of them.
-            if self.phase.kind != RANK and not self._budget.allows(coming[0], tested, validates=False):
-                self.steps = done
+            if self.phase.kind != RANK and not self._budget.allows(coming, tested, validates=False):
+                self._end(self._budget, done)
+                coming, tested = self._ahead(done)
+            # Under a fixed list of phases a validation decides nothing: the steps it would take are worth more, above
+            # all while channels are ranked, where it would take all of them.
+            validate = validate and not (coming.kind == RANK and self._budget.shortens)
+            validate = validate and self._budget.allows(coming, tested, validates=True)
         if done >= self.steps:
             return Decision(pb.FINISH)
         return Decision(pb.VALIDATE if validate else pb.STEP, self._switch(done))
@@ -101,6 +102,11 @@ class Coordinator:
             self._upcoming = [schedule.run_long(phase, self._recipe, self.steps) for phase in coming]
         return Decision(pb.STEP, self._switch(step + 1))
 
+    def _ahead(self, done: int) -> tuple[Phase, Phase]:
+        """The phase of the next step, and the one that the run is tested in if it ends soon after."""
+        coming = self._upcoming if self._due(done) else [self.phase, *self._upcoming]
+        return coming[0], next((phase for phase in coming if phase.kind != RANK), self.phase)
+
     def _due(self, step: int) -> bool:
         """Whether another phase begins at `step`."""
         return bool(self._upcoming) and self._upcoming[0].from_step <= step
@@ -110,8 +116,19 @@ class Coordinator:
 
     def _fit(self, budget: Budget, done: int) -> None:
         """Where the budget makes another length of the run, have the rest of the phase come as one of its own."""
-        if self.phase.kind == RANK or self._due(done) or not budget.fit(done):
-            return
+        if self.phase.kind != RANK and not self._due(done) and budget.fit(done):
+            self._follow(budget, done)
+
+    def _end(self, budget: Budget, done: int) -> None:
+        """End the run; where only the phase that is due cannot be paid for, go on with this one while that can be."""
+        if self._due(done):
+            budget.stay(done)
+            self._follow(budget, done)
+        if not budget.allows(self.phase, self.phase, validates=False):
+            self.steps = done
+
+    def _follow(self, budget: Budget, done: int) -> None:
+        """The phases as the budget plans them now."""
         phases = schedule.phases_of(self._recipe, self._channels, self._steps_per_epoch, budget.ends)
         self._upcoming = [phase for phase in phases if phase.from_step >= done]
         self.steps = budget.ends[-1]

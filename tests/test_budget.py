@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from edge_server.coordinator import Coordinator
 
 CODEC = 'activation = "step:20"\ngradient = "step:5"'
 CHANNELS, EPOCH, BATCH = 32, 40, 10
-PHASES = [[2, 6], [4, 6], [8, 6]]
+SCHEDULES = [[[2, 6], [4, 6], [8, 6]], [[2, 1], [16, 10]], [[2, 0.15], [4, 12]], [[4, 12]]]
 
 
 class Books:
@@ -55,54 +56,93 @@ class Books:
     seed=st.integers(0, 99),
     kind=st.sampled_from(["linear", "channels"]),
     restart=st.booleans(),
+    phases=st.sampled_from(SCHEDULES),
+    validation=st.sampled_from([0, 100]),
+    test=st.sampled_from([50, 300]),
 )
 # Its last validation was not to be paid for, and the run ended with a fifth unspent.
 @example(
-    budget_mb=1.0, up=1520, down=265, drift=1.0, dearer=1.5, noise=0.0, seed=0, kind="linear", restart=False
+    budget_mb=1.0, up=1520, down=265, drift=1.0, dearer=1.5, noise=0.0, seed=0, kind="linear", restart=False,
+    phases=[[2, 6], [4, 6], [8, 6]], validation=100, test=50,
 )  # fmt: skip
 def test_whatever_steps_cost_the_budget_is_kept(
     budget_mb: float, up: int, down: int, drift: float, dearer: float, noise: float, seed: int, kind: str,
-    restart: bool,
+    restart: bool, phases: list[list[float]], validation: int, test: int,
 ) -> None:  # fmt: skip
+    draw, asked_for = random.Random(seed), [width for width, _ in phases]
+    asked = sum(epochs * EPOCH for _, epochs in phases)
+
+    def of_width(phase: Phase, step: int) -> float:
+        later = asked_for.index(phase.width) if phase.width in asked_for else 0
+        return phase.width / 2 * dearer**later * drift ** (step / asked)
+
+    def costs(phase: Phase, step: int) -> tuple[float, float]:
+        noisy = of_width(phase, step) * (1 + noise * (draw.random() - 0.5))
+        return up * noisy, down * noisy
+
+    steps, spent, widths = simulated(
+        phases, budget_mb, kind, restart, validation, test, costs, lambda phase, step: up * of_width(phase, step)
+    )
+    assert steps <= asked
+    # With so few steps there is nothing to learn from what phases cost before the test part takes what is left.
+    assert spent <= budget_mb * 1e6 or steps < 50
+    assert widths == sorted(widths)
+    if steps > 100 and kind == "linear":  # what is left over is a validation and some steps, or would change too little
+        assert steps >= 0.97 * asked or spent > 0.85e6 * budget_mb
+
+
+@pytest.mark.parametrize(
+    ("phases", "budget_mb", "channel", "widths"),
+    [
+        ([[1, 1], [32, 10]], 4, (400, 200), [1]),  # the plan without the second entry is as long as the one with it
+        ([[2, 0.15], [32, 10]], 4, (1500, 750), [2]),  # the first entry is over before it can be judged
+        ([[1, 1], [32, 10]], 10, (400, 200), [1, 32]),
+    ],
+)
+def test_an_entry_that_cannot_be_paid_for_does_not_end_the_run(
+    phases: list[list[float]], budget_mb: float, channel: tuple[int, int], widths: list[int]
+) -> None:
+    """Its test part alone takes much of the budget: what is left goes to the entries before."""
+    up, down = channel
+    steps, spent, had = simulated(
+        phases, budget_mb, "linear", False, 400, 3000,
+        lambda phase, _: (up * phase.width, down * phase.width), lambda phase, _: up * phase.width,
+    )  # fmt: skip
+    assert had == widths and spent <= budget_mb * 1e6
+    assert steps == sum(epochs * EPOCH for _, epochs in phases) or spent > 0.85e6 * budget_mb
+
+
+def simulated(
+    phases: list[list[float]], budget_mb: float, kind: str, restart: bool, validation: int, test: int,
+    costs: Callable[[Phase, int], tuple[float, float]], judged: Callable[[Phase, int], float],
+) -> tuple[int, float, list[int]]:  # fmt: skip
+    """Steps, bytes and widths of a run whose steps take `costs` up and down, and a batch of an evaluation `judged`."""
     recipe = parse(
         recipe_text(
             "deprune", data=f"batch = {BATCH}\nvalidation = 0.2", bottleneck=f'kind = "{kind}"', codec=CODEC,
-            schedule=f"phases = {PHASES}\nbudget_mb = {budget_mb}", optimiser=f"restart = {str(restart).lower()}",
+            schedule=f"phases = {phases}\nbudget_mb = {budget_mb}", optimiser=f"restart = {str(restart).lower()}",
         )
     )  # fmt: skip
-    draw, validation, test = random.Random(seed), 100, 50
-
-    def of_width(phase: Phase) -> float:
-        return phase.width / 2 * dearer ** {4: 1, 8: 2}.get(phase.width, 0)
-
     coordinator = Coordinator(recipe, CHANNELS, EPOCH, Budget(recipe, CHANNELS, EPOCH, BATCH, Beside(validation, test)))
-    asked = coordinator.steps
     books = Books(0, 5000)
     coordinator.book(books)  # type: ignore[arg-type]
-    then, step, up_now = pb.STEP, 0, 0.0
+    then, step, judging = pb.STEP, 0, 0.0
     while then != pb.FINISH:
         phase = coordinator.phase
         assert coordinator.phases[-1].from_step <= step < coordinator.steps == phase.steps
         assert phase.decay_until >= step
-        of_now = drift ** (step / asked) * (1 + noise * (draw.random() - 0.5))
         then = coordinator.after_step(step).then
-        books.add(up * of_now * of_width(phase), down * of_now * of_width(phase))
+        books.add(*costs(phase, step))
         coordinator.book(books, phase)  # type: ignore[arg-type]
-        up_now = up * of_now * of_width(coordinator.phase)  # what is judged now has the width of the next step
+        judging = judged(coordinator.phase, step)  # now at the width of the next step
         if then == pb.VALIDATE:
-            books.add(up_now * validation / BATCH, 0)
+            books.add(judging * validation / BATCH, 0)
             coordinator.book(books)  # type: ignore[arg-type]
             coordinator.after_validation(step, 1.0)
         step += 1
-    books.add(up_now * test / BATCH, 0)
-    spent, allowed = sum(books.spent.values()) + 160 * step, budget_mb * 1e6  # with what frames are beside payloads
-    assert step <= asked
-    # With so few steps there is nothing to learn from what phases cost before the test part takes what is left.
-    assert spent <= allowed or step < 50
+    books.add(judging * test / BATCH, 0)
     widths = list(dict.fromkeys(phase.width for phase in coordinator.phases if phase.kind == "learn"))
-    assert widths == sorted(widths)
-    if step > 100 and kind == "linear":  # what is left over is a validation and some steps, or would change too little
-        assert step >= 0.97 * asked or spent > 0.85 * allowed
+    return step, sum(books.spent.values()) + 160 * step, widths  # with what frames are beside payloads
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +208,12 @@ def test_a_published_head_is_in_the_budget(digits: Dataset) -> None:
     assert spent(published) <= 0.22e6 and published["steps"] < kept["steps"]
 
 
-def test_a_budget_that_is_not_reached_changes_nothing(digits: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["linear", "channels"])
+def test_a_budget_that_is_not_reached_changes_nothing(digits: Dataset, tmp_path: Path, kind: str) -> None:
     schedule = "phases = [[2, 1], [4, 1]]"
-    free = run(digits, schedule, tmp_path / "free")
-    limited = run(digits, f"{schedule}\nbudget_mb = 100", tmp_path / "limited")
+    free = run(digits, schedule, tmp_path / "free", kind=kind)
+    limited = run(digits, f"{schedule}\nbudget_mb = 100", tmp_path / "limited", kind=kind)
+    assert free["bytes"]["up"]["by_role"] == limited["bytes"]["up"]["by_role"]
     for name in ("accuracy", "loss", "steps", "phases"):
         assert free[name] == limited[name]
     heads = [(tmp_path / name / "device" / "head.safetensors").read_bytes() for name in ("free", "limited")]
