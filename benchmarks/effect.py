@@ -201,6 +201,12 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     plan = PLANS[options.long]
+    there = sum(1 for _ in (Path(options.source.removeprefix("folder:")) / "train").glob("*/*"))
+    if there < options.pictures + plan.more:
+        parser.error(
+            f"{there:,} training pictures in {options.source}; {options.pictures + plan.more:,} are needed: "
+            f"{options.pictures:,} to train on" + (f", {plan.more:,} to judge by" if plan.more else "")
+        )
     epochs = options.epochs or plan.epochs
     where = machine() + ("" if options.device == "cpu" else f", {options.device}")
     setting = {"pictures": options.pictures, "epochs": epochs, "machine": where} | (

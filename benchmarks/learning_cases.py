@@ -128,6 +128,8 @@ def shortened(phases: str, share: float) -> str:
             result.append(json.dumps([phase[0], phase[1] * share]))
         else:
             whole = phase | {"epochs": phase["epochs"] * share}
+            if "views" in whole and whole["views"] >= whole["epochs"]:  # so that something is recalled
+                whole["views"] = phase["views"] * share
             result.append("{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in whole.items()) + " }")
     return ", ".join(result)
 

@@ -151,6 +151,7 @@ _BY_NAME = {cls.__name__: cls for cls in _STATUS}
 _METADATA_KEY = "deprune-error"
 # Words of a connection that was never made: where one breaks later, gRPC does not say so.
 _NEVER_MADE = "failed to connect"
+_NO_NAME = ("dns resolution failed", "errors resolving", "domain name not found")  # gRPC's words, by its resolvers
 # Beside a BusyError: milliseconds after which to try again. A device waits no longer than the minute.
 _RETRY_KEY = "retry-pushback-ms"
 _RETRY_MOST_S = 60.0
@@ -173,8 +174,10 @@ def abort(context: grpc.ServicerContext, error: DepruneError) -> None:
 
 def _reason(details: str) -> str:
     """The part of gRPC's account of a failure that means something to a person."""
-    for words in ("Connection refused", "Connection reset", "DNS resolution failed", "Network is unreachable",
-                  "No route to host", "Timeout", "Tls handshake failed"):  # fmt: skip
+    if any(words in details.lower() for words in _NO_NAME):
+        return "no such host name is known"
+    for words in ("Connection refused", "Connection reset", "Network is unreachable", "No route to host", "Timeout",
+                  "Tls handshake failed"):  # fmt: skip
         if words.lower() in details.lower():
             return words
     return details
@@ -203,7 +206,8 @@ def _retry_after(milliseconds: str) -> float | None:
 
 def was_sent(error: grpc.RpcError) -> bool:
     """Whether anything of the call can have crossed the link: a connection was there for it."""
-    return _NEVER_MADE not in (error.details() or "")
+    details = error.details() or ""
+    return _NEVER_MADE not in details and not any(words in details.lower() for words in _NO_NAME)
 
 
 def from_rpc(error: grpc.RpcError, server: str, doubt: str = "") -> DepruneError:

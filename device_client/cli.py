@@ -180,7 +180,8 @@ def _load(
     show_default=True,
     type=click.FloatRange(0),
     metavar="SECONDS",
-    help="Keep trying so long to get a lost server back; the run can go on later all the same.",
+    help="Keep trying so long to get a lost server back; where it comes back and is lost again, anew, up to ten times. "
+    "The run can go on later all the same.",
 )
 @click.option(
     "--stalled-after",

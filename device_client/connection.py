@@ -262,6 +262,7 @@ class Connection:
             self._wait_s += self._train.wait_s
             self._train.close()
         self._train = None
+        self._came = Came()
 
     def _join(self, step: int, again: bool) -> None:
         """Open a stream for the run, on this session or on a new one where the server knows it no more."""

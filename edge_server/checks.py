@@ -34,9 +34,9 @@ def batch(recipe: Recipe, halves: Halves) -> None:
             halves.head.train(), halves.tail.train()
             halves.tail.layers(halves.tail.bottleneck(halves.head(torch.zeros(pictures, *recipe.model.input))))
     except ValueError as error:
+        cure = "give more" if pictures == 1 else "change the model"
         raise ModelError(
-            f"the model {recipe.model.name} cannot be trained with data.batch = {recipe.data.batch} ({error}); "
-            f"give more"
+            f"the model {recipe.model.name} cannot be trained with data.batch = {recipe.data.batch} ({error}); {cure}"
         ) from error
     finally:
         halves.head.eval(), halves.tail.eval()

@@ -260,7 +260,7 @@ class TrainStream:
         except RunFolderError as error:
             self.run.meter.restore(before)
             raise BusyError(
-                f"the server cannot keep the trained network ({error}); it waits for room", _ROOM_S
+                f"the server cannot keep the trained network ({error}); it tries again until it can", _ROOM_S
             ) from error
         yield goodbye
         if receive.drained():

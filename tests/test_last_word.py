@@ -189,7 +189,9 @@ def test_a_server_whose_disk_is_full_at_the_end_waits_for_room(
     monkeypatch.setattr(run, "write_atomically", full)
     host = server_of(tmp_path / "full", text)
     for _ in range(2):
-        with pytest.raises(BusyError, match="cannot keep the trained network .*No space left.*; it waits for room"):
+        with pytest.raises(
+            BusyError, match="cannot keep the trained network .*No space left.*; it tries again until it can"
+        ):
             leg(tmp_path / "full", text, few, lives=host)
     summary = leg(tmp_path / "full", text, few, lives=host)
     assert whole and summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +39,8 @@ def digits() -> Dataset:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_is_a_legal_recipe(case: Any) -> None:
-    parse(case.recipe(case.network or "tiny", 0, "somewhere" if case.start else ""))
+    for model, quick in itertools.product((case.network,) if case.network else CUTS, (False, True)):
+        parse(case.recipe(model, 0, "somewhere" if case.start else "", quick))
 
 
 @pytest.mark.parametrize("model", CUTS)
