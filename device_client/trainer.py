@@ -208,6 +208,10 @@ class Trainer:
             total = self.remote.meter.total
             crossed = total(UP).message, total(DOWN).message
             live.step(self.step, line["loss"], line["accuracy"], widths, crossed)
+        if self.recipe.schedule.budget_mb and self.step < planned:
+            live.say(
+                f"The budget of {self.recipe.schedule.budget_mb:g} MB was enough for {several(self.step, 'step')}."
+            )
 
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""

@@ -17,6 +17,7 @@ from common import codecs, halves, weights
 from common.errors import BusyError, DataError, MismatchError, SessionError
 from common.halves import Head
 from common.processor import fits
+from common.progress import several
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
@@ -143,8 +144,9 @@ def predict(
     other = {path: size for path in paths if (size := size_of(path)) != (width, height)}
     if other:
         path, (wide, high) = next(iter(other.items()))
-        what = f"{len(other):,} of {len(paths):,} pictures are scaled to the model's {width}x{height}, not cropped"
-        say(f"{what}; {path} was {wide}x{high}.")
+        verb = "is" if len(other) == 1 else "are"
+        what = f"{len(other):,} of {several(len(paths), 'picture')} {verb} scaled to the model's {width}x{height}"
+        say(f"{what}, not cropped; {path} was {wide}x{high}.")
     part = Part(pictures, np.zeros(len(pictures), np.int64))
 
     def attempt() -> np.ndarray:

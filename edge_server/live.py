@@ -91,8 +91,8 @@ class LiveRun:
         self.check_owner(identity)
         if self.training and self.attended:
             raise BusyError(
-                f"this run is already being trained by another device (step {self.step} of "
-                f"{self.training.coordinator.steps}); start another server for a second run"
+                f"a device is training this run already (step {self.step} of {self.training.coordinator.steps}); start "
+                f"another server for a second run"
             )
         if self.step or self.initial is None:
             raise MismatchError(

@@ -168,7 +168,7 @@ def test_second_device_on_a_one_device_session(server: str) -> None:
     first.begin(1438, CLASSES)
     try:
         error = answer(server, [])
-        assert "already being trained by another device (step 0 of" in str(error)
+        assert "a device is training this run already (step 0 of" in str(error)
     finally:
         first.close()
         time.sleep(0.3)
