@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common import optim
@@ -86,9 +86,12 @@ class Case:
     quick: bool = False  # in the quick benchmark too
     main: bool = False  # of the larger networks too
     network: str = ""  # the only one that has such a row
+    apart: bool = False  # trained only where it is asked for by name
 
     def is_of(self, model: str) -> bool:
         """Whether it is among a network's rows, where none are asked for by name."""
+        if self.apart:
+            return False
         return self.network == model if self.network else self.main or model == "tiny"
 
     @property
@@ -258,3 +261,13 @@ CASES = [
     _adapted("five classes: prune to 8, head alone, then frozen, longer", 12, "weighted", local=10),
     Case("pictures uploaded", "jpeg", quick=True),
 ]  # fmt: skip
+
+# The learning rate of all rows that start from nothing is 0.1: what each method does at half and at twice as much, so
+# that none loses by its settings.
+_RATED = ("plain", "deprune 8 then 16", "fixed width 8", "fixed width 1", "paper's deprune 2, 4, 8")
+CASES += [
+    replace(case, name=f"{case.name}, lr {lr:g}", lr=lr, apart=True, quick=False, main=False)
+    for case in CASES
+    if case.name in _RATED
+    for lr in (0.05, 0.2)
+]
