@@ -3,16 +3,22 @@
 *Differences*: send only by how much a picture's activation differs from what the server has of it (AQ-SGD, Wang et
 al., arXiv 2206.01299), coded as coarsely. That needs the same picture each epoch, so nothing may be augmented. *Every
 k-th gradient*: the head learns in every k-th step only, and nothing comes down in the others. On 4,000 pictures, 10
-epochs at width 8, 10 dB up and 5 dB down. Writes benchmarks/results/ways.json.
+epochs at width 8, 10 dB up and 5 dB down. *A step of its own for each channel*, finer where the loss feels more: what
+the same harm to the loss would cost less, from the gradients. *Distilled*: a prune with the head frozen whose tail
+also learns from what it said before, of what crosses now. Writes benchmarks/results/ways.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
+import tempfile
 from collections import defaultdict
+from dataclasses import replace
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +34,7 @@ from common.codecs.step import Step
 from common.files import write_atomically
 from common.schedule import Phase
 from device_client import batches
-from device_client.data import Dataset, load
+from device_client.data import Dataset, Part, load
 from device_client.remote_tail import RemoteTail, StepResult
 from device_client.trainer import Trainer
 from edge_server.training import Training
@@ -36,6 +42,12 @@ from edge_server.training import Training
 EPOCHS, UP_DB, DOWN_DB = 10, 10, 5
 CASE = Case("ways", "fixed", f"[8, {EPOCHS}]", "linear", f"step:{UP_DB}", f"step:{DOWN_DB}", warmup=30)
 AUGMENTED = "crop = 4\nflip = true"
+FULL = Case("full", "pretrained", f"[0, {EPOCHS}]", warmup=30)
+PRUNED = Case(
+    "pruned", "prune", "{ width = 8, epochs = 12, views = 1, flip = true, shift = 2 }", "linear", f"step:{UP_DB}",
+    basis="weighted", start="full", lr=0.05, warmup=0,
+)  # fmt: skip
+TEACHER_SHARE, TEMPERATURE = 0.5, 2.0
 
 
 class Differing(RemoteTail):
@@ -85,6 +97,47 @@ class Seldom(RemoteTail):
         return int(self.meter.report(None, None)["down"]["by_role"].get("gradient", {}).get("message", 0))
 
 
+class Felt(RemoteTail):
+    """Also adds up the gradient's energy, channel by channel."""
+
+    energy: Any = 0.0
+
+    def learn(self, *arguments: Any, **options: Any) -> tuple[np.ndarray | None, StepResult, dict[str, float]]:
+        gradient, result, seconds = super().learn(*arguments, **options)
+        assert gradient is not None
+        self.energy = self.energy + np.square(gradient, dtype=np.float64).mean(axis=(0, 2, 3))
+        return gradient, result, seconds
+
+    def gain_db(self) -> float:
+        """How much coarser channels may be on average, each by what the loss feels of it, for the same harm to it.
+
+        A step D of a channel whose gradient has energy e harms by e D² / 12 and saves log2 D bits: at the best e D² is
+        the same everywhere, and the gain is the arithmetic over the geometric mean of e.
+        """
+        return float(10 * np.log10(self.energy.mean() / np.exp(np.log(self.energy).mean())))
+
+
+def distil(training: Training) -> None:
+    """From now on have the tail learn half from what it says at this moment of the same activation."""
+    teacher = copy.deepcopy(training.halves.tail).eval()
+
+    def listen(_tail: Any, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
+        if not logits.requires_grad:
+            return
+        with torch.no_grad():
+            said = (teacher(inputs[0]).float() / TEMPERATURE).softmax(1)
+        student = logits.detach().float()
+
+        def mixed(gradient: torch.Tensor) -> torch.Tensor:
+            # That of T² KL(said, student at T), mean over the batch.
+            soft = TEMPERATURE * ((student / TEMPERATURE).softmax(1) - said) / len(said)
+            return (1 - TEACHER_SHARE) * gradient + TEACHER_SHARE * soft.to(gradient.dtype)
+
+        logits.register_hook(mixed)
+
+    training.halves.tail.register_forward_hook(listen)
+
+
 def trained(data: Dataset, seed: int, augmented: bool, remote: type[RemoteTail], **options: Any) -> dict[str, Any]:
     text = CASE.recipe("tiny", seed, "")
     text = text if augmented else text.replace(AUGMENTED, "crop = 0\nflip = false")
@@ -101,8 +154,20 @@ def trained(data: Dataset, seed: int, augmented: bool, remote: type[RemoteTail],
     return {"accuracy": summary["accuracy"], "bytes_up": up, "bytes_down": down, "tail": tails[0]}
 
 
-def measure(data: Dataset, seed: int) -> list[dict[str, Any]]:
-    rows = [{"way": "as it is"} | trained(data, seed, True, RemoteTail)]
+def pruned(data: Dataset, seed: int, network: Path, distilled: bool) -> dict[str, Any]:
+    def watch(step: int, _phase: Phase, _trainer: Trainer, training: Training) -> None:
+        if distilled and step == 0:
+            distil(training)
+
+    summary = inprocess.train(PRUNED.recipe("tiny", seed, str(network / "server")), data, watch=watch)
+    sent = summary["bytes"]["up"]["by_role"]
+    up = sum(count["message"] for role, count in sent.items() if role in ("activation", "label"))
+    return {"accuracy": summary["accuracy"], "bytes_up": up, "bytes_down": 0}
+
+
+def measure(data: Dataset, others: Dataset, seed: int) -> list[dict[str, Any]]:
+    row = trained(data, seed, True, Felt)
+    rows = [{"way": "as it is"} | row | {"gain_db": row["tail"].gain_db()}]
     row = trained(data, seed, False, Differing, pictures=len(data.train))
     tail = row["tail"]
     rows.append({"way": "nothing augmented"} | row)
@@ -113,8 +178,13 @@ def measure(data: Dataset, seed: int) -> list[dict[str, Any]]:
         row = trained(data, seed, True, Seldom, every=every)
         row["bytes_down"] -= row["tail"].needless
         rows.append({"way": f"one gradient of {every}"} | row)
+    with tempfile.TemporaryDirectory() as place:
+        inprocess.train(FULL.recipe("tiny", seed, ""), others, folder=Path(place))
+        for distilled in (False, True):
+            way = "prune with the head frozen" + ", distilled" * distilled
+            rows.append({"way": way} | pruned(data, seed, Path(place), distilled))
     for row in rows:
-        del row["tail"]
+        row.pop("tail", None)
         row |= {"seed": seed, "machine": machine(), "date": str(date.today())}
     return rows
 
@@ -126,10 +196,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=120)
-    data = load(options.source, (3, 32, 32), 0, 0.0, limit=QUICK_PICTURES)
+    both = load(options.source, (3, 32, 32), 0, 0.0, limit=2 * QUICK_PICTURES)
+    data, others = (
+        replace(both, train=Part(both.train.pictures[half::2], both.train.labels[half::2])) for half in (0, 1)
+    )
     rows = []
     for seed in range(options.seeds):
-        rows += measure(data, seed)
+        rows += measure(data, others, seed)
         write_atomically(RESULTS / "ways.json", (json.dumps(rows, indent=1) + "\n").encode())
         console.print(f"{seed + 1} of {options.seeds} seeds done")
     table = Table(show_edge=False, pad_edge=False)
@@ -143,6 +216,9 @@ def main() -> None:
             *(f"{statistics.mean(row[key] for row in group) / 1e6:.2f}" for key in ("bytes_up", "bytes_down")),
         )  # fmt: skip
     console.print(table)
+    gains = [row["gain_db"] for row in rows if "gain_db" in row]
+    each = ", ".join(f"{gain:.2f}" for gain in gains)
+    console.print(f"a step of its own for each channel: worth {statistics.mean(gains):.2f} dB ({each})")
 
 
 if __name__ == "__main__":
