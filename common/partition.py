@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from common.errors import CutError, ModelError
-from common.tracing import changes_in_place, named_state, run, show, state_of, trace
+from common.traced import changes_in_place
+from common.tracing import named_state, run, show, state_of, trace
 
 _LISTED = 12
 

@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import ModelError
+from common.traced import traced
 
 # Tracing freezes the `training` flag of these, while their modules follow train() and eval().
 _DROPOUTS: dict[Any, type[nn.Module]] = {
@@ -28,7 +29,6 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
-_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
 # Two sizes, so that a first dimension that only happens to equal the batch is told from the batch.
 _BATCHES = (2, 3)
 
@@ -45,9 +45,9 @@ def trace(model: nn.Module) -> tuple[tuple[nn.Module, nn.Module], fx.Graph]:
                 root.train(training)
                 if any(module.training != training for module in root.modules()):
                     raise ModelError(f"{kind} cannot be cut: it overrides train(), which its halves would not do")
-                graph = fx.Tracer().trace(root)
-        except ModelError:
-            raise
+                graph = traced(root)
+        except ModelError as error:
+            raise ModelError(str(error) if str(error).startswith(kind) else f"{kind} cannot be cut: {error}") from error
         except Exception as error:  # forward is anybody's code and raises anything under tracing
             raise ModelError(
                 f"{kind} cannot be cut: torch.fx cannot trace it "
@@ -201,19 +201,6 @@ def state_of(root: nn.Module, node: fx.Node) -> set[int]:
         tensors = _all_tensors(value) if isinstance(value, nn.Module) else [value]
         return {id(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)}
     return set()
-
-
-def changes_in_place(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node overwrites its first argument, which the other half still owns."""
-    if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        return bool(node.kwargs.get("inplace")) or name in _IN_PLACE_OPERATORS or name.endswith("_")
-    return False
 
 
 def _describe(root: nn.Module, node: fx.Node) -> tuple[object, ...]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +114,91 @@ def test_a_residual_edge_across_the_cut_is_refused() -> None:
 def test_what_cannot_be_cut(model: nn.Module, cut: str, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         split(model, cut, INPUT)
+
+
+class Scaled(nn.Module):
+    """Computes from a buffer alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.register_buffer("std", torch.ones(3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.conv(x * (1 / self.std)).relu()).mean((2, 3))
+
+
+def test_what_is_computed_of_a_buffer_follows_the_buffer() -> None:
+    model = Scaled()
+    head, tail = split(model, "relu", INPUT)
+    assert "std" in head.state_dict() and "std" not in tail.state_dict()
+    trained = {name: value * 3 for name, value in model.state_dict().items()}
+    head.load_state_dict({name: trained[name] for name in head.state_dict()})
+    tail.load_state_dict({name: trained[name] for name in tail.state_dict()})
+    whole, x = Scaled(), torch.randn(2, *INPUT)
+    whole.load_state_dict(trained)
+    assert torch.equal(tail(head(x)), whole(x))
+
+
+class Odd(nn.Module):
+    """Does in forward, besides the rest, something that a graph would do once and never again."""
+
+    def __init__(self, deed: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.last, self.count, self.deed = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), 0, deed
+        self.register_buffer("mean", torch.zeros(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.deed(self, self.conv(x)).relu()).mean((2, 3))
+
+
+def _frozen(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return odd.conv(x[:, :3])  # type: ignore[no-any-return]
+
+
+def _exact(_odd: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return x.float()
+
+
+def _counted(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    odd.count += 1
+    return x
+
+
+def _added(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    odd.mean += 1
+    return x
+
+
+def _averaged(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    odd.mean[0].mul_(0.9).add_(x.detach().mean())
+    return x - odd.mean
+
+
+@pytest.mark.parametrize(
+    ("deed", "words"),
+    [
+        (_frozen, "runs without gradients"),
+        (_exact, "sets torch.autocast"),
+        (_counted, "changes count itself"),
+        (_added, "changes mean itself"),
+        (_averaged, "changes mean itself"),
+        (lambda _, x: x + torch.randn(4, 1, 1), "draws random numbers"),
+        (lambda _, x: x * 2 if random.random() < 0.5 else x, "draws random numbers"),
+        (lambda _, x: x * float(np.random.uniform()), "draws random numbers"),
+    ],
+)
+def test_what_a_graph_would_do_only_once_is_refused(deed: Any, words: str) -> None:
+    with pytest.raises(ModelError, match=f"^Odd cannot be cut: .*{words}"):
+        split(Odd(deed), "relu", INPUT)
+
+
+@pytest.mark.parametrize("deed", [lambda _, x: x + torch.rand_like(x), lambda odd, x: (x - odd.mean).add_(1)])
+def test_what_is_done_to_the_input_alone_may_be_random_and_in_place(deed: Any) -> None:
+    head, tail = split(Odd(deed), "relu", INPUT)
+    assert tail(head(torch.zeros(2, *INPUT))).shape == (2, 2)
 
 
 def test_a_tail_may_work_in_place_on_a_view_of_what_it_received() -> None:

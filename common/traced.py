@@ -1,0 +1,121 @@
+"""The graph of a model's forward, or ModelError where a graph would not do what forward does; called by tracing.py.
+
+What forward does to anything but its input happens while it is traced, once, and never again: a graph knows nothing of
+grad modes, of draws, of counters. Such a model would be trained as another one, without a word.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from common.errors import ModelError
+
+_IN_PLACE_OPERATORS = {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
+# What gives the same memory under another shape.
+_VIEWS = {
+    "getitem", "view", "view_as", "t", "transpose", "permute", "unsqueeze", "squeeze", "narrow", "select", "expand",
+    "detach", "movedim", "unflatten", "diagonal", "getattr",
+}  # fmt: skip
+_SIMPLE = (bool, int, float, complex, str, torch.Tensor)
+
+
+def traced(root: nn.Module) -> fx.Graph:
+    """The graph of `root` in its mode; may raise anything, for forward is anybody's code."""
+    kind = type(root).__name__
+    values, drawn = _values(root), _drawn()
+    with torch.enable_grad():
+        graph = _Tracer().trace(root)
+    after = _values(root)
+    moved = [name for name, value in values.items() if after.get(name) != value] + _changed(root, graph)
+    if moved:
+        raise ModelError(
+            f"{kind} cannot be cut: its forward changes {moved[0]} itself, which its halves would not do; leave such "
+            f"state to modules, such as nn.BatchNorm2d"
+        )
+    if _drawn() != drawn:
+        raise ModelError(
+            f"{kind} cannot be cut: its forward draws random numbers that its halves would not draw again; use "
+            f"nn.Dropout and its like, or draw by a tensor that comes from the input, as in torch.rand_like(x)"
+        )
+    return graph
+
+
+class _Tracer(fx.Tracer):
+    # Else what is computed of buffers alone would keep what they hold now, whatever is loaded into them.
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._depth = _autocasts()
+
+    def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
+        if not torch.is_grad_enabled():
+            raise ModelError(
+                "a part of its forward runs without gradients (torch.no_grad), which its halves would not; freeze "
+                "weights by requires_grad_(False) where the model is made, or use detach()"
+            )
+        if _autocasts() != self._depth:
+            raise ModelError(
+                "a part of its forward sets torch.autocast, which its halves would not; convert tensors, as in "
+                "x.float()"
+            )
+        return super().create_node(*arguments, **options)
+
+
+def changes_in_place(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node overwrites its first argument, which the other half still owns."""
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        return bool(node.kwargs.get("inplace")) or name in _IN_PLACE_OPERATORS or name.endswith("_")
+    return False
+
+
+def _changed(root: nn.Module, graph: fx.Graph) -> list[str]:
+    """Parameters and buffers that nodes overwrite."""
+    result = []
+    for node in graph.nodes:
+        source = node
+        while source.all_input_nodes and (changes_in_place(root, source) or (source is not node and _is_view(source))):
+            source = source.all_input_nodes[0]
+        if source is not node and source.op == "get_attr" and changes_in_place(root, node):
+            result.append(str(source.target))
+    return result
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in _VIEWS
+
+
+def _values(root: nn.Module) -> dict[str, object]:
+    """What the modules hold, tensors by how often they were overwritten."""
+    result: dict[str, object] = {}
+    for path, module in root.named_modules():
+        held = {**vars(module), **module._parameters, **module._buffers}
+        for name, value in held.items():
+            if isinstance(value, _SIMPLE):
+                known = (id(value), value._version) if isinstance(value, torch.Tensor) else value
+                result[f"{path}.{name}".removeprefix(".")] = known
+    return result
+
+
+def _drawn() -> tuple[object, ...]:
+    state: Any = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), state[1].tobytes(), state[2]
+
+
+def _autocasts() -> int:
+    """How many autocast contexts are open."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth
