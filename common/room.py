@@ -8,7 +8,7 @@ from common.codecs import codec
 from common.errors import RecipeError
 from common.progress import several, size
 from common.recipe import Recipe
-from common.schedule import steps_of
+from common.schedule import ends_of
 
 # Steps before a run can be judged by what they cost.
 FIRST = 8
@@ -30,8 +30,14 @@ def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, 
     """RecipeError where the budget is far less than a run on `samples` pictures takes before it has learnt anything:
     `head` bytes of weights, choosing the first channels, the first steps, judging `test` pictures. `cut`: [C, ...] of
     one picture."""
-    first, batch = recipe.schedule.phases[0], min(samples, recipe.data.batch)
-    steps = steps_of(first.epochs, max(1, samples // batch))
+    batch = min(samples, recipe.data.batch)
+    ends = ends_of(recipe.schedule, max(1, samples // batch))
+    # The first entry that comes to a step at all.
+    first, steps = next(
+        (entry, end - start)
+        for entry, start, end in zip(recipe.schedule.phases, (0, *ends), ends, strict=False)
+        if end > start
+    )
     place = math.prod(cut[1:]) / 8  # bytes of one channel of one picture, a bit each
     up = place * bits(first.activation or recipe.codec.activation)
     both = up + place * bits(first.gradient or recipe.codec.gradient)

@@ -7,6 +7,7 @@ run, so a run that is made again, after a fault, goes exactly as far.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,8 +28,8 @@ _EVALUATED = 1.1
 # What stands around the payloads of a step, at most: counted as so many bytes, for the messages themselves may differ
 # by some between a run and the same run after a fault.
 _FRAMING = 256
-# Steps that must be paid for so that there is another: the one that is not booked yet, the next, and a margin.
-_AHEAD = 2.5
+# Steps that must be paid for so that there is another, beside the one that is not booked yet: the next, and a margin.
+_AHEAD = 1.5
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Budget:
     """One run's. `ends`: for each entry of the schedule the step at which it is to be over, as planned now."""
 
     def __init__(self, recipe: Recipe, channels: int, steps_per_epoch: int, batch: int, beside: Beside) -> None:
+        """`batch`: pictures a step."""
         # The head comes last and whole: it is set aside from the beginning.
         self._allowed = recipe.schedule.budget_mb * 1e6 - beside.head - (_FRAMING if beside.head else 0)
         self._loads = [
@@ -96,8 +98,8 @@ class Budget:
         self.ends = ends_of(recipe.schedule, steps_per_epoch)
         self._asked = [end - start for start, end in pairwise((0, *self.ends))]
         self._epoch = steps_per_epoch
-        # In batches.
-        self._validation, self._test = beside.validation / batch, beside.test / batch
+        self._validation, self._test = beside.validation, beside.test
+        self._batch, self._judged_at_once = batch, recipe.data.evaluation_batch
         self._spent = Spent()
 
     def book(self, up: int, down: int, phase: Phase | None = None) -> None:
@@ -106,6 +108,8 @@ class Budget:
         sent_up, sent_down = up - spent.payloads[0], down - spent.payloads[1]
         spent.payloads = up, down
         if not phase:
+            if sent_up:
+                spent.framing += self._framing(self._validation)
             return
         spent.framing += _FRAMING
         if phase.kind == RANK:
@@ -118,21 +122,26 @@ class Budget:
         spent.up = sent_up * share + spent.up * (1 - share)
         spent.down = sent_down * share + spent.down * (1 - share)
 
-    def allows(self, coming: Phase, tested: Phase, validates: bool) -> bool:
-        """Whether a step of phase `coming`, and the validation before it, can be paid for, and the test at the end if
-        that is made in phase `tested`."""
+    def allows(self, present: Phase, coming: Phase, tested: Phase, validates: bool) -> bool:
+        """Whether a step of phase `coming`, and the validation before it, can be paid for after one of `present` that
+        is not booked yet, and the test at the end if that is made in phase `tested`."""
         spent = self._spent
         if not spent.steps:
             return True
-        ahead = _AHEAD * (spent.up + spent.down + _FRAMING) + self._judging(self._test, _whole(tested))
-        load = _load(coming.widths, coming.activation_codec, coming.gradient_codec)
+        ahead = self._of(present) + _AHEAD * self._of(coming) + self._judging(self._test, _whole(tested))
+        if coming.kind == RANK:  # it is not over before all its steps are made, and the next phase has begun
+            ahead += self._ranking * self._of(coming)
+        elif coming is not present:
+            ahead += self._of(coming)  # what it costs is an estimate until it has begun
         if validates:
             ahead += self._judging(self._validation, _whole(coming))
-        if load != spent.load:
-            ranks = coming.kind == RANK
-            step = max(sum(load.of_step(spent)), spent.ranked if ranks else 0)
-            ahead += (_AHEAD + (self._ranking if ranks else 0)) * step
         return spent.total + ahead <= self._allowed
+
+    def _of(self, phase: Phase) -> float:
+        """Bytes that a step of a phase takes."""
+        load = _load(phase.widths, phase.activation_codec, phase.gradient_codec)
+        step = sum(load.of_step(self._spent))
+        return (max(step, self._spent.ranked) if phase.kind == RANK else step) + _FRAMING
 
     @property
     def shortens(self) -> bool:
@@ -156,13 +165,20 @@ class Budget:
         entry = self._entry(done - 1)
         self.ends = self._plan(done, range(entry, entry + 1))
 
+    def leave(self, done: int) -> None:
+        """Plan what is left for the entries after the one that the last of `done` steps was of."""
+        entry = self._entry(done - 1)
+        self.ends[entry] = done
+        self.ends = self._plan(done, range(entry + 1, len(self._loads)))
+
     def _plan(self, done: int, coming: range) -> list[int]:
         """`ends` with as much of the entries `coming`, in the proportions that were asked for, as can be paid for."""
         entry = coming[0]
         start = self.ends[entry - 1] if entry else 0
         costs = {other: self._step(other) for other in coming}
         for other in coming:
-            costs[other] += self._judging(self._validation, self._widest[other]) / self._epoch
+            if self.ends[-1] >= self._epoch:  # a run that is shorter has no validation
+                costs[other] += self._judging(self._validation, self._widest[other]) / self._epoch
         # What the run takes beside its steps if it ends in one entry or another.
         beside, ranked = {}, 0.0
         for last in coming:
@@ -198,9 +214,12 @@ class Budget:
         """Bytes that a step of an entry takes."""
         return sum(self._loads[entry].of_step(self._spent)) + _FRAMING
 
-    def _judging(self, batches: float, load: Load) -> float:
+    def _judging(self, pictures: int, load: Load) -> float:
         """Bytes that an evaluation takes."""
-        return _EVALUATED * batches * load.of_step(self._spent)[0]
+        return _EVALUATED * pictures / self._batch * load.of_step(self._spent)[0] + self._framing(pictures)
+
+    def _framing(self, pictures: int) -> int:
+        return _FRAMING * math.ceil(pictures / self._judged_at_once)
 
     def _to_rank(self, entry: int) -> float:
         """Bytes that choosing an entry's channels takes, in steps with all of them."""

@@ -67,13 +67,13 @@ class Coordinator:
             self._fit(self._budget, done)
             coming, tested = self._ahead(done)
             # A run that ended while channels are ranked would have all of them.
-            if self.phase.kind != RANK and not self._budget.allows(coming, tested, validates=False):
+            if self.phase.kind != RANK and not self._budget.allows(self.phase, coming, tested, validates=False):
                 self._end(self._budget, done)
                 coming, tested = self._ahead(done)
             # Under a fixed list of phases a validation decides nothing: the steps it would take are worth more, above
             # all while channels are ranked, where it would take all of them.
             validate = validate and not (coming.kind == RANK and self._budget.shortens)
-            validate = validate and self._budget.allows(coming, tested, validates=True)
+            validate = validate and self._budget.allows(self.phase, coming, tested, validates=True)
         if done >= self.steps:
             return Decision(pb.FINISH)
         return Decision(pb.VALIDATE if validate else pb.STEP, self._switch(done))
@@ -105,7 +105,10 @@ class Coordinator:
     def _ahead(self, done: int) -> tuple[Phase, Phase]:
         """The phase of the next step, and the one that the run is tested in if it ends soon after."""
         coming = self._upcoming if self._due(done) else [self.phase, *self._upcoming]
-        return coming[0], next((phase for phase in coming if phase.kind != RANK), self.phase)
+        return coming[0], self._tested(coming)
+
+    def _tested(self, coming: list[Phase]) -> Phase:
+        return next((phase for phase in coming if phase.kind != RANK), self.phase)
 
     def _due(self, step: int) -> bool:
         """Whether another phase begins at `step`."""
@@ -120,12 +123,20 @@ class Coordinator:
             self._follow(budget, done)
 
     def _end(self, budget: Budget, done: int) -> None:
-        """End the run; where only the phase that is due cannot be paid for, go on with this one while that can be."""
+        """End the run. Where only the phase that is due cannot be paid for, go on with this one while that can be; and
+        where only this one cannot, for the test would have its width, begin the next now."""
         if self._due(done):
             budget.stay(done)
             self._follow(budget, done)
-        if not budget.allows(self.phase, self.phase, validates=False):
-            self.steps = done
+            if budget.allows(self.phase, self.phase, self.phase, validates=False):
+                return
+        elif self._upcoming:
+            coming = self._upcoming
+            if budget.allows(self.phase, coming[0], self._tested(coming), validates=False):
+                budget.leave(done)
+                self._follow(budget, done)
+                return
+        self.steps = done
 
     def _follow(self, budget: Budget, done: int) -> None:
         """The phases as the budget plans them now."""
@@ -134,6 +145,8 @@ class Coordinator:
         self.steps = budget.ends[-1]
         if not self._due(done):
             rest = [phase for phase in phases if phase.from_step < done][-1]
+            if rest.kind == RANK:  # it would rank longer now that the entry is, and its channels are chosen
+                rest = self._upcoming.pop(0)
             self._upcoming.insert(0, replace(rest, from_step=done))
 
     def _advance(self) -> Phase:

@@ -208,6 +208,34 @@ def test_a_published_head_is_in_the_budget(digits: Dataset) -> None:
     assert spent(published) <= 0.22e6 and published["steps"] < kept["steps"]
 
 
+@pytest.mark.parametrize(
+    ("phases", "ranking", "budget", "steps"),
+    [
+        ([[1, 8], [2, 8]], 4, 0.25, 25),  # after a step with all channels those to come are cheap
+        ([[2, 0.1], [8, 8]], 8, 0.22, 25),  # the first entry is over before it is ranked in full
+        ([[2, 0.1], [8, 8]], 8, 0.26, 40),
+    ],
+)
+def test_choosing_channels_is_paid_for_and_ends_no_run(
+    phases: list[list[float]], ranking: int, budget: float, steps: int
+) -> None:
+    bottleneck = f'kind = "channels"\nranking_steps = {ranking}'
+    text = recipe_text(
+        "deprune", data="batch = 32", bottleneck=bottleneck, codec=CODEC,
+        schedule=f"phases = {phases}\nbudget_mb = {budget}",
+    )  # fmt: skip
+    summary = inprocess.train(text, load("digits", (1, 16, 16), 3, 0.0, limit=640))
+    assert summary["steps"] >= steps and spent(summary) <= budget * 1e6
+
+
+def test_evaluations_picture_by_picture_are_in_the_budget(digits: Dataset) -> None:
+    text = recipe_text(
+        "deprune", data="batch = 32\nvalidation = 0.2\nevaluation_batch = 1", bottleneck='kind = "linear"', codec=CODEC,
+        schedule="phases = [[2, 6], [4, 6]]\nbudget_mb = 0.3",
+    )  # fmt: skip
+    assert spent(inprocess.train(text, digits)) <= 0.3e6
+
+
 @pytest.mark.parametrize("kind", ["linear", "channels"])
 def test_a_budget_that_is_not_reached_changes_nothing(digits: Dataset, tmp_path: Path, kind: str) -> None:
     schedule = "phases = [[2, 1], [4, 1]]"
