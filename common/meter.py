@@ -50,7 +50,8 @@ def count_of(frame: pb.Frame) -> tuple[str, Count]:
         if tensor.dtype == "float32":
             # A shape with more sides is refused where it is looked at; their product would take minutes.
             raw = 4 * math.prod(tensor.shape) if len(tensor.shape) <= MOST_SIDES else 0
-    return pb.Role.Name(frame.role).lower(), Count(raw, data, frame.ByteSize())
+    known = frame.role in pb.Role.values()  # wire.py refuses one that is not
+    return pb.Role.Name(frame.role).lower() if known else "control", Count(raw, data, frame.ByteSize())
 
 
 class Meter:

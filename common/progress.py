@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -33,6 +34,8 @@ def several(count: float, what: str) -> str:
 
 
 def duration(seconds: float) -> str:
+    if math.isinf(seconds):
+        return "any time"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -335,7 +335,7 @@ class Recipe:
 def load(path: Path) -> tuple[Recipe, str]:
     """The recipe in a file, and the file's text; RecipeError names the file, the key and what is legal."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

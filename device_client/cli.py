@@ -7,6 +7,7 @@ that help, wrong options, a server that is not there and pictures that cannot be
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,18 @@ _ANY_RUN = [click.option("--run", "run_path", type=_PLACE, help="Folder of the r
                          "that the server publishes.")]  # fmt: skip
 _WIDTH = [click.option("--width", type=click.IntRange(1), help="Send so many channels, of the widths that the run was "
                       "trained for; default: its last.")]  # fmt: skip
+
+
+class Seconds(click.FloatRange):
+    """So many, or inf."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail("nan is no number of seconds; give one, or inf.", param, ctx)
+        return seconds
+
+
 _SHARED = [
     click.argument("server", metavar="HOST:PORT"),
     click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
@@ -145,7 +158,8 @@ def _load(
     channels, height, width = recipe.model.input
     loaded = data_module.load(
         source, (channels, height, width), recipe.seed, recipe.data.validation, parts=parts, skip_unreadable=skip,
-        limit=limit, classes=recipe.model.classes, progress=Counting(console, "Read", "pictures"),
+        limit=limit, classes=recipe.model.classes, known=remote.opened.classes,
+        progress=Counting(console, "Read", "pictures"),
     )  # fmt: skip
     if loaded.skipped:
         names = ", ".join(loaded.skipped[:5])
@@ -170,7 +184,7 @@ def _load(
 @click.option(
     "--wait",
     default=0.0,
-    type=click.FloatRange(0),
+    type=Seconds(0),
     metavar="SECONDS",
     help="Keep trying so long while the server is not up yet.",
 )
@@ -178,7 +192,7 @@ def _load(
     "--give-up-after",
     default=GIVE_UP_S,
     show_default=True,
-    type=click.FloatRange(0),
+    type=Seconds(0),
     metavar="SECONDS",
     help="Keep trying so long to get a lost server back; where it comes back and is lost again, anew, up to ten times. "
     "The run can go on later all the same.",
@@ -187,7 +201,7 @@ def _load(
     "--stalled-after",
     default=STALLED_S,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=Seconds(0, min_open=True),
     metavar="SECONDS",
     help="Connect anew where an answer is due and nothing has moved on the link for so long.",
 )

@@ -6,6 +6,7 @@ go on. What crosses the stream is remote_tail.py's matter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -132,7 +133,7 @@ class Connection:
                         raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
                     raise
                 if not told:
-                    self.say(f"{error}; waiting for up to {duration(wait_s)}")
+                    self.say(f"{error}; waiting for {'' if math.isinf(wait_s) else 'up to '}{duration(wait_s)}")
                     told = True
                 trouble.wait(error, lambda text: None)
                 self._connect()

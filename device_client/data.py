@@ -62,14 +62,15 @@ def load(
     skip_unreadable: bool = False,
     limit: int | None = None,
     classes: int | None = None,
+    known: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Dataset:
     """The pictures of SOURCE, resized (not cropped) to `input_shape` = (C,H,W), and their labels.
 
     `limit` keeps that many training pictures, drawn by `seed` from all classes; `validation` (0 up to 1) is the
     fraction of those that is held out, by `seed` too. Test pictures are never limited. Only `parts` are read: for
-    "test" alone the training pictures are not touched. `classes`: how many there must be. `progress` is called with
-    (pictures read, pictures in all).
+    "test" alone the training pictures are not touched. `classes`: how many there must be; `known`: their names, of
+    which a folder with a test part alone may lack some. `progress` is called with (pictures read, pictures in all).
 
     Raises DataError, in one sentence with what to do, for a source that is missing, malformed or larger than half
     of the free memory, and for pictures that cannot be read, unless `skip_unreadable` leaves those out.
@@ -82,7 +83,7 @@ def load(
         raise DataError(f"a limit of {limit} training pictures leaves nothing; give 1 or more")
 
     wants_train, wants_test = "train" in parts or "validation" in parts, "test" in parts
-    opened = open_source(source, input_shape, wants_train, wants_test)
+    opened = open_source(source, input_shape, wants_train, wants_test, known)
     if classes not in (None, len(opened.classes)):
         raise DataError(
             f"{source} has {len(opened.classes)} classes and the recipe {classes}; use other data or change "

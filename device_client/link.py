@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import random
 import threading
@@ -157,5 +158,7 @@ class Trouble:
         # What to do about it is told once.
         reason = str(error).partition(";")[0] if str(error) == self._told else str(error)
         self._told = str(error)
-        say(f"reconnecting, attempt {self._attempts} ({reason}); gives up in {duration(self.give_up_s - spent)}")
+        left = self.give_up_s - spent
+        until = "" if math.isinf(left) else f"; gives up in {duration(left)}"
+        say(f"reconnecting, attempt {self._attempts} ({reason}){until}")
         time.sleep(min(pause, max(0.0, self.give_up_s - spent)))

@@ -77,6 +77,7 @@ class RemoteTail(Connection):
         frames = list(wire.pack_labels(Place(pb.LABEL, step, phase.index), labels, self.opened.recipe.model.classes))
         frames += self._pack(Place(pb.ACTIVATION, step, phase.index), sent, phase)
         frames[0].kept = kept
+        frames[0] = wire.seal(frames[0])
         encoded, booked = clock(), False
 
         def attempt() -> tuple[np.ndarray | None, StepResult]:

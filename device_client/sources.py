@@ -63,12 +63,15 @@ def check_source(source: str) -> None:
         raise DataError(f"there is no {'folder' if kind == 'folder' else 'file'} {place}; check the path after {kind}:")
 
 
-def open_source(source: str, shape: Shape, wants_train: bool, wants_test: bool) -> Source:
+def open_source(
+    source: str, shape: Shape, wants_train: bool, wants_test: bool, known: Sequence[str] = ()
+) -> Source:  # fmt: skip
+    """`known`: the classes of the run, of which a folder that has no train/ may lack some."""
     kind, _, path = source.partition(":")
     if source == "digits":
         return _digits(shape, wants_train, wants_test)
     if kind == "folder" and path:
-        return _folder(Path(path).expanduser(), shape, wants_train, wants_test)
+        return _folder(Path(path).expanduser(), shape, wants_train, wants_test, known)
     if kind == "npz" and path:
         return _npz(Path(path).expanduser(), shape, wants_train, wants_test)
     raise DataError(f"{source!r} is not a source of pictures; give digits, folder:PATH or npz:PATH")
@@ -90,14 +93,17 @@ def _digits(shape: Shape, wants_train: bool, wants_test: bool) -> Source:
     )
 
 
-def _folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool) -> Source:
+def _folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known: Sequence[str]) -> Source:
     """`root`/train/CLASS/* and `root`/test/CLASS/*; the classes are train's folders, sorted by code point."""
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give one that has train/CLASS/ and test/CLASS/ with pictures")
     if root.name in ("train", "test") and not (root / root.name).is_dir() and (root.parent / "train").is_dir():
         raise DataError(f"{root} is one of the parts; give the folder that holds both: folder:{root.parent}")
-    # Without train/, a folder that is only evaluated still has classes: those of its test/.
-    classes = _class_names(root / ("train" if wants_train or (root / "train").is_dir() else "test"))
+    # Without train/, a folder that is only evaluated still has classes: the run's, where its test/ has no others.
+    trains = wants_train or (root / "train").is_dir()
+    classes = _class_names(root / ("train" if trains else "test"))
+    if not trains and set(classes) <= set(known):
+        classes = tuple(known)
     sides: dict[str, Side] = {}
     unused: list[str] = []
     left_out: list[str] = []
@@ -125,7 +131,18 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in _scan(folder) if _is_dir(entry) and not entry.name.startswith("."))
     if not names:
         raise DataError(f"{folder} has no classes; put the pictures of each class into a folder of its own there")
+    if foreign := [name for name in names if not _is_unicode(name)]:
+        shown = ", ".join(name.encode(errors="replace").decode() for name in foreign[:_NAMED])
+        raise DataError(f"{folder} has classes whose names are not UTF-8 ({shown}); rename those folders")
     return tuple(names)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _folder_side(

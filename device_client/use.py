@@ -27,6 +27,7 @@ from device_client.data import Dataset, Part, load_picture
 from device_client.inputs import sent_batches
 from device_client.pictures import size_of
 from device_client.remote_tail import RemoteTail
+from device_client.sources import check_memory
 
 T = TypeVar("T")
 
@@ -127,6 +128,11 @@ def predict(
     opened = remote.opened
     recipe: Recipe = opened.recipe
     channels, height, width = recipe.model.input
+    check_memory(
+        2 * len(paths) * channels * height * width,
+        several(len(paths), "picture"),
+        "give fewer at a time",
+    )
     read: dict[Path, Pictures] = {}
     unreadable: list[DataError] = []
     for path in dict.fromkeys(paths):

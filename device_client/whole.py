@@ -47,7 +47,9 @@ def train(
         with contextlib.suppress(RuntimeError):
             console.print(f"Stopping after this step{again}.")
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    # One that is ignored, as Ctrl-C is in a script's background, stays so.
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heard}
     how = "start it again with the same --run to go on"
     try:
         return trainer.run(publish)

@@ -269,6 +269,7 @@ class Host:
                 session.joined = True
                 return True
             run.check_data(samples, classes)  # before anything is given up for this device
+            run.check_head(begin.head)
             if session.back_to is not None:
                 self._put_back(session, begin.step)
             assert run.training

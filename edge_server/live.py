@@ -114,6 +114,13 @@ class LiveRun:
                 f"{self._data[0]:,} of {len(self._data[1])}: use the data it began with"
             )
 
+    def check_head(self, size: int) -> None:
+        """Raise where a device that comes back is to publish a head that the run's budget has no room for."""
+        if self.recipe.schedule.budget_mb and self.training and size > self.training.beside.head:
+            raise MismatchError(
+                "the run began without --publish-head, and its budget has nothing set aside for the head: leave it out"
+            )
+
     # Streams
 
     def join(self, context: Stream) -> None:

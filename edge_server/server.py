@@ -106,7 +106,8 @@ def run(server: Server, once: bool, started: Callable[[], None]) -> str:
         wake.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as Ctrl-C is in a script's background
+            signal.signal(number, on_signal)
     server.start()
     started()
     host, told = server.host, once

@@ -61,14 +61,14 @@ class Store:
     def _open(self, mode: str) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open(mode)
+            # Unbuffered: what a full disk refuses is not tried again, later, by whoever closes it.
+            self._file = self.path.open(mode, buffering=0)
         except OSError as error:
             raise StoreError(f"{self.path} cannot be opened: {error.strerror}") from error
 
     def index(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the file, which is made safe on the disk first."""
         try:
-            self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise StoreError(f"{self.path} cannot be made safe on the disk: {error.strerror}") from error
@@ -97,8 +97,9 @@ class Store:
         start = self.size
         try:
             self._file.seek(start)
-            self._file.write(payload)
-            self._file.flush()
+            left = memoryview(payload)
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise StoreError(f"what the device sent cannot be kept on the server's disk: {error.strerror}") from error
         self._places.append((start, len(payload), zlib.crc32(payload)))

@@ -157,6 +157,19 @@ def test_a_store_stays_within_its_limit(tmp_path: Path) -> None:
     assert store.steps == 2
 
 
+def test_a_full_disk_is_said_once(tmp_path: Path) -> None:
+    """What could not be written is not tried again by whoever closes the store."""
+    store = _store(tmp_path, 0)
+    store.close()
+    store.path.unlink()
+    store.path.symlink_to("/dev/full")
+    store._open("r+b")
+    with pytest.raises(StoreError, match="cannot be kept on the server's disk: No space left"):
+        store.add(b"1234", np.zeros(4, int))
+    assert store.steps == 0
+    store.close()
+
+
 def test_frames_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
     """Recall where a tensor was expected, a tensor where Recall was, and a Recall of nothing."""
     from benchmarks import pair

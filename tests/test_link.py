@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from unittest.mock import Mock
 
 import grpc
+import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 
+from common import wire
 from common.errors import AuthError, FaultError, FrameError, LinkError
 from common.meter import UP, Draft, Meter
 from common.rpc import split_pb2 as pb
-from device_client.link import Stream, Trouble
+from common.wire import Place
+from device_client.link import CURABLE, Stream, Trouble
 from device_client.remote_tail import RemoteTail
 
 
@@ -76,6 +82,39 @@ def test_refusals_between_lost_links_are_not_in_a_row(monkeypatch: pytest.Monkey
     trouble = Trouble(give_up_s=1e6)
     for number in range(100):
         trouble.wait(LinkError("lost") if number % 3 else FrameError("damaged"), lambda text: None)
+
+
+def _flipped(frame: pb.Frame) -> Iterator[pb.Frame]:
+    """The frame with each single bit of all but its payload flipped, where what comes out is a message at all."""
+    raw = frame.SerializeToString()
+    for place in range(len(raw) - len(frame.part.data)):
+        for bit in range(8):
+            damaged = bytearray(raw)
+            damaged[place] ^= 1 << bit
+            with contextlib.suppress(DecodeError):
+                yield pb.Frame.FromString(bytes(damaged))
+
+
+@pytest.mark.parametrize("kept", [0, 40])
+def test_a_flipped_bit_is_cured_by_a_new_connection_and_never_believed(kept: int) -> None:
+    sent, place = np.arange(4, dtype=np.float32).reshape(2, 2), Place(pb.GRADIENT, 5, 0)
+    frame = next(iter(wire.pack_raw(place, sent)))
+    frame.kept = kept
+
+    def received(damaged: pb.Frame) -> bool:
+        draft = Draft(Meter())
+        stream = Stream(lambda _: iter([damaged]), "127.0.0.1:1", watched=False)
+        try:
+            first = stream.receive(draft)
+            came = wire.unpack(first, lambda: stream.receive(draft), place, (2, 2), "fp32")
+        except CURABLE:
+            return False
+        finally:
+            draft.drop()
+        assert np.array_equal(came, sent) and first.kept == kept
+        return True
+
+    assert Counter(map(received, _flipped(wire.seal(frame))))[False] > 100
 
 
 def test_an_evaluation_keeps_sums_not_frames() -> None:

@@ -6,6 +6,7 @@ its channel's scale. Zero stays exactly zero, which after a ReLU is most of the 
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
@@ -14,6 +15,7 @@ from common.codecs import frame
 from common.codecs.base import NOTHING, Aside, Buffer, Tensor, elements, grid, require_finite, require_size
 from common.errors import CodecError
 
+_MOST_SCALE = 1e36  # so that no code times its scale overflows
 _HEADER = struct.Struct("<B")  # 1: codes are unsigned (no element is negative), 0: signed
 
 
@@ -31,6 +33,8 @@ class Int8:
         require_finite(float(low.min()), float(high.max()))
         unsigned = bool(low.min() >= 0)
         scale = (np.maximum(high, -low) / (255 if unsigned else 127)).astype("<f4")
+        if float(scale.max()) > _MOST_SCALE:  # on its way to Inf
+            require_finite(0.0, math.inf)
         # A channel of zeros, or one so small that its inverse overflows, is sent as zeros.
         tiny = scale < 1e-37
         scale[tiny] = 0
@@ -58,7 +62,7 @@ class Int8:
         codes = np.frombuffer(frame.decompress(view[start:], count), np.uint8 if unsigned else np.int8)
         with np.errstate(over="ignore"):  # a forged scale may overflow; the check below names it
             tensor = codes.reshape(grid(shape)) * scale[None, :, None]
-        if float(scale.max()) > 1e36:
+        if float(scale.max()) > _MOST_SCALE:
             raise CodecError(f"{self.name}: a scale is out of range")
         return tensor.reshape(shape)
 
