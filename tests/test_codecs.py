@@ -341,3 +341,10 @@ def test_names_that_are_none(name: str, words: str) -> None:
 
 def test_every_kind_is_tested() -> None:
     assert {name.partition(":")[0] for name in NAMES} == set(KINDS)
+
+
+def test_int8_sends_nothing_that_it_would_not_take() -> None:
+    huge, int8 = np.full((2, 3, 4, 4), 2e38, np.float32), codec("int8")
+    assert np.allclose(int8.decode(int8.encode(huge), huge.shape), huge)
+    with pytest.raises(DivergedError, match="training has diverged"):
+        int8.encode(-huge)  # codes of half the range: a scale of twice as much

@@ -281,3 +281,19 @@ def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):
     refused(
         "36 pictures of 3x20000x20000 need 43.2 GB .* 8.0 GB are free.*smaller input", source, (3, 20000, 20000), 1, 0
     )
+
+
+def test_a_test_folder_may_lack_some_of_the_runs_classes(folder):
+    shutil.rmtree(folder / "train")
+    shutil.rmtree(folder / "test" / "ant")
+    found = load(f"folder:{folder}", RGB, 1, 0, parts=("test",), classes=3, known=("ant", "bee", "cat"))
+    assert found.classes == ("ant", "bee", "cat") and sorted(set(found.test.labels)) == [1, 2]
+    assert "no test pictures of 1 of 3 classes: ant" in found.left_out[0]
+    with pytest.raises(DataError, match="has 2 classes and the recipe 3"):
+        load(f"folder:{folder}", RGB, 1, 0, parts=("test",), classes=3, known=("ant", "bee", "dog"))
+
+
+def test_a_class_that_cannot_be_sent_is_named(folder):
+    (folder / "train" / "cat").rename(folder / "train" / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match=r"names are not UTF-8 \(caf\?\); rename"):
+        load(f"folder:{folder}", RGB, 1, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 import weakref
 from collections import Counter
@@ -188,3 +189,12 @@ def test_a_link_that_moves_in_between_is_not_given_up(monkeypatch: pytest.Monkey
     now += 601
     with pytest.raises(LinkError, match="gave up after"):
         stuck.wait(LinkError("lost"), lambda text: None)
+
+
+def test_a_device_may_never_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    said: list[str] = []
+    trouble = Trouble(math.inf)
+    for _ in range(100):
+        trouble.wait(LinkError("lost"), said.append)
+    assert said[-1] == "reconnecting, attempt 100 (lost)"

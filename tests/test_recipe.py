@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.recipes import recipe_text
 from common.errors import RecipeError
-from common.recipe import parse
+from common.recipe import load, parse
 
 
 @pytest.mark.parametrize(
@@ -81,3 +83,9 @@ def test_codecs_that_a_recipe_leaves_out() -> None:
         start, end = text.index("[codec]"), text.index("[schedule]")
         codec = parse(text[:start] + text[end:]).codec
         assert (codec.activation, codec.gradient) == expected
+
+
+def test_a_mark_in_front_of_the_file_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_text(), encoding="utf-8-sig")
+    recipe, text = load(tmp_path / "recipe.toml")
+    assert recipe == parse(recipe_text()) and text == recipe_text()

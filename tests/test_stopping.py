@@ -129,3 +129,28 @@ def test_a_run_that_diverges_says_what_to_do_on_both_sides(tmp_path: Path) -> No
     assert device.returncode == 1 and "training has diverged; lower optimiser.lr" in told, told
     assert "then begin anew, with --overwrite on both sides" in told
     assert "diverged" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("side", ["device", "server"])
+def test_a_ctrl_c_that_is_ignored_stays_so(side: str, tmp_path: Path) -> None:
+    """As in the background of a script, whose foreground it is meant for."""
+    (tmp_path / "recipe.toml").write_text(recipe_text(schedule="phases = [[0, 500]]"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes start with what is ignored here
+    try:
+        arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
+        with pair.server(*arguments, log=tmp_path / "log") as (server, address):
+            line = pair.command("device-client", "train", address, "--data", "digits", "--run", tmp_path / "device")
+            with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=pair.environment()) as device:
+                metrics, lines = tmp_path / "device" / "metrics.jsonl", 0
+                for wanted in (1, 40):
+                    deadline = time.monotonic() + 60
+                    while lines < wanted and time.monotonic() < deadline and device.poll() is None:
+                        lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+                        time.sleep(0.1)
+                    assert lines >= wanted and device.poll() is None and server.poll() is None
+                    os.kill((device if side == "device" else server).pid, signal.SIGINT)
+                device.terminate()
+                assert "Stopping after this step" in device.communicate(timeout=60)[0]
+                assert device.returncode == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, before)
