@@ -79,7 +79,9 @@ def measure(model: str, cut: str, batch: int, folder: Path) -> dict[str, Any]:
             seconds["server"].append(time.perf_counter() - middle)
         begun = time.perf_counter()
 
-    inprocess.train(RECIPE.format(model=model, cut=cut, batch=batch, epochs=_STEPS / 2), data, watch=watch)
+    inprocess.train(
+        RECIPE.format(model=model, cut=cut, batch=batch, epochs=_STEPS / 2), data, watch=watch, folder=folder
+    )
     largest = max(path.stat().st_size for path in server.folder.iterdir())
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     # The two sides write at the same time.

@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import time
+import zlib
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -249,7 +250,9 @@ def main() -> None:
     if source == "digits":
         console.print(f"{where} is not there: the tensors come from the bundled digits, enlarged, not from CIFAR-10.")
     pictures = "digits" if source == "digits" else Path(where).stem
-    folder = Path("runs/tensors") / pictures
+    # Kept by all that they come from: another folder of the same name has other pictures.
+    made = zlib.crc32(repr((str(Path(where).resolve()), tensors.RECIPE, tensors.CASES)).encode())
+    folder = Path("runs/tensors") / (pictures if source == "digits" else f"{pictures}-{made:08x}")
     samples = tensors.samples(folder, lambda: load(source, (3, 32, 32), 0, 0.0))
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -26,6 +27,8 @@ from rich.table import Table
 
 from benchmarks.learning_cases import precision
 from benchmarks.machine import machine
+from common import processor
+from common.files import write_atomically
 
 RESULTS = Path("benchmarks/results")
 ACTIVATION, GRADIENT = (10, 15, 20, 30), (5, 10, 15, 20)
@@ -35,7 +38,7 @@ CLOSE, CLOSE_SEEDS = ((20, 5), (20, 10), (30, 5)), (2, 3)
 # Runs of one seed that differ by next to nothing still end some tenths of a point apart: the mean of these is what
 # the others are compared with.
 AS_RAW = ("fp32", "fp16", "step:40")
-LONG = ((20, 5), (20, 10), (20, 15), (25, 5), (25, 10), (30, 5))
+LONG = ((15, 10), (20, 5), (20, 10), (20, 15), (25, 5), (25, 10), (30, 5))
 LONG_RAW, LONG_SEEDS = ("fp32", "step:40"), (0, 1, 2, 3)
 RECIPE = """
 name = "effect"
@@ -100,7 +103,6 @@ def _load(source: str, limit: int, more: int, device: str) -> None:
     import numpy as np
     import torch
 
-    from common import processor
     from device_client.data import Dataset, Part, load
 
     global _data, _processor
@@ -201,15 +203,17 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     plan = PLANS[options.long]
-    there = sum(1 for _ in (Path(options.source.removeprefix("folder:")) / "train").glob("*/*"))
-    if there < options.pictures + plan.more:
+    processor.choose(options.device)  # said here, where it is not there
+    folder = Path(options.source.removeprefix("folder:"))
+    there = [path.stat().st_size for path in folder.glob("train/*/*")]
+    if len(there) < options.pictures + plan.more:
         parser.error(
-            f"{there:,} training pictures in {options.source}; {options.pictures + plan.more:,} are needed: "
+            f"{len(there):,} training pictures in {options.source}; {options.pictures + plan.more:,} are needed: "
             f"{options.pictures:,} to train on" + (f", {plan.more:,} to judge by" if plan.more else "")
         )
     epochs = options.epochs or plan.epochs
     where = machine() + ("" if options.device == "cpu" else f", {options.device}")
-    setting = {"pictures": options.pictures, "epochs": epochs, "machine": where} | (
+    setting = {"pictures": options.pictures, "epochs": epochs, "machine": where, "source_bytes": sum(there)} | (
         {"more": plan.more} if plan.more else {}
     )
     file = RESULTS / plan.file
@@ -218,16 +222,22 @@ def main() -> None:
         before = json.loads(file.read_text())
         if {name: before.get(name) for name in setting} == setting:
             rows = before["rows"]
+        else:  # hours of work, of another machine or of other pictures
+            aside = file.with_name(f"{file.stem}.{before['date']}.json")
+            file.replace(aside)
+            console.print(f"What {file} held is of another setting: it is {aside} now.", highlight=False)
     done = {(row["activation"], row["gradient"], row["seed"]) for row in rows}
     left = [(*case, epochs) for case in plan.cases if case not in done]
     started = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(options.workers, _load, (options.source, options.pictures, plan.more, options.device)) as pool:
-        for number, row in enumerate(pool.imap_unordered(_run, left), 1):
+    given = (options.source, options.pictures, plan.more, options.device)
+    with ProcessPoolExecutor(options.workers, spawn, _load, given) as pool:
+        for number, future in enumerate(as_completed([pool.submit(_run, case) for case in left]), 1):
+            row = future.result()
             rows.append(row)
             file.parent.mkdir(parents=True, exist_ok=True)
             result = {"date": date.today().isoformat(), **setting, "rows": rows}
-            file.write_text(json.dumps(result, indent=1) + "\n")
+            write_atomically(file, (json.dumps(result, indent=1) + "\n").encode())
             minutes = (time.monotonic() - started) / number * (len(left) - number) / 60
             console.print(
                 f"{row['activation']:>8} up, {row['gradient']} down, seed {row['seed']}: {row['accuracy']:.2%}; "

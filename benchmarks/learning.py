@@ -138,7 +138,8 @@ def planned(
 def trained(
     jobs: Sequence[Job], after: dict[Job, list[Job]], workers: int, setting: tuple[str, int, str]
 ) -> Iterator[tuple[Job, dict[str, Any] | None, str]]:
-    """Each job with its row as it is done, or with what went wrong: the others go on."""
+    """Each job with its row as it is done, or with what went wrong: the others go on. A worker that is killed takes all
+    that are left with it: begun again, the benchmark goes on with those."""
 
     def failed(job: Job, why: str) -> Iterator[tuple[Job, None, str]]:
         yield job, None, why

@@ -107,7 +107,9 @@ def samples(folder: Path, data: Callable[[], Dataset]) -> list[Sample]:
         path = folder / f"{shape}-{batch}.npz"
         if not path.is_file():
             kept = record(data(), cut, width, batch)
-            np.savez(path, **{f"{kind}-{step}": part for step, parts in kept.items() for kind, part in parts.items()})
+            whole = path.with_suffix(".part.npz")
+            np.savez(whole, **{f"{kind}-{step}": part for step, parts in kept.items() for kind, part in parts.items()})
+            whole.replace(path)  # half a file would be one that cannot be read, at every start from now on
         with np.load(path) as stored:
             for step in (EARLY, LATE):
                 parts = stored[f"activation-{step}"], stored[f"gradient-{step}"]
