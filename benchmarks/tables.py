@@ -103,7 +103,8 @@ def _chosen(result: dict[str, Any], pairs: Iterable[tuple[int, int]], seeds: tup
     cells = effect.cells(result["rows"], seeds)
     rows = []
     for up, down in pairs:
-        cell = cells[up, down, ""]
+        if not (cell := cells.get((up, down, ""))):
+            continue  # not run yet
         rows.append([f"{up} dB up, {down} dB down", f"{cell.points:+.2f}", cell.seeds, f"{cell.fewer:.1f}x"])
     return table([f"{len(seeds)} seeds", "mean", "seed by seed", "times fewer bytes"], rows)
 

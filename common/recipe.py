@@ -81,8 +81,8 @@ class BottleneckRecipe:
 class CodecRecipe:
     """What a payload is made by; docs/codec.md says what each costs. Method plain has "fp32" for both."""
 
-    activation: str = "auto:25"  # what goes up: "fp32", "fp16", "int8", or "step", "context", "auto" with dB of SNR
-    gradient: str = "auto:5"  # what comes down: the same; ":nearest" behind the SNR switches unbiased rounding off
+    activation: str = "auto:20"  # what goes up: "fp32", "fp16", "int8", or "step", "context", "auto" with dB of SNR
+    gradient: str = "auto:10"  # what comes down: the same; ":nearest" behind the SNR switches unbiased rounding off
 
     def __post_init__(self) -> None:
         for name, value in (("activation", self.activation), ("gradient", self.gradient)):
@@ -262,7 +262,7 @@ class Recipe:
         demand(
             not self.schedule.budget_mb or not any(name.startswith("auto") for name in self.codecs),
             'schedule.budget_mb needs bytes that are the same in each run, and codec "auto", the default, follows the '
-            'link: write activation = "context:25" and gradient = "context:5" in [codec], or "step:25" and "step:5"',
+            'link: write activation = "context:20" and gradient = "context:10" in [codec], or "step:20" and "step:10"',
         )
 
     def _check_method(self) -> None:

@@ -41,7 +41,7 @@ from common.recipe import load, parse
         ),
         (
             {"codec": 'activation = "auto:20"', "schedule": "phases = [[0, 1]]\nbudget_mb = 1"},
-            'write activation = "context:25" and gradient = "context:5" in [codec]',
+            'write activation = "context:20" and gradient = "context:10" in [codec]',
         ),
         ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
         ({"schedule": "phases = [8, 3]"}, "must be [width, epochs], such as in phases = [[8, 20]], or a table"),
@@ -78,7 +78,7 @@ def test_recipes(change: dict[str, str], words: str) -> None:
 
 def test_codecs_that_a_recipe_leaves_out() -> None:
     """The recommended ones, but for plain, which has none."""
-    for method, expected in (("plain", ("fp32", "fp32")), ("fixed", ("auto:25", "auto:5"))):
+    for method, expected in (("plain", ("fp32", "fp32")), ("fixed", ("auto:20", "auto:10"))):
         text = recipe_text(method)
         start, end = text.index("[codec]"), text.index("[schedule]")
         codec = parse(text[:start] + text[end:]).codec
