@@ -235,6 +235,11 @@ CASES = [
     _from_scratch("fixed width 8, head frozen", "fixed", (8, 20), db=10, quick=True),
     _from_scratch("fixed width 8, head alone, then frozen", "fixed", (8, 20), db=10, local=20),
     Case(
+        "fixed width 8, head alone, then frozen, then learning", "fixed",
+        "{ width = 8, epochs = 16, views = 1, flip = true, shift = 2 }, { width = 8, epochs = 4, lr = 0.06 }", "linear",
+        "step:10", "step:5", "weighted", local=20, restart=True, warmup=20,
+    ),
+    Case(
         "deprune 8, then 16 with the head frozen", "deprune",
         "[8, 6], { width = 16, epochs = 14, views = 6, flip = true, shift = 1 }", "linear", "step:10", "step:5",
     ),
