@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from benchmarks import inprocess
 from benchmarks.recipes import recipe_text
-from common import report
+from common import models, report
 from common.errors import RecipeError
 from common.meter import Count
 from common.recipe import parse
@@ -226,6 +227,20 @@ def test_choosing_channels_is_paid_for_and_ends_no_run(
     )  # fmt: skip
     summary = inprocess.train(text, load("digits", (1, 16, 16), 3, 0.0, limit=640))
     assert summary["steps"] >= steps and spent(summary) <= budget * 1e6
+
+
+def test_a_prune_narrows_early_where_only_the_narrow_test_can_be_paid_for(tmp_path: Path) -> None:
+    init = tmp_path / "whole.safetensors"
+    safetensors.torch.save_file(models.build("tiny", (1, 16, 16), 10).state_dict(), init)
+    text = recipe_text(
+        "prune", data="batch = 32", bottleneck='kind = "channels"', codec=CODEC,
+        model=f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "{init}"',
+        schedule="phases = [[0, 0.4], [2, 8]]\nbudget_mb = 0.47",
+    )  # fmt: skip
+    summary = inprocess.train(text, load("digits", (1, 16, 16), 3, 0.0, limit=640))
+    widths = [phase["width"] for phase in summary["phases"]]
+    assert widths[0] == 32 and widths[-1] == 2 and summary["phases"][1]["from_step"] < 8
+    assert summary["steps"] > 40 and spent(summary) <= 0.47e6
 
 
 def test_evaluations_picture_by_picture_are_in_the_budget(digits: Dataset) -> None:
