@@ -48,10 +48,13 @@ class Seconds(click.FloatRange):
     """So many, or inf."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        seconds = super().convert(value, param, ctx)
-        if math.isnan(seconds):
-            self.fail("nan is no number of seconds; give one, or inf.", param, ctx)
-        return seconds
+        try:
+            known = not math.isnan(float(value))
+        except ValueError:
+            known = False
+        if not known:
+            self.fail(f"{value} is no number of seconds; give one, or inf.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 _SHARED = [
@@ -186,7 +189,7 @@ def _load(
     default=0.0,
     type=Seconds(0),
     metavar="SECONDS",
-    help="Keep trying so long while the server is not up yet.",
+    help="Keep trying so long, or for ever with inf, while the server is not up yet.",
 )
 @click.option(
     "--give-up-after",

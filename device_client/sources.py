@@ -102,7 +102,12 @@ def _folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known
     # Without train/, a folder that is only evaluated still has classes: the run's, where its test/ has no others.
     trains = wants_train or (root / "train").is_dir()
     classes = _class_names(root / ("train" if trains else "test"))
-    if not trains and set(classes) <= set(known):
+    if not trains and known:
+        if unknown := [folder for folder in classes if folder not in known]:
+            raise DataError(
+                f"{root / 'test'} has classes that the run does not have: {some(unknown)}; it has {some(known)}: rename or "
+                f"remove them"
+            )
         classes = tuple(known)
     sides: dict[str, Side] = {}
     unused: list[str] = []

@@ -37,6 +37,9 @@ _ROOM_S = 10.0  # between two attempts to write the trained head
 _ROLLBACKS = 5  # in a row that did not come further than the run had been
 
 
+_NOTICEABLE = 0.02  # by more of its length must a run's change that is told
+
+
 class Trainer:
     """One run on the device: `prepare` the head, `run` from the first step, or from a checkpoint, to the end."""
 
@@ -190,6 +193,7 @@ class Trainer:
 
     def _loop(self, live: Live, planned: int) -> None:
         """Step after step; `planned`: how many the run was to have."""
+        told = planned
         while self.then != pb.FINISH:
             if self.stopping:
                 self.resting = True
@@ -202,9 +206,11 @@ class Trainer:
             if self.phase.steps != planned:
                 planned = self.phase.steps
                 live.plan(planned)
-                live.say(
-                    f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for {several(planned, 'step')}."
-                )
+                if abs(planned - told) > _NOTICEABLE * told:
+                    told = planned
+                    live.say(
+                        f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for about {planned:,} steps."
+                    )
             total = self.remote.meter.total
             crossed = total(UP).message, total(DOWN).message
             live.step(self.step, line["loss"], line["accuracy"], widths, crossed)

@@ -289,7 +289,7 @@ def test_a_test_folder_may_lack_some_of_the_runs_classes(folder):
     found = load(f"folder:{folder}", RGB, 1, 0, parts=("test",), classes=3, known=("ant", "bee", "cat"))
     assert found.classes == ("ant", "bee", "cat") and sorted(set(found.test.labels)) == [1, 2]
     assert "no test pictures of 1 of 3 classes: ant" in found.left_out[0]
-    with pytest.raises(DataError, match="has 2 classes and the recipe 3"):
+    with pytest.raises(DataError, match="classes that the run does not have: cat; it has ant, bee, dog: rename"):
         load(f"folder:{folder}", RGB, 1, 0, parts=("test",), classes=3, known=("ant", "bee", "dog"))
 
 
