@@ -105,8 +105,8 @@ def _folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known
     if not trains and known:
         if unknown := [folder for folder in classes if folder not in known]:
             raise DataError(
-                f"{root / 'test'} has classes that the run does not have: {some(unknown)}; it has {some(known)}: rename or "
-                f"remove them"
+                f"{root / 'test'} has classes that the run does not have: {some(unknown)}; it has {some(known)}: "
+                f"rename or remove them"
             )
         classes = tuple(known)
     sides: dict[str, Side] = {}
