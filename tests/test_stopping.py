@@ -134,25 +134,22 @@ def test_a_run_that_diverges_says_what_to_do_on_both_sides(tmp_path: Path) -> No
 @pytest.mark.parametrize("side", ["device", "server"])
 def test_a_ctrl_c_that_is_ignored_stays_so(side: str, tmp_path: Path) -> None:
     """As in the background of a script, whose foreground it is meant for."""
-    # A codec that nothing must be compiled for first.
-    text = recipe_text(codec='activation = "int8"\ngradient = "int8"', schedule="phases = [[0, 500]]")
-    (tmp_path / "recipe.toml").write_text(text)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes start with what is ignored here
-    try:
-        arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
-        with pair.server(*arguments, log=tmp_path / "log") as (server, address):
-            line = pair.command("device-client", "train", address, "--data", "digits", "--run", tmp_path / "device")
-            with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=pair.environment()) as device:
-                metrics, lines = tmp_path / "device" / "metrics.jsonl", 0
+    (tmp_path / "recipe.toml").write_text(recipe_text(schedule="phases = [[0, 500]]"))
+    ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
+    with pair.server(*arguments, log=tmp_path / "log", prefix=ignoring) as (server, address):
+        line = pair.command("device-client", "train", address, "--data", "digits", "--run", tmp_path / "device")
+        with subprocess.Popen((*ignoring, *line), stdout=-1, stderr=-1, text=True, env=pair.environment()) as device:
+            metrics, lines = tmp_path / "device" / "metrics.jsonl", 0
+            try:
                 for wanted in (1, 20):
                     deadline = time.monotonic() + 60
-                    while lines < wanted and time.monotonic() < deadline and device.poll() is None:
+                    while lines < wanted and time.monotonic() < deadline and device.poll() is server.poll() is None:
                         lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
                         time.sleep(0.1)
-                    assert lines >= wanted and device.poll() is None and server.poll() is None
+                    assert lines >= wanted and device.poll() is server.poll() is None
                     os.kill((device if side == "device" else server).pid, signal.SIGINT)
+            finally:
                 device.terminate()
-                assert "Stopping after this step" in device.communicate(timeout=60)[0]
-                assert device.returncode == 128 + signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGINT, before)
+            assert "Stopping after this step" in device.communicate(timeout=60)[0]
+            assert device.returncode == 128 + signal.SIGTERM
