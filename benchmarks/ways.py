@@ -147,11 +147,15 @@ def trained(data: Dataset, seed: int, augmented: bool, remote: type[RemoteTail],
         tails[:] = [trainer.remote]
 
     summary = inprocess.train(text, data, remote, watch=watch, **options)
+    return result_of(summary) | {"tail": tails[0]}
+
+
+def result_of(summary: dict[str, Any]) -> dict[str, Any]:
     up, down = (
         sum(count["message"] for role, count in summary["bytes"][way]["by_role"].items() if role in roles)
         for way, roles in (("up", ("activation", "label")), ("down", ("gradient",)))
     )
-    return {"accuracy": summary["accuracy"], "bytes_up": up, "bytes_down": down, "tail": tails[0]}
+    return {"accuracy": summary["accuracy"], "bytes_up": up, "bytes_down": down}
 
 
 def pruned(data: Dataset, seed: int, network: Path, distilled: bool) -> dict[str, Any]:
@@ -159,10 +163,7 @@ def pruned(data: Dataset, seed: int, network: Path, distilled: bool) -> dict[str
         if distilled and step == 0:
             distil(training)
 
-    summary = inprocess.train(PRUNED.recipe("tiny", seed, str(network / "server")), data, watch=watch)
-    sent = summary["bytes"]["up"]["by_role"]
-    up = sum(count["message"] for role, count in sent.items() if role in ("activation", "label"))
-    return {"accuracy": summary["accuracy"], "bytes_up": up, "bytes_down": 0}
+    return result_of(inprocess.train(PRUNED.recipe("tiny", seed, str(network / "server")), data, watch=watch))
 
 
 def measure(data: Dataset, others: Dataset, seed: int) -> list[dict[str, Any]]:

@@ -174,7 +174,7 @@ def abort(context: grpc.ServicerContext, error: DepruneError) -> None:
 
 def _reason(details: str) -> str:
     """The part of gRPC's account of a failure that means something to a person."""
-    if any(words in details.lower() for words in _NO_NAME):
+    if _is_no_name(details):
         return "no such host name is known"
     for words in ("Connection refused", "Connection reset", "Network is unreachable", "No route to host", "Timeout",
                   "Tls handshake failed"):  # fmt: skip
@@ -207,7 +207,11 @@ def _retry_after(milliseconds: str) -> float | None:
 def was_sent(error: grpc.RpcError) -> bool:
     """Whether anything of the call can have crossed the link: a connection was there for it."""
     details = error.details() or ""
-    return _NEVER_MADE not in details and not any(words in details.lower() for words in _NO_NAME)
+    return _NEVER_MADE not in details and not _is_no_name(details)
+
+
+def _is_no_name(details: str) -> bool:
+    return any(words in details.lower() for words in _NO_NAME)
 
 
 def from_rpc(error: grpc.RpcError, server: str, doubt: str = "") -> DepruneError:

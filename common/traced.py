@@ -1,4 +1,5 @@
-"""The graph of a model's forward, or ModelError where a graph would not do what forward does; called by tracing.py.
+"""The graph of a model's forward, or ModelError where a graph would not do what forward does; called by tracing.py,
+which puts the model's name in front of it.
 
 What forward does to anything but its input happens while it is traced, once, and never again: a graph knows nothing of
 grad modes, of draws, of counters. Such a model would be trained as another one, without a word.
@@ -26,7 +27,6 @@ _SIMPLE = (bool, int, float, complex, str, torch.Tensor)
 
 def traced(root: nn.Module) -> fx.Graph:
     """The graph of `root` in its mode; may raise anything, for forward is anybody's code."""
-    kind = type(root).__name__
     values, drawn = _values(root), _drawn()
     with torch.enable_grad():
         graph = _Tracer().trace(root)
@@ -34,13 +34,13 @@ def traced(root: nn.Module) -> fx.Graph:
     moved = [name for name, value in values.items() if after.get(name) != value] + _changed(root, graph)
     if moved:
         raise ModelError(
-            f"{kind} cannot be cut: its forward changes {moved[0]} itself, which its halves would not do; leave such "
-            f"state to modules, such as nn.BatchNorm2d"
+            f"its forward changes {moved[0]} itself, which its halves would not do; leave such state to modules, such "
+            f"as nn.BatchNorm2d"
         )
     if _drawn() != drawn:
         raise ModelError(
-            f"{kind} cannot be cut: its forward draws random numbers that its halves would not draw again; use "
-            f"nn.Dropout and its like, or draw by a tensor that comes from the input, as in torch.rand_like(x)"
+            "its forward draws random numbers that its halves would not draw again; use nn.Dropout and its like, or "
+            "draw by a tensor that comes from the input, as in torch.rand_like(x)"
         )
     return graph
 

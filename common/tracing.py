@@ -44,10 +44,10 @@ def trace(model: nn.Module) -> tuple[tuple[nn.Module, nn.Module], fx.Graph]:
                 root = _copy_around_tensors(model)
                 root.train(training)
                 if any(module.training != training for module in root.modules()):
-                    raise ModelError(f"{kind} cannot be cut: it overrides train(), which its halves would not do")
+                    raise ModelError("it overrides train(), which its halves would not do")
                 graph = traced(root)
         except ModelError as error:
-            raise ModelError(str(error) if str(error).startswith(kind) else f"{kind} cannot be cut: {error}") from error
+            raise ModelError(f"{kind} cannot be cut: {error}") from error
         except Exception as error:  # forward is anybody's code and raises anything under tracing
             raise ModelError(
                 f"{kind} cannot be cut: torch.fx cannot trace it "

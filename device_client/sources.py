@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.draw import SPLIT, generator
-from common.errors import DataError
+from common.errors import DataError, printable
 from device_client.batches import Pictures
 from device_client.pictures import MODES, Shape, decode, fit, size_of
 
@@ -137,7 +137,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     if not names:
         raise DataError(f"{folder} has no classes; put the pictures of each class into a folder of its own there")
     if foreign := [name for name in names if not _is_unicode(name)]:
-        shown = ", ".join(name.encode(errors="replace").decode() for name in foreign[:_NAMED])
+        shown = some([printable(name, len(name)) for name in foreign])
         raise DataError(f"{folder} has classes whose names are not UTF-8 ({shown}); rename those folders")
     return tuple(names)
 

@@ -128,11 +128,7 @@ def predict(
     opened = remote.opened
     recipe: Recipe = opened.recipe
     channels, height, width = recipe.model.input
-    check_memory(
-        2 * len(paths) * channels * height * width,
-        several(len(paths), "picture"),
-        "give fewer at a time",
-    )
+    check_memory(2 * len(paths) * channels * height * width, several(len(paths), "picture"), "give fewer at a time")
     read: dict[Path, Pictures] = {}
     unreadable: list[DataError] = []
     for path in dict.fromkeys(paths):

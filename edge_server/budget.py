@@ -176,8 +176,8 @@ class Budget:
         entry = coming[0]
         start = self.ends[entry - 1] if entry else 0
         costs = {other: self._step(other) for other in coming}
-        for other in coming:
-            if self.ends[-1] >= self._epoch:  # a run that is shorter has no validation
+        if self.ends[-1] >= self._epoch:  # a run that is shorter has no validation
+            for other in coming:
                 costs[other] += self._judging(self._validation, self._widest[other]) / self._epoch
         # What the run takes beside its steps if it ends in one entry or another.
         beside, ranked = {}, 0.0
