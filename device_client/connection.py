@@ -52,7 +52,7 @@ class Opened:
     session: str
     recipe: Recipe
     text: str
-    run_id: str
+    run_id: str  # of a run that starts anew: "" until it has begun
     phase: Phase | None  # of the finished run; None in training
     head_size: int
     init_run_id: str
@@ -297,6 +297,7 @@ class Connection:
         finally:
             draft.drop()
         self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
+        self.opened = replace(self.opened, run_id=answer.ready.run_id)
         self._came.frames = 0  # that it may begin is nothing of what is to come
         self._find_connection()
         self._bring_basis()
@@ -334,7 +335,7 @@ class Connection:
         if reply.digest != self.opened.recipe.digest() or not same_run:
             raise MismatchError(f"the server at {self.server} has another run now; start this one's server again")
         self.opened = replace(
-            self.opened, session=reply.session, run_id=reply.run_id, finished=reply.finished,
+            self.opened, session=reply.session, finished=reply.finished,
             checkpoint_every=reply.checkpoint_every or self.opened.checkpoint_every,
         )  # fmt: skip
         if reply.resumed and reply.step != step:

@@ -172,7 +172,7 @@ class Trainer:
             len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.start_width
         )
         if not self.phases:
-            self.opened = self.remote.opened  # a server that was restarted before this names the run anew
+            self.opened = self.remote.opened  # which the beginning has given its id
             self.checkpoints.run_id = self.opened.run_id
             if ready.basis_wanted:
                 rotate(self)

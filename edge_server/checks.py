@@ -16,11 +16,16 @@ def output(recipe: Recipe, halves: Halves) -> None:
     with torch.no_grad():
         sent = halves.head(torch.zeros(1, *recipe.model.input))
         logits = halves.tail.layers(halves.tail.bottleneck(sent))
-    if not isinstance(logits, torch.Tensor) or logits.shape != (1, recipe.model.classes):
+    require_logits(recipe.model.name, recipe.model.classes, logits)
+
+
+def require_logits(model: str, classes: int, logits: object) -> None:
+    """ModelError where what `model` makes of one picture is not [1, classes]."""
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         what = f"of shape {list(logits.shape[1:])}" if isinstance(logits, torch.Tensor) else "that is no tensor"
         raise ModelError(
-            f"the model {recipe.model.name} has an output {what}; {recipe.model.classes} numbers a picture were "
-            f"expected, one for each class: change model.classes, or the model"
+            f"the model {model} has an output {what}; {classes} numbers a picture were expected, one for each class: "
+            f"change the number of classes, or the model"
         )
 
 

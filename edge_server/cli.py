@@ -223,8 +223,11 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     if len(sides) != 3 or not all(side.isdigit() and int(side) > 0 for side in sides):
         raise ModelError(f"--input {input_text!r} is not CxHxW, such as 3x32x32")
     shape = (int(sides[0]), int(sides[1]), int(sides[2]))
+    import torch
+
     from common import models
     from common.partition import describe_cuts
+    from edge_server import checks
 
     # Naming it on one's own command line is the permission.
     built = models.build(model, shape, classes, allowed=(model,))
@@ -232,7 +235,10 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     table.add_column("cut", no_wrap=True)
     for name in ("crosses", "a sample", "MFLOP head + tail", "params head + tail"):
         table.add_column(name, justify="right", no_wrap=True)
-    for info in describe_cuts(built, shape):
+    cuts_of = describe_cuts(built, shape)
+    with torch.no_grad():
+        checks.require_logits(model, classes, built.eval()(torch.zeros(1, *shape)))
+    for info in cuts_of:
         flops = f"{info.head_flops / 1e6:.2f} + {info.tail_flops / 1e6:.2f}"
         params = f"{info.head_params:,} + {info.tail_params:,}"
         table.add_row(info.name, "x".join(map(str, info.shape)), size(info.bytes), flops, params)

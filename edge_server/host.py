@@ -70,7 +70,6 @@ class Host:
         self._beginning = threading.Lock()  # held while a stream takes another's place, and while the run is put back
         self.sessions = Sessions(self.limits)
         self.run: LiveRun | None = None
-        self.run_id = ""
         self.served: Served | None = None
         self._first_head = b""
         self.stopping = False
@@ -115,7 +114,6 @@ class Host:
             folder.prepare(overwrite, 10 * size)
         codecs.load(*recipe.codecs, say=console.print)  # now, for a stream of a run would have to wait
         host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved, host.limits.store, processor)
-        host.run_id = host.run.run_id
         return host
 
     @classmethod
@@ -141,9 +139,13 @@ class Host:
     def _serve(self, halves: Halves, manifest: Manifest, head: bytes) -> None:
         halves.tail.resize(manifest.phase.width, manifest.phase.order)
         halves.tail.eval()
-        self.run_id = manifest.run_id
         codecs.load(manifest.phase.activation_codec, say=self.console.print)
         self.served = Served(halves, manifest, head)
+
+    @property
+    def run_id(self) -> str:
+        """Of the finished run that is served, or of the one in training; "" until a device begins that."""
+        return self.served.manifest.run_id if self.served else self.run.run_id if self.run else ""
 
     def note(self, sentence: str) -> None:
         """Tell the operator."""
@@ -265,9 +267,10 @@ class Host:
                     raise
                 self._book_head(session)
                 run.meter, run.kernel = session.meter, session.kernel
-                session.run = run
+                session.run, session.run_id = run, run.run_id
                 session.joined = True
                 return True
+            _check_same(session, run)
             run.check_data(samples, classes)  # before anything is given up for this device
             run.check_head(begin.head)
             if session.back_to is not None:
@@ -305,6 +308,7 @@ class Host:
             if session.run is None or session.run.training is None or session.back_to is not None:
                 raise FrameError("Evaluate came before Begin")
             run, training = session.run, session.run.training
+            _check_same(session, run)
             _check_whole(training)
             run.join(context)
         try:
@@ -332,6 +336,12 @@ class Host:
         if not session.trains:
             return self.served.head if self.served else b""
         return self._first_head
+
+
+def _check_same(session: Session, run: LiveRun) -> None:
+    """SessionError where another device has begun the run anew since this one began it and made no step."""
+    if session.run_id != run.run_id:
+        raise SessionError("another device has begun this run since; open another session")
 
 
 def _check_whole(training: Training) -> None:

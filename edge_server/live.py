@@ -58,7 +58,7 @@ class LiveRun:
         self.recipe, self.text, self.folder, self.console = recipe, text, folder, console
         self.initial, self._allowed, self._processor = initial, allowed, processor
         self.every, self.store_limit = EVERY, store_limit
-        self.run_id: str = saved["run_id"] if saved else secrets.token_hex(8)
+        self.run_id: str = saved["run_id"] if saved else ""  # until a device begins it
         self.owner: str | None = saved["state"]["owner"] if saved else None  # identity of the device that began it
         # Pictures of an epoch, and classes, that it began with.
         self._data = (saved["state"]["samples"], tuple(saved["state"]["classes"])) if saved else None
@@ -85,6 +85,10 @@ class LiveRun:
     @property
     def step(self) -> int:
         return self.training.step if self.training else self._at
+
+    @property
+    def _named(self) -> str:
+        return f"trains run {self.run_id}" if self.run_id else "has a run that no device has begun"
 
     def check_free(self, identity: str) -> None:
         """Raise where a device that brings no half of this run may not begin it."""
@@ -166,6 +170,8 @@ class LiveRun:
             self.training.close()
         self.folder.start(self.text)
         self.checkpoints.clear()
+        # An id of its own: whoever began the run before, and made no step of it, is not taken for this device.
+        self.run_id = self.checkpoints.run_id = secrets.token_hex(8)
         training.switch(training.phase)
         self.training, self.owner, self._data = training, identity, (samples, classes)
 
@@ -188,8 +194,8 @@ class LiveRun:
         """
         if run_id != self.run_id:
             raise MismatchError(
-                f"the device's folder holds run {run_id}, this server trains run {self.run_id}; start the server with "
-                f"the folder of the same run, or the device with another --run (or --overwrite)"
+                f"the device's folder holds run {run_id}, this server {self._named}; start the server with the folder "
+                f"of the same run, or the device with another --run (or --overwrite)"
             )
         training = self.training
         if training and (steps := [step for step in kept if training.can_be_taken_up(step)]):

@@ -36,6 +36,7 @@ class Session:
     kernel: Kernel = field(default_factory=Kernel)
     peer: str = ""  # gRPC's name of the device's end of the connection
     run: LiveRun | None = None  # which it has begun, or comes back to
+    run_id: str = ""  # of the run as it was begun then: as long as it stands at step 0 another device may begin it
     back_to: int | None = None  # the step that it was told to go on from, until it does
     streams: int = 0  # open at the moment
     begun: bool = False  # it has had one
@@ -67,7 +68,7 @@ class Session:
 
     def take_up(self, run: LiveRun) -> None:
         """Go on with a run: its books are this visit's."""
-        self.run, self.meter, self.kernel = run, run.meter, run.kernel
+        self.run, self.run_id, self.meter, self.kernel = run, run.run_id, run.meter, run.kernel
         if self.peer:
             self.kernel.add(find_peer(self.peer))
 
@@ -96,8 +97,8 @@ class Sessions:
             session = self._open.get(name)
         if session is None or session.identity != identity:
             raise SessionError(
-                "this session is not known here (the server was restarted, or it was idle too long): a device opens "
-                "another"
+                "this session is not known here: the server was started anew, or it was idle too long; a device opens "
+                "another by itself"
             )
         session.touched = time.monotonic()
         return session

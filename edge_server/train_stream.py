@@ -45,7 +45,7 @@ class TrainStream:
         felt = self._felt() if wanted else []
         ready = pb.Ready(
             basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers),
-            sensitivity_follows=bool(felt), from_request=len(answers) == len(training.answers) > 0,
+            sensitivity_follows=bool(felt), from_request=len(answers) == len(training.answers) > 0, run_id=run.run_id,
         )  # fmt: skip
         first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *felt]
         count = meter.frame if begun else meter.again

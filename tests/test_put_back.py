@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.recipes import BATCH, CLASSES, recipe_text
-from common.errors import FrameError, SessionError
+from common.errors import FrameError, MismatchError, SessionError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
@@ -143,3 +143,24 @@ def test_what_was_taken_for_a_checkpoint_does_not_change(host: Host) -> None:
     run.training.apply()
     for name, value in taken.tensors.items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_run_that_another_device_began_since_is_not_the_first_ones(tmp_path: Path) -> None:
+    """Both stand at step 0, so the step alone does not tell them apart: the second's half would train with the first's
+    data, and be judged on it."""
+    text = recipe_text("plain", schedule="phases = [[0, 10]]")
+    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    assert host.run and not host.run_id
+    first, stream = begun(host)
+    was = host.run_id
+    host.run.part(stream)
+    again, _ = host.open(True, was, (0,), "")
+    begun(host)
+    assert was and host.run_id not in ("", was)
+    for session in (first, again):
+        with pytest.raises(SessionError, match="another device has begun this run since"):
+            host.begin(session, pb.Begin(samples=64, classes=CLASSES), Mock())
+        with pytest.raises((SessionError, FrameError)), host.judging(session, Mock()):
+            pass
+    with pytest.raises(MismatchError, match=f"holds run {was}, this server trains run {host.run_id}"):
+        host.open(True, was, (0,), "")

@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from torch import nn
 
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
@@ -308,3 +309,19 @@ def test_a_port_that_is_taken(server: str, tmp_path: Path) -> None:
     assert done.returncode == 1 and f"cannot listen on {server}: Address already in use" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, "nothing of gRPC's own"
     assert not (tmp_path / "run").exists()
+
+
+def seven(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A model whose author had other classes in mind."""
+    return nn.Sequential(
+        nn.Conv2d(input_shape[0], 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7)
+    )
+
+
+def test_a_model_that_does_not_end_in_the_classes_is_refused_before_anything_waits(tmp_path: Path) -> None:
+    """By the list of its cuts as by the server: else the first step would be where it shows."""
+    name, words = "tests.test_refusals:seven", "has an output of shape [7]; 10 numbers a picture were expected"
+    assert words in failed(server_cli.cli, "cuts", name, "--input", "1x16x16")
+    (tmp_path / "recipe.toml").write_text(recipe_text().replace('"tiny"', f'"{name}"').replace('"stage1_relu2"', '"_1"'))
+    said = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run", "--allow-model", name)
+    assert words in said and not (tmp_path / "run").exists()
