@@ -50,6 +50,17 @@ def batch(recipe: Recipe, halves: Halves) -> None:
                 value.copy_(values[name])
 
 
+def idle(recipe: Recipe, halves: Halves) -> str:
+    """Words for the operator where gradients would go to a head that learns nothing by them; "" where they don't."""
+    learns = any(parameter.requires_grad for parameter in halves.head.parameters())
+    if learns or all(phase.views for phase in recipe.schedule.phases):
+        return ""
+    return (
+        f"nothing before the cut {recipe.model.cut} learns, and gradients are sent there all the same: give the "
+        f"schedule's phases views, and nothing is sent down and each picture up but once a view"
+    )
+
+
 def sizes(recipe: Recipe, halves: Halves, most: int) -> None:
     channels = halves.channels
     largest = elements(halves.sent_shape(max(recipe.data.batch, recipe.data.evaluation_batch), channels))

@@ -112,6 +112,8 @@ class Host:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
             # The tail and three checkpoints of it with its optimiser.
             folder.prepare(overwrite, 10 * size)
+        if wasted := checks.idle(recipe, halves):
+            host.note(wasted)
         codecs.load(*recipe.codecs, say=console.print)  # now, for a stream of a run would have to wait
         host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved, host.limits.store, processor)
         return host

@@ -19,14 +19,16 @@ from torch import nn
 
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
-from common import wire
+from common import halves, wire
 from common.errors import DepruneError, FrameError, TooLargeError, VersionError, from_rpc
 from common.meter import Draft
+from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.wire import Place
 from device_client import cli as device_cli
 from device_client.remote_tail import RemoteTail
+from edge_server import checks
 from edge_server import cli as server_cli
 from edge_server.limits import Limits
 from tests.conftest import Run, failed
@@ -322,6 +324,23 @@ def test_a_model_that_does_not_end_in_the_classes_is_refused_before_anything_wai
     """By the list of its cuts as by the server: else the first step would be where it shows."""
     name, words = "tests.test_refusals:seven", "has an output of shape [7]; 10 numbers a picture were expected"
     assert words in failed(server_cli.cli, "cuts", name, "--input", "1x16x16")
-    (tmp_path / "recipe.toml").write_text(recipe_text().replace('"tiny"', f'"{name}"').replace('"stage1_relu2"', '"_1"'))
+    (tmp_path / "recipe.toml").write_text(
+        recipe_text().replace('"tiny"', f'"{name}"').replace('"stage1_relu2"', '"_1"')
+    )
     said = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run", "--allow-model", name)
     assert words in said and not (tmp_path / "run").exists()
+
+
+def still(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A model whose first layers were trained elsewhere and stay as they are."""
+    first = nn.Sequential(nn.Conv2d(input_shape[0], 4, 3), nn.ReLU()).requires_grad_(False)
+    return nn.Sequential(first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+
+def test_gradients_for_a_head_that_does_not_learn_are_told() -> None:
+    name, noted = "tests.test_refusals:still", []
+    for schedule in ("phases = [[0, 2]]", "phases = [{ width = 0, epochs = 2, views = 1 }]"):
+        text = recipe_text(schedule=schedule).replace('"tiny"', f'"{name}"').replace('"stage1_relu2"', '"_0_1"')
+        recipe = parse(text)
+        noted.append(checks.idle(recipe, halves.build(recipe, [name])))
+    assert noted[0].startswith("nothing before the cut _0_1 learns, and gradients are sent there") and not noted[1]
