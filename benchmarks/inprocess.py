@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class _Call:
     def __init__(self, frames: Iterator[Any]) -> None:
         self._frames = frames
 
+    def close(self) -> None:
+        """The device is gone: the servicer's method ends where it stands."""
+        self._frames.close()  # type: ignore[attr-defined] -- it is a generator
+
     def __next__(self) -> Any:
         return next(self._frames)
 
@@ -84,6 +89,12 @@ class Stub:
 
     def __init__(self, servicer: Servicer) -> None:
         self._servicer = servicer
+        self._training: weakref.ref[_Call] | None = None
+
+    def close(self) -> None:
+        """End the last stream of training: before its host is closed, and not whenever it is collected."""
+        if call := self._training and self._training():
+            call.close()
 
     def Open(self, request: Any, **_options: Any) -> Any:
         return self._servicer.Open(request, _Context())
@@ -92,7 +103,9 @@ class Stub:
         return self._servicer.Head(request, _Context())
 
     def Train(self, frames: Iterator[Any]) -> _Call:
-        return _Call(self._servicer.Train(frames, _Context()))
+        call = _Call(self._servicer.Train(frames, _Context()))
+        self._training = weakref.ref(call)  # it ends with the device's last word of it, too
+        return call
 
     def Evaluate(self, frames: Iterator[Any]) -> _Call:
         return _Call(self._servicer.Evaluate(frames, _Context()))
@@ -120,7 +133,9 @@ def train(
             recipes.parse(text), text, RunFolder(place / "server"), quiet, (), folder is not None, limits, processor
         )
         stack.callback(host.close)
-        tail = remote_class("127.0.0.1:1", stub=Stub(Servicer(host)), **remote)
+        stub = Stub(Servicer(host))
+        stack.callback(stub.close)
+        tail = remote_class("127.0.0.1:1", stub=stub, **remote)
         stack.callback(tail.close)
         tail.open(trains=True)
         run = RunFolder(place / "device")

@@ -247,6 +247,7 @@ def test_what_it_has_felt_reaches_the_basis(digits: Dataset, tmp_path: Path) -> 
         trainer.fit(publish=False)
         assert trainer.remote.sensitivity is None and trainer.felt is None
         assert trainer.basis is not None
+        trainer.remote._stub.close()  # before its folder is collected
         bases.append(trainer.basis)
     # Components by variance alone are orthonormal; weighted ones are not.
     weighted, by_variance, after_init = (np.abs(basis[:-1] @ basis[:-1].T - np.eye(32)).max() for basis in bases)
