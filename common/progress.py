@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -41,24 +42,46 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class _Losing:
+    """A file whose writes may fail; all else is the file's."""
+
+    def __init__(self, file: IO[str], screen: Screen) -> None:
+        self._file, self._screen = file, screen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with self._screen.losing():
+            return self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._screen.losing():
+            self._file.flush()
+
+
 class Screen(Console):
     """Where both sides say what they do. While a run is trained a log may be lost, on a full disk or because whoever
-    read it is gone: that must not end what it tells of. A result that cannot be written is an error."""
+    read it is gone, its terminal too: that must not end what it tells of. A result that cannot be written is an error.
+    """
 
     may_be_lost = False
 
-    def print(self, *objects: Any, **options: Any) -> None:
+    @property  # type: ignore[misc]
+    def file(self) -> IO[str]:
+        return cast(IO[str], _Losing(Console.file.fget(self), self))  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def losing(self) -> Iterator[None]:
+        """Ignore that something cannot be written, where it may be lost."""
         try:
-            super().print(*objects, **options)
-        except OSError:
-            self._buffer.clear()  # or it would be written with the next line, and grow until then
+            yield
+        except OSError as error:
             if not self.may_be_lost:
                 raise
-
-    def on_broken_pipe(self) -> None:
-        if not self.may_be_lost:
-            super().on_broken_pipe()
-        self.quiet = True
+            if isinstance(error, BrokenPipeError):
+                self.quiet = True  # nobody will ever read it
 
 
 class Counting:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from device_client.sources import Side, check_memory, open_source, some
 
 Progress = Callable[[int, int], None]
 
-_CHUNK = 256  # pictures a thread reads before it reports; a future for each would cost as much as a small JPEG
+# Pictures a thread reads before it reports: a future for each would cost as much as a small JPEG.
+_CHUNK, _LARGE_CHUNK = 256, 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Dataset:
     validation: Part
     test: Part
     skipped: tuple[str, ...]  # "train/cat/a.jpg (empty file)", only with skip_unreadable
-    scaled: str = ""  # "train/cat/b.jpg was 640x480", of the first picture if it had another size than the model's
+    scaled: str = ""  # "train/cat/b.jpg was 640x480", of the first picture that had another size than the model's
     left_out: tuple[str, ...] = ()  # what lies in the source and is not used, in words
 
 
@@ -109,11 +110,12 @@ def load(
 
     read: dict[str, Part] = {}
     unreadable: list[str] = []
-    done = 0
+    done, scaled = 0, ""
     for name, (side, chosen) in wanted.items():
         report = (lambda count, before=done: progress(before + count, total)) if progress else None
-        read[name], bad = _read(side, chosen, input_shape, report)
+        read[name], bad, others = _read(side, chosen, input_shape, report)
         unreadable += bad
+        scaled = scaled or others
         done += len(chosen)
 
     if unreadable and not skip_unreadable:
@@ -126,7 +128,6 @@ def load(
             raise DataError(f"none of the {len(chosen):,} {name} pictures of {source} can be read: {some(unreadable)}")
     empty = Part(np.empty((0, *input_shape), dtype=np.uint8), np.empty(0, dtype=np.int64))
     train_part, validation_part, test_part = (read.get(name, empty) for name in ("train", "validation", "test"))
-    scaled = _scaled(*next(iter(wanted.values())), input_shape)
     return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled, opened.left_out)
 
 
@@ -136,18 +137,9 @@ def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> Pictures:
         raise DataError(f"pictures have 1 or 3 channels and the model wants {input_shape[0]}; choose another model")
     try:
         with bombs_are_errors():
-            return decode(Path(path), input_shape)
+            return decode(Path(path), input_shape)[0]
     except Exception as error:  # noqa: BLE001 as in _read
         raise DataError(f"the picture {path} cannot be read ({reason(error)}); give another file") from error
-
-
-def _scaled(side: Side, chosen: NDArray[np.int64], shape: Shape) -> str:
-    """What was scaled first, if the first picture that can be read was; empty otherwise."""
-    for index in chosen:
-        with suppress(Exception), bombs_are_errors():  # one that cannot be read was reported, or left out, by `_read`
-            width, height = side.size(int(index))
-            return "" if (height, width) == shape[1:] else f"{side.name(int(index))} was {width}x{height}"
-    return ""
 
 
 def _split(
@@ -166,16 +158,23 @@ def _split(
 
 def _read(
     side: Side, chosen: NDArray[np.int64], shape: Shape, report: Callable[[int], None] | None
-) -> tuple[Part, list[str]]:
-    """The chosen pictures, without those that cannot be read, and "name (reason)" of each of those."""
+) -> tuple[Part, list[str], str]:
+    """The chosen pictures, without those that cannot be read; "name (reason)" of each of those; the first that had
+    another size than the model's, and which."""
     pictures = np.empty((len(chosen), *shape), dtype=np.uint8)
     failed: dict[int, str] = {}
+    others: dict[int, tuple[int, int]] = {}  # the first of a chunk
+    size, stopped = _CHUNK if side.threads == 1 else _LARGE_CHUNK, threading.Event()
 
     def read_chunk(start: int) -> int:
-        stop = min(start + _CHUNK, len(chosen))
+        stop, told = min(start + size, len(chosen)), False
         for row in range(start, stop):
+            if stopped.is_set():
+                break
             try:
-                pictures[row] = side.read(int(chosen[row]))
+                pictures[row], (width, height) = side.read(int(chosen[row]))
+                if (height, width) != shape[1:] and not told:
+                    others[row], told = (width, height), True
             # Pillow's plugins raise whatever a broken file provokes, not only OSError.
             except Exception as error:  # noqa: BLE001
                 failed[row] = f"{side.name(int(chosen[row]))} ({reason(error)})"
@@ -185,14 +184,16 @@ def _read(
     try:
         with bombs_are_errors():
             done = 0
-            for count in pool.map(read_chunk, range(0, len(chosen), _CHUNK)):
+            for count in pool.map(read_chunk, range(0, len(chosen), size)):
                 done += count
                 if report:
                     report(done)
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, only the chunks in hand are finished
+        stopped.set()  # after Ctrl-C, only the pictures in hand are finished
+        pool.shutdown(cancel_futures=True)
     labels = side.labels[chosen]
     if failed:
         readable = np.setdiff1d(np.arange(len(chosen)), list(failed))
         pictures, labels = pictures[readable], labels[readable]
-    return Part(pictures, labels), [failed[row] for row in sorted(failed)]
+    scaled = f"{side.name(int(chosen[min(others)]))} was {'x'.join(map(str, others[min(others)]))}" if others else ""
+    return Part(pictures, labels), [failed[row] for row in sorted(failed)], scaled

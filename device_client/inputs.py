@@ -26,20 +26,22 @@ def training_batch(recipe: Recipe, part: Part, step: int, batch: int) -> tuple[t
     return torch.from_numpy(batches.normalise(pictures, recipe.data.mean, recipe.data.std)), part.labels[chosen]
 
 
-def evaluation_batches(part: Part, recipe: Recipe) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """Pictures [B, *input] and labels [B] of a part, unaugmented and in order."""
-    size = recipe.data.evaluation_batch
+def batches_of(part: Part, recipe: Recipe, size: int) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Pictures [B, *input] and labels [B] of a part, unaugmented and in order, `size` at a time."""
     for start in range(0, len(part), size):
         pictures = batches.normalise(part.pictures[start : start + size], recipe.data.mean, recipe.data.std)
         yield torch.from_numpy(pictures), part.labels[start : start + size]
 
 
 def sent_batches(head: Head, part: Part, recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What the head in its present mode sends for a part's pictures, unaugmented: ([B, width, ...], labels [B])."""
-    for inputs, labels in evaluation_batches(part, recipe):
+    """What the head in its present mode sends for a part's pictures, unaugmented: ([B, width, ...], labels [B]).
+
+    It computes on no more of them at once than a step of training has, which is what the device has memory for.
+    """
+    for inputs, labels in batches_of(part, recipe, recipe.data.evaluation_batch):
         with torch.no_grad(), computing(head, recipe, "an evaluation's batch"):
-            sent = head(inputs).cpu().numpy()
-        yield sent, labels
+            sent = [head(some).cpu().numpy() for some in inputs.split(recipe.data.batch)]
+        yield np.concatenate(sent), labels
 
 
 @contextlib.contextmanager

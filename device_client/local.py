@@ -26,7 +26,7 @@ from common.halves import MOST_FELT, reseed
 from common.processor import fits
 from common.progress import Live, several
 from common.schedule import Phase, steps_of
-from device_client.inputs import computing, evaluation_batches, training_batch
+from device_client.inputs import batches_of, computing, training_batch
 
 if TYPE_CHECKING:
     from device_client.trainer import Trainer
@@ -179,7 +179,7 @@ class Local:
         """The share of test pictures that the classifier is right on: what the device could do without a server."""
         self.head.eval(), self.classifier.eval()
         part, right = self.trainer.data.test, 0
-        for inputs, labels in evaluation_batches(part, self.recipe):
+        for inputs, labels in batches_of(part, self.recipe, self.recipe.data.batch):
             with computing(self.head, self.recipe, "an evaluation's batch"):
                 logits = self.classifier(self.head.layers(inputs.to(self.trainer.processor)))
             right += int((logits.argmax(1).cpu().numpy() == labels).sum())

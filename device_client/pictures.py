@@ -10,13 +10,16 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from device_client.batches import Pictures
 
 Shape = tuple[int, int, int]
 
 MODES = {1: "L", 3: "RGB"}
+# Where a file may say how it is to be turned: EXIF, the same as ImageMagick puts it into a PNG, or XMP.
+_TURNS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+_LYING = 5  # from this orientation on width and height are exchanged
 
 
 @cache
@@ -27,10 +30,16 @@ def _formats() -> tuple[str, ...]:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of a picture file, from its header alone."""
+    """Width and height of a picture file when it is upright, from its header alone."""
     _check_file(path)
     with Image.open(path, formats=_formats()) as image:
-        return image.size
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    turned = _TURNS & image.info.keys() and image.getexif().get(ExifTags.Base.Orientation, 1) >= _LYING
+    return (height, width) if turned else (width, height)
 
 
 def _check_file(path: Path) -> None:
@@ -39,37 +48,42 @@ def _check_file(path: Path) -> None:
         raise ValueError("not a file")
 
 
-def decode(path: Path, shape: Shape) -> Pictures:
-    """A picture file as uint8 [C,H,W], turned upright as its EXIF says; of an animation, the first frame."""
+def decode(path: Path, shape: Shape) -> tuple[Pictures, tuple[int, int]]:
+    """A picture file as uint8 [C,H,W], turned upright as it says itself, and the width and height that it had; of an
+    animation, the first frame."""
     _check_file(path)
     try:
         opened = Image.open(path, formats=_formats())
     except UnidentifiedImageError as error:
         raise ValueError("empty file" if path.stat().st_size == 0 else "not a picture") from error
     with opened as image:
+        size = _upright(image)
         # Lets a large JPEG decode at a fraction of its size; twice what is needed keeps the resize sharp.
         side = 2 * max(shape[1:])
         if min(image.size) >= 2 * side:
             image.draft(MODES[shape[0]], (side, side))
         image.load()
-        upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-        return fit(upright, shape)
+        upright = ImageOps.exif_transpose(image) if _TURNS & image.info.keys() else image
+        return fit(upright, shape), size
 
 
 def fit(image: Image.Image, shape: Shape) -> Pictures:
-    """The image with the channels and size of `shape`, as uint8 [C,H,W]; transparency is dropped."""
+    """The image with the channels and size of `shape`, as uint8 [C,H,W]; what is transparent lies on white, as on a
+    page: a drawing may be all in how transparent it is."""
     channels, height, width = shape
     if image.mode.startswith("I;16"):
         # Pillow would clip 16-bit gray at 255, which turns nearly every picture white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError("32-bit pixels, whose range is unknown; save it with 8 bits")
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB, Pillow prints a warning for each palette picture
-    if image.mode != MODES[channels]:
-        image = image.convert(MODES[channels])
+    transparent = image.has_transparency_data
+    wanted = "RGBA" if transparent else MODES[channels]
+    if image.mode != wanted:
+        image = image.convert(wanted)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    if transparent:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(MODES[channels])
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 

@@ -28,7 +28,8 @@ from device_client.pictures import MODES, Shape, decode, fit, size_of
 # doi 10.24432/C50P49, CC BY 4.0), which is also what scikit-learn has.
 _DIGITS = Path(__file__).with_name("digits.npz")
 _NAMED = 5  # how many names an error lists
-_THREADS_FROM = 8_192  # bytes of a file, about 150x150 pixels; see _bytes_each
+_THREADS_FROM = 8_192  # bytes of a file, about 150x150 pixels; see _threads
+_BYTES_A_PIXEL = 8  # while a picture is decoded: four channels, and what is made of them
 _NOT_PICTURES = {".eps", ".ps", ".pdf"}  # Pillow hands EPS to Ghostscript, a program of its own; PDF it only writes
 
 
@@ -37,10 +38,9 @@ class Side:
     """The train or test half of a source, listed but not read; `read` and `name` take a picture's index."""
 
     labels: NDArray[np.int64]
-    read: Callable[[int], Pictures]
+    read: Callable[[int], tuple[Pictures, tuple[int, int]]]  # and width and height before they were the model's
     name: Callable[[int], str]
-    size: Callable[[int], tuple[int, int]]  # width and height before they are the model's
-    threads: int | None = 1  # None: as many as the machine is good for
+    threads: int = 1  # that may read at once
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def check_source(source: str) -> None:
 def open_source(
     source: str, shape: Shape, wants_train: bool, wants_test: bool, known: Sequence[str] = ()
 ) -> Source:  # fmt: skip
-    """`known`: the classes of the run, of which a folder that has no train/ may lack some."""
+    """`known`: the classes of the run, of which a test part alone may lack some."""
     kind, _, path = source.partition(":")
     if source == "digits":
         return _digits(shape, wants_train, wants_test)
     if kind == "folder" and path:
         return _folder(Path(path).expanduser(), shape, wants_train, wants_test, known)
     if kind == "npz" and path:
-        return _npz(Path(path).expanduser(), shape, wants_train, wants_test)
+        return _npz(Path(path).expanduser(), shape, wants_train, wants_test, known)
     raise DataError(f"{source!r} is not a source of pictures; give digits, folder:PATH or npz:PATH")
 
 
@@ -175,19 +175,25 @@ def _folder_side(
         np.array(labels, dtype=np.int64),
         read=lambda index: decode(files[index], shape),
         name=lambda index: str(files[index].relative_to(root)),
-        size=lambda index: size_of(files[index]),
-        threads=None if _bytes_each(files) >= _THREADS_FROM else 1,
+        threads=_threads(files[:: len(files) // 64 + 1]),
     )
 
 
-def _bytes_each(files: list[Path]) -> float:
-    """Mean file size of a few. Pillow decodes without the GIL, but threads fight over it to parse small files:
-    with two, 32x32 JPEGs took half as long again."""
-    sizes = []
-    for file in files[:: len(files) // 64 + 1]:
-        with contextlib.suppress(OSError):  # told where it is read
+def _threads(some: list[Path]) -> int:
+    """How many may read pictures like these at once.
+
+    Pillow decodes without the GIL, but threads fight over it to parse small files: with two, 32x32 JPEGs took half as
+    long again. Large ones are whole in memory, each in its thread.
+    """
+    sizes, pixels = [0], 1
+    for file in some:
+        with contextlib.suppress(Exception):  # told where it is read
             sizes.append(file.stat().st_size)
-    return sum(sizes) / max(1, len(sizes))
+            pixels = max(pixels, math.prod(size_of(file)))
+    if sum(sizes) / len(sizes) < _THREADS_FROM:
+        return 1
+    room = psutil.virtual_memory().available // 4 // (_BYTES_A_PIXEL * pixels)
+    return max(1, min(os.cpu_count() or 1, room))
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
@@ -206,7 +212,7 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"the folder {folder} cannot be listed ({error.strerror}); check its permissions") from error
 
 
-def _npz(path: Path, shape: Shape, wants_train: bool, wants_test: bool) -> Source:
+def _npz(path: Path, shape: Shape, wants_train: bool, wants_test: bool, known: Sequence[str]) -> Source:
     """Arrays train_x, train_y, test_x, test_y and, optionally, the class names `classes`, in one numpy file."""
     if not path.is_file():
         raise DataError(f"there is no file {path}; give one that numpy.savez wrote")
@@ -236,7 +242,8 @@ def _npz(path: Path, shape: Shape, wants_train: bool, wants_test: bool) -> Sourc
     for key in keys:
         if key.endswith("_y"):
             _check_labels(path, key, arrays[key])
-    classes = _npz_classes(path, arrays)
+    alone = known and "train_y" not in arrays and "classes" not in arrays
+    classes = tuple(known) if alone else _npz_classes(path, arrays)
     sides = {}
     for side, wanted in (("train", wants_train), ("test", wants_test)):
         if wanted:
@@ -314,11 +321,12 @@ def _array_side(name: str, pictures: Pictures, labels: NDArray[Any], shape: Shap
     if 0 in pictures.shape[1:]:
         raise DataError(f"the {name} pictures have shape {list(pictures.shape)}, without a pixel; save them again")
 
-    def read(index: int) -> Pictures:
-        return fit(Image.fromarray(np.ascontiguousarray(pictures[index])), shape)
-
     height, width = pictures.shape[1:3]
-    return Side(labels.astype(np.int64), read, lambda index: f"{name}_x[{index}]", lambda _: (width, height))
+
+    def read(index: int) -> tuple[Pictures, tuple[int, int]]:
+        return fit(Image.fromarray(np.ascontiguousarray(pictures[index])), shape), (width, height)
+
+    return Side(labels.astype(np.int64), read, lambda index: f"{name}_x[{index}]")
 
 
 # --- sizes and words ---

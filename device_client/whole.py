@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from common import halves
+from common import halves, signals
 from common.errors import DivergedError, LinkError
 from common.run import RunFolder
 from device_client.data import Dataset
@@ -24,10 +24,10 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """A whole run over an opened session, or what is left of one, the head on `processor`; the summary.
 
-    The first Ctrl-C (or SIGTERM) lets the present step end, keeps a checkpoint and tells the server; a second one, or
-    one while there is no connection, ends at once: the run goes on from before the step that was under way where it
-    waited for the server, else from its newest checkpoint. The process then ends as shells have it for a program that a
-    signal stopped: with 130, or 143 after SIGTERM.
+    The first Ctrl-C (SIGTERM, or the end of its terminal) lets the present step end, keeps a checkpoint and tells the
+    server; a second one, or one while there is no connection, ends at once: the run goes on from before the step that
+    was under way where it waited for the server, else from its newest checkpoint. The process then ends as shells have
+    it for a program that a signal stopped: with 130, or 143 after SIGTERM.
     """
     trainer = Trainer(remote, data, folder, console, processor)
     trainer.prepare(allowed, init)
@@ -47,9 +47,7 @@ def train(
         with contextlib.suppress(RuntimeError):
             console.print(f"Stopping after this step{again}.")
 
-    # One that is ignored, as Ctrl-C is in a script's background, stays so.
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in heard}
+    before = signals.hear(on_signal)
     how = "start it again with the same --run to go on"
     try:
         return trainer.run(publish)

@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from common import tokens
+from common import signals, tokens
 from common.channel import SERVER_OPTIONS, ServerTls, is_loopback, parse_address, server_credentials
 from common.errors import DepruneError
 from common.rpc import split_pb2, split_pb2_grpc
@@ -105,9 +105,7 @@ def run(server: Server, once: bool, started: Callable[[], None]) -> str:
         caught.append(signal.Signals(number).name)
         wake.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as Ctrl-C is in a script's background
-            signal.signal(number, on_signal)
+    signals.hear(on_signal)
     server.start()
     started()
     host, told = server.host, once

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +135,36 @@ def test_progress_counts_all_parts_up(folder, monkeypatch):
     load(f"folder:{folder}", RGB, 1, 0.2, progress=lambda done, total: calls.append((done, total)))
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
     assert calls[0] == (4, 36) and calls[-1] == (36, 36)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c_does_not_wait_for_pictures_that_have_not_been_opened(threads: int) -> None:
+    opened: list[int] = []
+
+    def read(index: int) -> tuple[data.Pictures, tuple[int, int]]:
+        opened.append(index)
+        time.sleep(0.002)
+        return np.zeros((1, 8, 8), np.uint8), (8, 8)
+
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    side = sources.Side(np.zeros(5000, np.int64), read, str, threads)
+    with pytest.raises(KeyboardInterrupt):
+        data._read(side, np.arange(5000), GRAY, interrupt)
+    assert len(opened) < 300 if threads == 1 else len(opened) < 100
+
+
+def test_large_pictures_are_read_by_no_more_threads_than_there_is_memory_for(tmp_path, monkeypatch):
+    """Each thread has a whole one in memory: eight of twelve megapixels would be most of a small board's."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400), dtype=np.uint8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(sources.os, "cpu_count", lambda: 8)
+    found = []
+    for pictures in (100, 3, 0):  # that a quarter of the free memory has room for
+        free = 4 * pictures * 300 * 400 * sources._BYTES_A_PIXEL
+        monkeypatch.setattr(sources.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        found.append(sources._threads([tmp_path / "a.png"]))
+    assert found == [8, 3, 1]
 
 
 def spoil(folder: Path) -> None:

@@ -101,3 +101,16 @@ def test_npz_labels_keep_their_meaning_in_an_evaluation(tmp_path):
     assert found.classes == ("0", "1", "2") and found.test.labels.tolist() == [1] * 6
     alone = save_npz(tmp_path / "b.npz", train_x=None, train_y=None)
     assert len(load(alone, RGB, 1, 0, parts=("test",)).test) == 6
+
+
+def test_a_test_part_alone_may_lack_some_of_the_runs_classes(tmp_path):
+    """Its labels are the run's numbers, whether the last of them occurs or one in the middle does not."""
+    known = ("a", "b", "c", "d")
+    source = str(tmp_path / "a.npz")
+    for labels in ([0, 1, 2], [0, 2, 3]):
+        np.savez(tmp_path / "a.npz", test_x=np.zeros((3, 8, 8), np.uint8), test_y=np.array(labels))
+        found = load(f"npz:{source}", GRAY, 1, 0, parts=("test",), classes=4, known=known)
+        assert found.classes == known and found.test.labels.tolist() == labels
+    np.savez(tmp_path / "a.npz", test_x=np.zeros((1, 8, 8), np.uint8), test_y=np.array([4]))
+    wrong = "label 4 in test_y and only 4 classes"
+    refused(wrong, f"npz:{source}", GRAY, 1, 0, parts=("test",), classes=4, known=known)

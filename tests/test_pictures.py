@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from common.errors import DataError
 from device_client.data import load, load_picture
+from device_client.pictures import size_of
 from tests.pictures import GRAY, RGB, save
 
 
@@ -31,8 +33,20 @@ def test_transparent_palettes_do_not_warn(tmp_path, recwarn):
     image.putpalette([9, 9, 9, 90, 120, 150])
     image.paste(1, (0, 0, 8, 8))
     image.save(tmp_path / "a.png", transparency=b"\x80\x40")
-    assert load_picture(tmp_path / "a.png", RGB)[:, 0, 0].tolist() == [90, 120, 150]
+    quarter = [round(value + (255 - value) * (1 - 0x40 / 255)) for value in (90, 120, 150)]
+    assert load_picture(tmp_path / "a.png", RGB)[:, 0, 0].tolist() == quarter
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+def test_a_drawing_that_is_all_in_its_transparency_is_seen(mode: str, shape: tuple[int, int, int], tmp_path) -> None:
+    """Icons and glyphs are black on nothing: without their ground all of them would be the same black picture."""
+    image = Image.new(mode, (32, 32))
+    image.paste((0, 255) if mode == "LA" else (0, 0, 0, 255), (8, 8, 24, 24))
+    image.save(tmp_path / "a.png")
+    found = load_picture(tmp_path / "a.png", shape)
+    assert found.shape == shape and found[:, 0, 0].min() == 255 and found[:, 4, 4].max() == 0
 
 
 def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
@@ -53,12 +67,14 @@ def test_resizing_averages_and_keeps_orientation(tmp_path):
         assert np.abs(found[:, :3] - 127).max() < 8 and found[:, 5:].min() > 247
 
 
-def test_scaling_is_told_with_the_first_picture_that_can_be_read(tmp_path):
+def test_scaling_is_told_with_the_first_picture_that_was_scaled(tmp_path):
     for part in ("train", "test"):
         save(tmp_path / part / "a" / "0.png", size=(12, 6))
         save(tmp_path / part / "a" / "1.png", size=(8, 8))
     assert load(f"folder:{tmp_path}", (3, 8, 8), 0, 0.0).scaled == "train/a/0.png was 12x6"
     (tmp_path / "train" / "a" / "0.png").write_bytes(b"")
+    assert load(f"folder:{tmp_path}", (3, 8, 8), 0, 0.0, skip_unreadable=True).scaled == "test/a/0.png was 12x6"
+    save(tmp_path / "test" / "a" / "0.png", size=(8, 8))
     assert load(f"folder:{tmp_path}", (3, 8, 8), 0, 0.0, skip_unreadable=True).scaled == ""
 
 
@@ -78,8 +94,15 @@ def test_photographs_are_turned_upright(tmp_path):
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     pixels[:4] = 255  # above: white, which ends up right
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    found = load_picture(tmp_path / "a.jpg", RGB)
-    assert found[:, :, 5:].min() > 240 and found[:, :, :3].max() < 15
+    Image.fromarray(pixels).save(tmp_path / "b.png", exif=exif)
+    text = PngInfo()  # as ImageMagick writes it
+    text.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n", zip=True)
+    Image.fromarray(pixels).save(tmp_path / "c.png", pnginfo=text)
+    for name in ("a.jpg", "b.png", "c.png"):
+        found = load_picture(tmp_path / name, RGB)
+        assert found[:, :, 5:].min() > 240 and found[:, :, :3].max() < 15, name
+    Image.fromarray(pixels[:, :4]).save(tmp_path / "a.jpg", exif=exif)
+    assert size_of(tmp_path / "a.jpg") == (8, 4)
 
 
 def test_load_picture_names_the_file_and_the_reason(tmp_path):

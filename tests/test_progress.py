@@ -70,6 +70,26 @@ def test_a_log_on_a_full_disk_ends_nothing() -> None:
     assert disk.getvalue() == "there is room again\n"
 
 
+def test_a_terminal_that_is_gone_ends_nothing() -> None:
+    """The bar is drawn by a thread of its own, and once more as it ends: neither goes through `print`."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def flush(self) -> None:
+            self.write("")
+
+    screen = Screen(file=Gone(), force_terminal=True, width=140)
+    screen.may_be_lost = True
+    with Live(screen, 10) as live:
+        live.step(1, 1.0, 0.5, (2,))
+        live.say("a line")
+    screen.may_be_lost = False
+    with pytest.raises(OSError, match="Input/output error"):
+        screen.print("a result")
+
+
 def test_one_is_not_told_in_the_plural() -> None:
     told = [several(count, "epoch") for count in (0, 1, 1.0, 1.5, 12, 1200)]
     assert told == ["0 epochs", "1 epoch", "1 epoch", "1.5 epochs", "12 epochs", "1,200 epochs"]

@@ -22,6 +22,8 @@ from benchmarks.recipes import recipe_text
         ("device", signal.SIGTERM, 0),
         ("server", signal.SIGINT, 0),
         ("server", signal.SIGTERM, 0),
+        ("device", signal.SIGHUP, 0),  # its terminal is closed, or the connection to it lost
+        ("server", signal.SIGHUP, 0),
         ("device", signal.SIGINT, 0.01),  # while the server learns from what it has kept
         ("server", signal.SIGINT, 0.01),
     ],
