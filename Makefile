@@ -17,7 +17,7 @@ CODEC ?= auto
 
 setup: $(VENV)/.ready
 
-# torch comes first, so that PIP_EXTRA_INDEX_URL (README.md) is heard for it: without, it brings several GB of CUDA on x86
+# torch comes first, so that PIP_EXTRA_INDEX_URL (README.md) is heard for it: without, it brings several GB of CUDA on
 # Linux. What numba compiles, some seconds, is compiled at once and not in somebody's first run.
 $(VENV)/.ready: pyproject.toml constraints.txt protos/split.proto hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11"; exit 1; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _PING_EVERY_MS = 10_000
 _PATIENCE_MS = 120_000 if sys.platform.startswith("linux") else 10_000
 # Deadline of the unary handshake; streams have keepalive instead, for on a slow link a step may take minutes.
 HANDSHAKE_S = 25.0
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 _SHARED: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
@@ -109,6 +111,16 @@ class Access:
             f"it may not accept {self.tls_cert}: is that a device certificate of the authority that the server trusts?"
         )
 
+    @property
+    def clock(self) -> str:
+        """Words for a clock that is behind, as a small board's is until the network has set it; "" where it isn't."""
+        if not self.tls_ca:
+            return ""
+        since, now = _certificates(_read(self.tls_ca), self.tls_ca)[0].not_valid_before_utc, datetime.now(UTC)
+        if since <= now:
+            return ""
+        return f"this device's clock says {now:%Y-%m-%d}, and {self.tls_ca} is valid from {since:%Y-%m-%d} on: set it"
+
     def credentials(self) -> grpc.ChannelCredentials | None:
         """Of a connection that is made now; None: in the clear."""
         token = tokens.own(self.token_file)
@@ -128,11 +140,19 @@ class Access:
 
 def connect(address: str, access: Access) -> grpc.Channel:
     """A channel to HOST:PORT; with TLS only to servers whose certificate the device's authority signed."""
-    parse_address(address)
+    host, _ = parse_address(address)
     credentials = access.credentials()
+    # A proxy is for what lies outside; gRPC would ask it for this very machine too.
+    options = [*DEVICE_OPTIONS, ("grpc.enable_http_proxy", int(not is_loopback(host)))]
     if credentials is None:
-        return grpc.insecure_channel(address, options=DEVICE_OPTIONS)
-    return grpc.secure_channel(address, credentials, options=DEVICE_OPTIONS)
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def proxy(address: str) -> str:
+    """The variable of the environment that has gRPC call HOST:PORT through a proxy; "" where none does."""
+    host, _ = parse_address(address)
+    return "" if is_loopback(host) else next((name for name in _PROXIES if os.environ.get(name)), "")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ that the device raises the same error the server met.
     ├── VersionError       the two sides speak different versions of the protocol
     ├── MismatchError      halves, recipes or classes that do not belong together
     ├── AuthError          a token or certificate that is missing, wrong or cannot be used
+    │   └── ClockError     a certificate that is not valid yet, by a clock that is behind
     ├── ForbiddenError     a run that belongs to another identity
     ├── BusyError          the server has no room for this session
     ├── SessionError       the server does not know this session (any more)
@@ -78,6 +79,10 @@ class MismatchError(DepruneError):
 
 
 class AuthError(DepruneError):
+    pass
+
+
+class ClockError(AuthError):
     pass
 
 
@@ -188,7 +193,7 @@ def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
     if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
         return AuthError(
             f"what answers at {server} is not trusted: its certificate must be of the authority in --tls-ca, for this "
-            f"host name and not run out"
+            f"host name and not run out, by this device's clock"
         )
     if "WRONG_VERSION_NUMBER" in details:
         return LinkError(f"the server at {server} does not use TLS; start it with --tls-cert, or leave out --tls-ca")

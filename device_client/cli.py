@@ -309,6 +309,7 @@ def evaluate(
         chosen = _compute_with(threads, processor)
         head = use.open_finished(remote, finished, allowed, width, _say, chosen)
         loaded = _load(remote, source, skip_unreadable, ("test",))
+        remote.progress = Counting(console, "Judged", "pictures")
         verdict = use.evaluate(remote, head, loaded, _say)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
     finally:

@@ -17,7 +17,10 @@ import numpy as np
 from common import channel, recipe, wire
 from common.errors import (
     AbsentError,
+    AuthError,
+    ClockError,
     CodecError,
+    DepruneError,
     FrameError,
     LinkError,
     MismatchError,
@@ -127,7 +130,7 @@ class Connection:
             try:
                 reply = self._handshake(request, again=trains and bool(run_id))
                 break
-            except (LinkError, FrameError) as error:
+            except (LinkError, FrameError, ClockError) as error:
                 if wait_s <= 0:
                     if trains and isinstance(error, AbsentError):
                         raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
@@ -158,7 +161,7 @@ class Connection:
         except grpc.RpcError as error:
             if was_sent(error):
                 self.meter.control(UP, request, again=True)
-            raise from_rpc(error, self.server, self._access.doubt) from error
+            raise self._told(from_rpc(error, self.server, self._access.doubt)) from error
         if reply.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the server speaks protocol version {reply.protocol_version}, this device {wire.PROTOCOL_VERSION}; "
@@ -173,6 +176,14 @@ class Connection:
         self.meter.control(UP, request, again)
         self.meter.control(DOWN, sound, again)
         return reply
+
+    def _told(self, error: DepruneError) -> DepruneError:
+        """`error` of a handshake, with what only this side can know of its cause."""
+        if isinstance(error, AuthError) and (behind := self._access.clock):
+            return ClockError(behind)
+        if isinstance(error, AbsentError) and (proxy := channel.proxy(self.server)):
+            return AbsentError(f"{error}; it is called through the proxy in {proxy}: name it in no_proxy to go direct")
+        return error
 
     def _find_connection(self) -> None:
         """Count the connection that we are on now: gRPC makes a new one where the last was lost between streams."""

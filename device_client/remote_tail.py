@@ -50,6 +50,8 @@ class RemoteTail(Connection):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """As Connection."""
         super().__init__(*arguments, **options)
+        # Told how many pictures of an evaluation have been judged, of how many; set by whoever shows it.
+        self.progress: Callable[[int, int], None] = lambda judged, count: None
         self._chooser = Chooser(self.kernel.flow)
         self._asked = 0  # steps of a recall whose answers have not come yet
         self._asked_on: Stream | None = None
@@ -236,15 +238,17 @@ class RemoteTail(Connection):
     ) -> pb.Verdict:
         """One evaluation, from its first batch to the verdict."""
         waiting: list[int] = []
-        done = number = 0
+        done = judged = number = 0
 
         def receive() -> None:
-            nonlocal done
+            nonlocal done, judged
             frame = stream.receive(draft)
             wire.check_place(frame, Place(pb.EVALUATION, done, phase.index))
             if not frame.HasField("judged") or frame.judged.count != waiting.pop(0):
                 raise FrameError(f"Judged of evaluation batch {done} was expected, {frame.WhichOneof('body')} came")
             done += 1
+            judged += frame.judged.count
+            self.progress(judged, count)
 
         for sent, labels in batches:
             place = Place(pb.EVALUATION, number, phase.index)

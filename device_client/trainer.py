@@ -19,7 +19,7 @@ from common.inherit import adopt
 from common.meter import DOWN, UP
 from common.phase_message import phase_of
 from common.processor import fits
-from common.progress import Live, duration, several
+from common.progress import Counting, Live, duration, several
 from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
@@ -324,6 +324,7 @@ class Trainer:
     def _judge(self, part: Part, subset: pb.Subset) -> pb.Verdict:
         self.head.eval()
         self.head.bottleneck.resize(self.phase.width)
+        self.remote.progress = Counting(self.console, "Judged", "pictures")
         verdict = self.remote.evaluate(
             lambda: sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes,
             self.step,

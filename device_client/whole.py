@@ -45,7 +45,7 @@ def train(
         again = "; press Ctrl-C again to stop at once" if caught == signal.SIGINT else ""
         # Where the output is held up, this is called in the middle of a write, and another may not begin.
         with contextlib.suppress(RuntimeError):
-            console.print(f"Stopping after this step{again}.")
+            console.print(f"Stopping after this step or evaluation{again}.")
 
     before = signals.hear(on_signal)
     how = "start it again with the same --run to go on"
