@@ -7,10 +7,12 @@ asking; the weights then come from the server.
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from common.gate import Gate, rectified
 from common.norms import Norms
 from common.partition import cut_shape, split
 from common.recipe import Recipe
+from common.same import require_same
 
 
 class Head(nn.Module):
@@ -39,6 +42,7 @@ class Head(nn.Module):
         return self.bottleneck(self.layers(pictures.to(self.processor))).float()
 
 
+_MOST_MIXED = 4096  # channels: the bottleneck's matrix of more would take over 64 MB on either side
 MOST_FELT = 2048  # channels: the matrix of more would take over 16 MB on either side, whatever they are used for
 
 
@@ -122,6 +126,21 @@ class Halves:
 
 
 @contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Have what a model is made of by chance, drawn by torch, numpy or Python, be the same in every process."""
+    by_python, by_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        random.setstate(by_python)
+        np.random.set_state(by_numpy)
+
+
+@contextlib.contextmanager
 def _naming(key: str) -> Iterator[None]:
     """Say in errors which key of the recipe they are about."""
     try:
@@ -130,16 +149,26 @@ def _naming(key: str) -> Iterator[None]:
         raise type(error)(f"{key}: {error}") from error
 
 
-def build(recipe: Recipe, allowed: Collection[str] = (), processor: torch.device = CPU) -> Halves:
+def build(
+    recipe: Recipe, allowed: Collection[str] = (), processor: torch.device = CPU, compared: bool = False
+) -> Halves:  # fmt: skip
     """Both halves with the recipe's random weights (a function of its seed), the tail on `processor`; ModelError,
-    CutError as models and partition raise them. The caller drops the half that it doesn't need."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        with _naming("model.name"):
-            whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
+    CutError as models and partition raise them. The caller drops the half that it doesn't need. `compared`: and looks
+    whether they compute what the whole does, which takes eight passes of a few pictures."""
+    with _seeded(recipe.seed), _naming("model.name"):
+        whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
     with _naming("model.cut"):
         head, tail = split(whole, recipe.model.cut, recipe.model.input)
+    if compared:
+        with _naming("model.name"):
+            require_same(whole, head, tail, recipe.model.input)
     shape = cut_shape(head, recipe.model.input)
+    if recipe.bottleneck.kind == "linear" and shape[0] > _MOST_MIXED:
+        raise ModelError(
+            f"model.cut: a linear bottleneck of the {shape[0]:,} channels at {recipe.model.cut} would have as many "
+            f"squared weights on each side; at most {_MOST_MIXED:,} can be mixed: cut elsewhere, or choose "
+            f'bottleneck.kind "channels"'
+        )
     encoder, decoder = bottleneck.build(recipe.bottleneck.kind, shape[0], recipe.seed)
     # A linear bottleneck mixes the channels: behind it nothing is zero any more.
     gate = Gate(recipe.bottleneck.kind != "linear" and rectified(head))

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, a set for each width that a nested run serves.
+"""Running statistics of batch and instance norms, a set for each width that a nested run serves.
 
 Sums over few channels are not those over many: with one set for all widths the narrow ones would be judged by the
 statistics of the wide ones (Yu et al., Slimmable Neural Networks, arXiv 1812.08928). Weights are shared all the same.
@@ -10,17 +10,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 
 class Norms(nn.Module):
-    """Keeps the sets of the batch norms in `layers`, as buffers that travel with the weights."""
+    """Keeps the sets of the norms in `layers`, as buffers that travel with the weights."""
 
     def __init__(self, layers: nn.Module, widths: Sequence[int]) -> None:
         super().__init__()
         self._used: dict[str, torch.Tensor] = {}
         for name, module in layers.named_modules():
-            for buffer, value in module.named_buffers(recurse=False) if isinstance(module, _BatchNorm) else ():
+            for buffer, value in module.named_buffers(recurse=False) if isinstance(module, _NormBase) else ():
                 key = f"{name}.{buffer}".replace(".", "_")
                 while key in self._used:  # "a_b.c" beside "a.b_c"
                     key += "_"

@@ -41,7 +41,7 @@ def trace(model: nn.Module) -> tuple[tuple[nn.Module, nn.Module], fx.Graph]:
         try:
             with _fork_rng(model):
                 # Tracing hangs constants on the model it is given, so it is given a copy.
-                root = _copy_around_tensors(model)
+                root = copy_around_tensors(model)
                 root.train(training)
                 if any(module.training != training for module in root.modules()):
                     raise ModelError("it overrides train(), which its halves would not do")
@@ -112,8 +112,8 @@ class Result:
         """Why it cannot cross a cut, to follow "what crosses it"; None if it can."""
         if not self.shapes or self.dtype is None:
             return "is not a tensor"
-        if not self.dtype.is_floating_point:
-            return f"is {self.dtype}, not a floating-point tensor"
+        if self.dtype != torch.float32:
+            return f"is {self.dtype}; float32 can be sent"
         if not 2 <= len(self.shapes[0]) <= 4:
             return f"has {len(self.shapes[0])} dimensions; 2 to 4 with the batch can be sent"
         batch_first = all(shape[0] == size for shape, size in zip(self.shapes, _BATCHES, strict=True))
@@ -172,7 +172,7 @@ def run(root: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], flops: b
     return results
 
 
-def _copy_around_tensors(model: nn.Module) -> nn.Module:
+def copy_around_tensors(model: nn.Module) -> nn.Module:
     """A copy of the modules that holds the very same parameter and buffer tensors."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in _all_tensors(model)}
     return copy.deepcopy(model, memo)

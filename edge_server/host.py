@@ -88,7 +88,7 @@ class Host:
         saved = folder.left_by(TAIL)  # also where it is to be replaced: a device's only head is no server's to delete
         if overwrite:
             saved = None
-        halves = halves_module.build(recipe, allowed)
+        halves = halves_module.build(recipe, allowed, compared=True)
         checks.sizes(recipe, halves, host.limits.elements)
         checks.output(recipe, halves)
         checks.batch(recipe, halves)
@@ -148,6 +148,12 @@ class Host:
     def run_id(self) -> str:
         """Of the finished run that is served, or of the one in training; "" until a device begins that."""
         return self.served.manifest.run_id if self.served else self.run.run_id if self.run else ""
+
+    @property
+    def learning(self) -> bool:
+        """Whether a step, or an evaluation of the run, is at work at this moment."""
+        training = self.run.training if self.run and not self.served else None
+        return training is not None and training.lock.locked()
 
     def note(self, sentence: str) -> None:
         """Tell the operator."""

@@ -23,8 +23,10 @@ from edge_server.host import Host
 from edge_server.identity import Guard
 from edge_server.servicer import Door, Servicer
 
-# A device in the middle of a step gets this long to be told that the server stops.
+# A device gets this long to be told that the server stops, with the answer to its step where one is under way.
 _GRACE_S = 5.0
+# No step is waited for longer than this.
+_STEP_S = 600.0
 # A device whose link broke over the last word of a run gets this long to come back and hear it.
 _LINGER_S = 60.0
 _SERVICE = split_pb2.DESCRIPTOR.services_by_name["Split"].full_name
@@ -72,11 +74,24 @@ class Server:
     def start(self) -> None:
         self._grpc.start()
 
-    def stop(self) -> None:
-        """Refuse new work, let running steps end, keep a checkpoint, close: within 10 s."""
-        self.host.stopping = True
-        self._grpc.stop(_GRACE_S).wait()
-        self.host.close()
+    def stop(self, at_once: Callable[[], bool]) -> None:
+        """Refuse new work, let a step under way end and its answer go, keep a checkpoint, close: within 10 s of that
+        step's end, which is not waited for where `at_once` says so."""
+        host = self.host
+        host.stopping = True
+        ended, started, told = self._grpc.stop(_STEP_S), time.monotonic(), False
+        learning = started
+        while not ended.wait(0.1):
+            now = time.monotonic()
+            if host.learning:
+                learning = now
+                if now - started > _GRACE_S and not told:
+                    told = True
+                    host.console.print("Stopping after this step; stop it again not to wait for that.")
+            if at_once() or now - learning > _GRACE_S or now - started > _STEP_S:
+                self._grpc.stop(0).wait()
+                break
+        host.close()
 
 
 def _check_free(address: str) -> None:
@@ -117,5 +132,5 @@ def run(server: Server, once: bool, started: Callable[[], None]) -> str:
             host.console.print("The run is served from now on: device-client evaluate and predict reach it here.")
         if once and since and (host.ended.is_set() or time.monotonic() - since > _LINGER_S):
             break
-    server.stop()
+    server.stop(lambda: len(caught) > 1)
     return caught[0] if caught else ""

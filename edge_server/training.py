@@ -183,7 +183,9 @@ class Training:
         return self.store.draw(self.step - self.phase.from_step, self.phase.flip, self.phase.shift)
 
     def close(self) -> None:
-        """Drop what was kept."""
+        """Drop what was kept and what only learning needs: whoever serves the run for months has no use for it."""
+        self._optimiser.zero_grad()
+        self._optimiser.state.clear()
         if self.store:
             self.store.close()
             self.store = None

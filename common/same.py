@@ -1,0 +1,81 @@
+"""Whether a model's halves do what the whole does; the server asks once, before it waits for a device.
+
+A graph is what forward did while it was traced. What it is known not to do again is refused there, by name
+(traced.py); running both finds the rest: hooks, draws and counters of the model's own, branches on what a tensor is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import ModelError
+from common.tracing import copy_around_tensors
+
+# Halves compute in the order of the whole, so they are as good as equal; a difference that is one is not so small.
+_TOLERANCE = 1e-3
+_PICTURES = 4
+
+
+def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tuple[int, ...]) -> None:
+    """ModelError where head and tail, which have the model's tensors, do not compute what it does for `shape` (no
+    batch), in training or in evaluation. Statistics, modes and the random state stay as they are.
+
+    What the whole cannot compute at all is not this function's to say.
+    """
+    whole = copy_around_tensors(model)  # it may count on things that are no tensors
+    parts = (whole, head, tail)
+    modes = {module: module.training for part in parts for module in part.modules()}
+    statistics = {id(value): value for part in parts for value in part.buffers()}.values()
+    before = [value.clone() for value in statistics]
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(_PICTURES, *shape, generator=generator)
+
+    def twice(forward: Callable[[Tensor], Tensor], training: bool) -> list[Tensor]:
+        """What it gives two times in a row: a counter, or a generator of its own, shows by the second."""
+        _put_back(statistics, before)
+        torch.manual_seed(0)
+        for part in parts:
+            part.train(training)
+        return [forward(pictures.clone()) for _ in range(2)]
+
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for training in (False, True):
+                try:
+                    expected = twice(whole, training)
+                except Exception:  # noqa: BLE001 -- forward is anybody's code; who builds the model tells of it
+                    continue
+                if not all(isinstance(output, Tensor) for output in expected):
+                    continue
+                _compare(expected, lambda: twice(lambda inputs: tail(head(inputs).float()), training), training)  # noqa: B023
+    finally:
+        _put_back(statistics, before)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _compare(expected: list[Tensor], halves: Callable[[], list[Tensor]], training: bool) -> None:
+    when = "in training" if training else "in evaluation"
+    try:
+        found = halves()
+    except Exception as error:
+        raise ModelError(
+            f"cut in two it fails {when}, as a whole it does not ({type(error).__name__}: {error}); cut elsewhere, or "
+            f"change its forward"
+        ) from error
+    for one, other in zip(expected, found, strict=True):
+        scale = float(one.abs().max()) + 1e-6
+        if one.shape != other.shape or not torch.allclose(one, other, 0.0, _TOLERANCE * scale, equal_nan=True):
+            raise ModelError(
+                f"cut in two it does not compute {when} what it does as a whole: its forward may have a hook, draw or "
+                f"count by itself, or ask what a tensor is; leave that out"
+            )
+
+
+def _put_back(values: Iterable[Tensor], before: list[Tensor]) -> None:
+    with torch.no_grad():
+        for value, earlier in zip(values, before, strict=True):
+            value.copy_(earlier)

@@ -1,0 +1,113 @@
+"""Models whose halves would do something else than the whole are refused, and others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.recipes import recipe_text
+from common import halves, models
+from common.errors import ModelError
+from common.partition import describe_cuts, split
+from common.recipe import parse
+from common.same import require_same
+
+SHAPE = (3, 8, 8)
+
+
+class Net(nn.Module):
+    """What the others are made of; halves of it do what it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.Linear(4, 10)
+        self.own, self.count = np.random.default_rng(0), {"n": 1}
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(F.relu(self.first(x)))
+        return self.last(F.dropout(self.norm(self.second(x)), 0.2, self.training).mean((2, 3)))
+
+
+class Branch(Net):
+    def between(self, x: Tensor) -> Tensor:
+        return 3 * x if isinstance(x, Tensor) else x
+
+
+class Draw(Net):
+    def between(self, x: Tensor) -> Tensor:
+        return x * float(self.own.random())
+
+
+class Count(Net):
+    def between(self, x: Tensor) -> Tensor:
+        self.count["n"] += 1
+        return x * self.count["n"]
+
+
+class Mode(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.tensor(5.0 if self.training else 1.0)
+
+
+def hooked() -> Net:
+    model = Net()
+    model.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0] + 1,))
+    return model
+
+
+@pytest.mark.parametrize("make", [Branch, Draw, Count, Mode, hooked])
+def test_what_tracing_does_not_see_is_refused(make: Callable[[], Net]) -> None:
+    """Each would be trained as another network, and nothing would say so."""
+    model = make()
+    with pytest.raises(ModelError, match="cut in two it does not compute in (training|evaluation) what it does"):
+        require_same(model, *split(model, "relu", SHAPE), SHAPE)
+
+
+@pytest.mark.parametrize("name", ["tiny", "resnet20", "mobilenetv2", "vgg11", "net"])
+def test_halves_of_sound_models_are_the_same_and_stay_as_they_are(name: str) -> None:
+    shape = (3, 32, 32)
+    model = Net() if name == "net" else models.build(name, shape, 10)
+    legal = [cut.name for cut in describe_cuts(model, shape)]
+    for cut in legal[1 :: max(1, len(legal) // 3)]:
+        head, tail = split(model, cut, shape)
+        head.train(), tail.eval()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        drawn = torch.get_rng_state()
+        require_same(model, head, tail, shape)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert all(module.training for module in head.modules()) and torch.equal(torch.get_rng_state(), drawn)
+        assert not any(module.training for module in tail.modules())
+
+
+def by_numpy(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A fixed projection, which is no weight and so in no file."""
+
+    class Projected(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = torch.from_numpy(np.random.randn(4, 3, 3, 3)).float()
+
+        def between(self, x: Tensor) -> Tensor:
+            return x + self.projection.sum()
+
+    return Projected()
+
+
+def test_what_a_model_draws_by_numpy_is_the_same_in_every_process() -> None:
+    """Else a device that comes back has another head than the one that was trained."""
+    name = "tests.test_same:by_numpy"
+    text = recipe_text().replace('"tiny"', f'"{name}"').replace("[1, 16, 16]", "[3, 8, 8]")
+    recipe = parse(text.replace('"stage1_relu2"', '"relu"'))
+    state = np.random.get_state()[1].copy()  # type: ignore[index]
+    found = [halves.build(recipe, [name]).tail.layers.eval()(torch.ones(1, 4, 8, 8)) for _ in range(2)]
+    assert torch.equal(*found)
+    assert np.array_equal(np.random.get_state()[1], state)  # type: ignore[index]
