@@ -17,11 +17,11 @@ from grpc_reflection.v1alpha import reflection
 from common import signals, tokens
 from common.channel import SERVER_OPTIONS, ServerTls, is_loopback, parse_address, server_credentials
 from common.errors import DepruneError
-from common.rpc import split_pb2, split_pb2_grpc
+from common.rpc import split_pb2_grpc
 from edge_server.health import Health
 from edge_server.host import Host
 from edge_server.identity import Guard
-from edge_server.servicer import Door, Servicer
+from edge_server.servicer import SERVICE, Door, Servicer
 
 # A device gets this long to be told that the server stops, with the answer to its step where one is under way.
 _GRACE_S = 5.0
@@ -29,7 +29,6 @@ _GRACE_S = 5.0
 _STEP_S = 600.0
 # A device whose link broke over the last word of a run gets this long to come back and hear it.
 _LINGER_S = 60.0
-_SERVICE = split_pb2.DESCRIPTOR.services_by_name["Split"].full_name
 
 
 class Server:
@@ -60,8 +59,8 @@ class Server:
         door = Door(host, guard)
         self._grpc = grpc.server(pool, interceptors=[door], options=SERVER_OPTIONS, maximum_concurrent_rpcs=calls)
         split_pb2_grpc.add_SplitServicer_to_server(Servicer(host, guard), self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(Health((_SERVICE,), lambda: host.stopping), self._grpc)
-        names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        health_pb2_grpc.add_HealthServicer_to_server(Health((SERVICE,), lambda: host.stopping), self._grpc)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         try:
             if tls:

@@ -61,6 +61,9 @@ def _streaming(method: Callable[..., Iterator[pb.Frame]]) -> Callable[..., Itera
     return guarded
 
 
+SERVICE = pb.DESCRIPTOR.services_by_name["Split"].full_name
+
+
 class Servicer(split_pb2_grpc.SplitServicer):
     def __init__(self, host: Host, guard: Guard | None = None) -> None:
         self.host = host
@@ -191,32 +194,63 @@ class Door(grpc.ServerInterceptor):
         self._host, self._guard = host, guard
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Handlers all take a stream: of a call with one message gRPC would hold a thread until that has come, before
+        any of this is asked."""
         handler = continuation(details)
         if handler is None:
             return handler
         if handler.response_streaming:
-            wrap, make = self._streamed, (
-                grpc.stream_stream_rpc_method_handler if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )  # fmt: skip
             behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
         else:
-            wrap, make, behaviour = self._single, grpc.unary_unary_rpc_method_handler, handler.unary_unary
+            behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        if not handler.request_streaming:
+            behaviour = self._of_one(behaviour)
+        elif not details.method.startswith(f"/{SERVICE}/"):  # streams of ours are watched by their session
+            behaviour = self._of_many(behaviour)
+        wrap, make = self._single, grpc.stream_unary_rpc_method_handler
+        if handler.response_streaming:
+            wrap, make = self._streamed, grpc.stream_stream_rpc_method_handler
         return make(wrap(behaviour), handler.request_deserializer, handler.response_serializer)
 
     def _single(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(request: Any, context: grpc.ServicerContext) -> Any:
+        def counted(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             with self._place(context):
-                return behaviour(request, context)
+                return behaviour(requests, context)
 
         return counted
 
     def _streamed(self, behaviour: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        def counted(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        def counted(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
             with self._place(context):
-                yield from behaviour(request, context)
+                yield from behaviour(requests, context)
 
         return counted
+
+    def _of_one(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of one message, which is waited for no longer than the first of a stream."""
+
+        def with_request(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            with self._host.watch.over(context) as stream, stream.waiting():
+                request = next(requests, None)
+            if request is None:
+                abort(context, FrameError("a call came without its message"))
+            return behaviour(request, context)
+
+        return with_request
+
+    def _of_many(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of many messages, each of which is waited for no longer than that."""
+
+        def heard(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            with self._host.watch.over(context) as stream:
+                while True:
+                    with stream.waiting():
+                        request = next(requests, None)
+                    if request is None:
+                        return
+                    yield request
+
+        return lambda requests, context: behaviour(heard(requests, context), context)
 
     @contextlib.contextmanager
     def _place(self, context: grpc.ServicerContext) -> Iterator[None]:

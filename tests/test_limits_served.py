@@ -36,6 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = tmp_path_factory.mktemp("limits")
     (path / "recipe.toml").write_text(recipe_text(schedule="phases = [[0, 1000]]"))
     arguments = (path / "recipe.toml", "--run", path / "run", "--threads", 1, "--idle-time", 2)
+    arguments = (*arguments, "--max-sessions-each", 4, "--max-calls", 1e6)
     with pair.server(*arguments, log=path / "log") as (process, address):
         yield address
         assert process.poll() is None and "Traceback" not in (path / "log").read_text(), (path / "log").read_text()
@@ -159,6 +160,36 @@ def test_a_stream_that_never_begins_is_ended(server: str) -> None:
     with grpc.insecure_channel(server) as link:
         call = split_pb2_grpc.SplitStub(link).Train(nothing())
         assert call.exception(timeout=30).code() == grpc.StatusCode.CANCELLED
+        release.set()
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("grpc.health.v1.Health/Check", "stream_unary"),
+        ("deprune.v1.Split/Open", "stream_unary"),
+        ("deprune.v1.Split/Head", "stream_stream"),
+        ("grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "stream_stream"),
+    ],
+)
+def test_a_call_whose_message_never_comes_is_counted_and_ended(server: str, method: str, kind: str) -> None:
+    """gRPC waits for the one message of a call for ever, in a thread, and would before anybody has counted the caller:
+    some connections that say nothing would have all of the server's threads."""
+    most, release = Limits(sessions_each=4).calls_each, threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        release.wait(60)
+        yield from ()
+
+    with grpc.insecure_channel(server) as link:
+        call = getattr(link, kind)(f"/{method}")
+        begin = call.future if kind == "stream_unary" else call
+        calls = [begin(nothing()) for _ in range(most + 1)]
+        # One too many is refused at once, the others when they have said nothing for long.
+        assert comes(lambda: sum(call.done() for call in calls) == 1, 10)
+        assert comes(lambda: all(call.done() for call in calls))
+        codes = sorted(call.code().name for call in calls)
+        assert codes == ["CANCELLED"] * most + ["RESOURCE_EXHAUSTED"], codes
         release.set()
 
 

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import fx, nn
 
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
@@ -70,6 +72,52 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
         # A step that outlasts the server's grace, on a crowded machine, is cut off instead of told.
         assert "reconnecting, attempt 1 (" in words and "gave up after" in words
         assert f"Stopped by {number.name} at step" in log and "goes on from there" in log
+
+
+_calls = 0
+
+
+@fx.wrap
+def _slowly(x: torch.Tensor) -> torch.Tensor:
+    """The second step takes longer than a stop waits for anything else."""
+    global _calls
+    _calls += len(x) == 32
+    if _calls == 2:
+        _calls += 1
+        time.sleep(10)
+    return x
+
+
+class Slow(nn.Module):
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(shape[0], 4, 3), nn.Linear(4, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(_slowly(torch.relu(self.first(x))).mean((2, 3)))
+
+
+def test_a_stopped_server_ends_the_step_that_is_under_way(tmp_path: Path) -> None:
+    """It computes it anyway, for nothing stops it; left out of the checkpoint it would be lost."""
+    text = recipe_text(schedule="phases = [[0, 50]]").replace('"tiny"', '"tests.test_stopping:Slow"')
+    (tmp_path / "recipe.toml").write_text(text.replace('"stage1_relu2"', '"relu"'))
+    allow = ("--allow-model", "tests.test_stopping:Slow")
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", *allow)
+    options = ("--data", "digits", "--run", tmp_path / "device", "--give-up-after", 1, *allow)
+    with pair.server(*arguments, log=tmp_path / "log") as (server_process, address):
+        line = pair.command("device-client", "train", address, *options)
+        with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=pair.environment()) as device:
+            metrics, deadline = tmp_path / "device" / "metrics.jsonl", time.monotonic() + 60
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.5)
+            server_process.terminate()
+            out, err = device.communicate(timeout=60)
+        server_process.wait(timeout=30)
+    log = (tmp_path / "log").read_text()
+    assert "Stopping after this step" in log and "Stopped by SIGTERM at step 2" in log, (log, out, err)
+    for side in ("device", "server"):
+        assert (tmp_path / side / "checkpoints" / f"step-{2:012}.safetensors").exists(), (side, log, out, err)
 
 
 @pytest.mark.parametrize("gives_up", [False, True])
