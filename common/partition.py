@@ -211,13 +211,15 @@ class _Plan:
                     half.get_submodule(owner)._non_persistent_buffers_set.add(field)
         tensors = named_state(self.model)
         for name in names - head.state_dict().keys() - tail.state_dict().keys() & tensors.keys():
+            tensor = tensors[name]
+            # Another name of a tensor that the head has lies with it, or the tail would keep what it was at first.
+            own = any(tensor is held for held in named_state(head).values())
             *path, field = name.split(".")
-            owner_module: nn.Module = tail
+            owner_module: nn.Module = head if own else tail
             for part in path:
                 if not hasattr(owner_module, part):
                     owner_module.add_module(part, nn.Module())
                 owner_module = owner_module.get_submodule(part)
-            tensor = tensors[name]
             if isinstance(tensor, nn.Parameter):
                 owner_module.register_parameter(field, tensor)
             else:

@@ -246,6 +246,11 @@ class Recipe:
             "a plateau schedule needs data.validation above 0: it is decided by the validation loss",
         )
         demand(
+            self.schedule.kind != "plateau" or not self.optimiser.restart,
+            "optimiser.restart is about schedule.phases, whose lengths are known; under a plateau the learning rate "
+            "falls once, over max_epochs: leave it out",
+        )
+        demand(
             not self.local.epochs or self.data.batch > 1,
             "local.epochs is above 0 and data.batch is 1: its classifier has batch norm, which needs 2 or more",
         )

@@ -28,6 +28,7 @@ from common.errors import (
     SessionError,
     VersionError,
     from_rpc,
+    printable,
     was_sent,
 )
 from common.meter import DOWN, UP, Draft, Meter
@@ -149,7 +150,8 @@ class Connection:
         self.opened = Opened(
             reply.session, parsed, reply.recipe, reply.run_id,
             phase_of(reply.phase) if reply.HasField("phase") else None,
-            reply.head_size, reply.init_run_id, tuple(reply.classes), reply.step if reply.resumed else None,
+            reply.head_size, reply.init_run_id, tuple(printable(name, len(name)) for name in reply.classes),
+            reply.step if reply.resumed else None,
             reply.finished, reply.checkpoint_every, reply.limits.max_tensor_elements,
         )  # fmt: skip
         self._joined = reply.resumed or reply.finished

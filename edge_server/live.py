@@ -19,7 +19,16 @@ from rich.markup import escape
 from common import halves as halves_module
 from common import report, weights
 from common.checkpoint import EVERY, Checkpoint, Checkpoints, due
-from common.errors import BusyError, ForbiddenError, FrameError, MismatchError, RunFolderError, SessionError, StoreError
+from common.errors import (
+    BusyError,
+    ForbiddenError,
+    FrameError,
+    MismatchError,
+    RunFolderError,
+    SessionError,
+    StoreError,
+    printable,
+)
 from common.meter import Meter
 from common.recipe import Recipe
 from common.report import Faults
@@ -155,6 +164,10 @@ class LiveRun:
             raise MismatchError(
                 f"the device's pictures have {len(classes)} classes, the recipe {self.recipe.name} has {expected}; "
                 f"use other data or change model.classes"
+            )
+        if strange := [name for name in classes if not name.isprintable()]:
+            raise MismatchError(
+                f"the class {printable(strange[0], 100)!r} has characters in its name that no terminal shows: rename it"
             )
         if not 1 <= samples <= 2**40:
             raise FrameError(f"Begin says {samples} training pictures; at least 1 is needed")

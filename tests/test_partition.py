@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import bottleneck, models
+from common import bottleneck, models, weights
 from common.errors import CutError, ModelError
 from common.halves import Tail
 from common.partition import describe_cuts, split
@@ -229,6 +229,32 @@ def test_foreign_code_needs_its_users_word() -> None:
         models.build("tests.test_partition:factory", INPUT, 2)
     built = models.build("tests.test_partition:factory", INPUT, 2, allowed=["tests.test_partition:factory"])
     assert isinstance(built, Residual)
+
+
+class Named(nn.Module):
+    """Its first layers have two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.features = nn.Sequential(self.first, nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.features(x).mean((2, 3)))
+
+
+def test_a_layer_of_two_names_lies_whole_in_the_half_that_trains_it() -> None:
+    """Else the server's file would have its first weights under one of them, and so would both files together."""
+    model = Named()
+    head, tail = split(model, "features_1", INPUT)
+    assert set(head.state_dict()) == {
+        f"{name}.{part}" for name in ("first", "features.0") for part in ("weight", "bias")
+    }
+    assert set(tail.state_dict()) == {"last.weight", "last.bias"}
+    with torch.no_grad():
+        next(head.parameters()).fill_(3)
+    assert all((value == 3).all() for name, value in head.state_dict().items() if name.endswith("weight"))
+    weights.fill(split(Named(), "features_1", INPUT)[0], weights.from_bytes(weights.to_bytes(head), "a file"), "a file")
 
 
 def factory(input_shape: tuple[int, int, int], classes: int) -> nn.Module:

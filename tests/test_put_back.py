@@ -164,3 +164,14 @@ def test_a_run_that_another_device_began_since_is_not_the_first_ones(tmp_path: P
             pass
     with pytest.raises(MismatchError, match=f"holds run {was}, this server trains run {host.run_id}"):
         host.open(True, was, (0,), "")
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Devices that predict print it: it would be one device's word to another's terminal."""
+    text = recipe_text("plain", schedule="phases = [[0, 10]]")
+    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    session, _ = host.open(True, "", (), "")
+    classes = (*CLASSES[:-1], "cat\x1b[2J")
+    with pytest.raises(MismatchError, match="characters in its name that no terminal shows"):
+        host.begin(session, pb.Begin(samples=64, classes=classes), Mock())
+    begun(host)

@@ -34,6 +34,10 @@ from common.recipe import load, parse
         ({"schedule": "phases = [[4, 1]]"}, 'bottleneck.kind "none" sends all channels'),
         ({"schedule": 'kind = "plateau"\nwidths = [0]'}, "needs data.validation above 0"),
         ({"schedule": "phases = [[0, 1]]\nbudget_mb = -1"}, "schedule.budget_mb is -1.0; give 0 (no limit) or more"),
+        (
+            {"schedule": 'kind = "plateau"\nwidths = [0]', "data": "validation = 0.2", "optimiser": "restart = true"},
+            "optimiser.restart is about schedule.phases",
+        ),
         ({"schedule": 'kind = "plateau"\nwidths = [0]\nbudget_mb = 1'}, "a plateau decides its own length"),
         (
             {"schedule": "phases = [{ width = 0, epochs = 2, views = 1 }]\nbudget_mb = 1"},
