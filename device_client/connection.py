@@ -184,7 +184,7 @@ class Connection:
         if isinstance(error, AuthError) and (behind := self._access.clock):
             return ClockError(behind)
         if isinstance(error, AbsentError) and (proxy := channel.proxy(self.server)):
-            return AbsentError(f"{error}; it is called through the proxy in {proxy}: name it in no_proxy to go direct")
+            return AbsentError(f"{error} ({proxy} has it called through a proxy; name it in no_proxy to go direct)")
         return error
 
     def _find_connection(self) -> None:

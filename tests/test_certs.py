@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from cryptography import x509
 
-from common.errors import AuthError
+from common.channel import Access, proxy
+from common.errors import AbsentError, AuthError, ClockError, LinkError
+from device_client.remote_tail import RemoteTail
 from edge_server import certs
 from edge_server import cli as server_cli
 from tests.conftest import failed
@@ -61,3 +65,35 @@ def test_renewing_leaves_alone_what_the_authority_has_not_signed(tmp_path: Path)
 def test_certs_refuses_in_words(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
     assert words in failed(server_cli.cli, "certs", tmp_path / "new", *arguments)
     assert not list(tmp_path.rglob("*.pem"))
+
+
+def test_a_clock_that_is_behind_is_named_and_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small board has no clock of its own: until the network has set it, no certificate is valid yet."""
+    monkeypatch.setattr(certs, "_CLOCKS_BEHIND", timedelta(days=-2))
+    certs.make(tmp_path / "keys", ["localhost"], (), renew=False)
+    access = Access(tls_ca=tmp_path / "keys" / "ca.pem")
+    assert "this device's clock says" in access.clock and access.clock.endswith("set it")
+    said: list[str] = []
+    remote = RemoteTail("localhost:1", access)
+    remote.say = said.append
+    monkeypatch.setattr(remote, "_handshake", Mock(side_effect=remote._told(AuthError("not trusted"))))
+    with pytest.raises(ClockError, match="this device's clock says"):
+        remote.open(trains=True)
+    with pytest.raises((ClockError, LinkError)):
+        remote.open(trains=True, wait_s=0.5)
+    assert "waiting for up to 0:00" in said[0] or "waiting for up to 0:01" in said[0]
+    monkeypatch.setattr(certs, "_CLOCKS_BEHIND", timedelta(days=1))
+    certs.make(tmp_path / "sound", ["localhost"], (), renew=False)
+    assert Access(tls_ca=tmp_path / "sound" / "ca.pem").clock == ""
+    remote.close()
+
+
+def test_a_proxy_is_named_and_not_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("grpc_proxy", raising=False)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    found = [proxy(address) for address in ("127.0.0.1:1", "localhost:1", "[::1]:1", "edge.example.org:1")]
+    assert found == ["", "", "", "https_proxy"]
+    remote = RemoteTail("edge.example.org:1")
+    told = remote._told(AbsentError("no server answers"))
+    assert isinstance(told, AbsentError) and "https_proxy has it called through a proxy" in str(told)
+    remote.close()
