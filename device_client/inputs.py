@@ -38,10 +38,18 @@ def sent_batches(head: Head, part: Part, recipe: Recipe) -> Iterator[tuple[np.nd
 
     It computes on no more of them at once than a step of training has, which is what the device has memory for.
     """
-    for inputs, labels in batches_of(part, recipe, recipe.data.evaluation_batch):
-        with torch.no_grad(), computing(head, recipe, "an evaluation's batch"):
-            sent = [head(some).cpu().numpy() for some in inputs.split(recipe.data.batch)]
-        yield np.concatenate(sent), labels
+    size = recipe.data.evaluation_batch
+    for start in range(0, len(part), size):
+        batch = Part(part.pictures[start : start + size], part.labels[start : start + size])
+        sent, done = np.empty(0, np.float32), 0
+        for inputs, _ in batches_of(batch, recipe, recipe.data.batch):
+            with torch.no_grad(), computing(head, recipe, "an evaluation's batch"):
+                made = head(inputs).cpu().numpy()
+            if not done:
+                sent = np.empty((len(batch), *made.shape[1:]), np.float32)
+            sent[done : done + len(made)] = made
+            done += len(made)
+        yield sent, batch.labels
 
 
 @contextlib.contextmanager
