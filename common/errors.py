@@ -200,8 +200,8 @@ def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
     if "Failed parsing HTTP/2" in details:
         return LinkError(f"what answers at {server} is no edge-server, but another program; check the port")
     if _NEVER_MADE in details and "Socket closed" in details:
-        what = f"the server at {server} closed the connection before anything was said: it may be stopping"
-        return LinkError(f"{what}; {doubt}" if doubt else what)
+        what = f"the server at {server} closed the connection before anything was said"
+        return LinkError(f"{what}: {doubt}; else it may be stopping" if doubt else f"{what}: it may be stopping")
     return None
 
 

@@ -143,7 +143,7 @@ def test_only_certificates_of_the_one_authority_get_in(mutual: tuple[str, Path],
     ):  # fmt: skip
         error = refusal(address, access)
         assert isinstance(error, LinkError), error
-        assert str(error).endswith(f"it may be stopping; {doubt}"), error
+        assert str(error).endswith(f"{doubt}; else it may be stopping"), error
 
 
 def test_a_device_takes_no_other_device_for_its_server(ours: Path) -> None:
