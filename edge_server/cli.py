@@ -223,10 +223,14 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     if len(sides) != 3 or not all(side.isdigit() and int(side) > 0 for side in sides):
         raise ModelError(f"--input {input_text!r} is not CxHxW, such as 3x32x32")
     shape = (int(sides[0]), int(sides[1]), int(sides[2]))
+    if shape[2] in (1, 3) and shape[0] not in (1, 3):
+        first = "x".join((sides[2], sides[0], sides[1]))
+        raise ModelError(f"--input is {input_text}; channels come first: {first}")
     import torch
 
     from common import models
-    from common.partition import describe_cuts
+    from common.partition import describe_cuts, split
+    from common.same import require_same
     from edge_server import checks
 
     # Naming it on one's own command line is the permission.
@@ -238,6 +242,8 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     cuts_of = describe_cuts(built, shape)
     with torch.no_grad():
         checks.require_logits(model, classes, built.eval()(torch.zeros(1, *shape)))
+    if cuts_of:  # what is dropped at one cut is dropped at each
+        require_same(built, *split(built, cuts_of[0].name, shape), shape)
     for info in cuts_of:
         flops = f"{info.head_flops / 1e6:.2f} + {info.tail_flops / 1e6:.2f}"
         params = f"{info.head_params:,} + {info.tail_params:,}"

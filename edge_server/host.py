@@ -304,9 +304,6 @@ class Host:
             raise FrameError(f"Begin came at step {step}; the handshake told this device to go on at {session.back_to}")
         session.run.put_back(step)
         session.back_to = None
-        self.console.print(
-            f"The device of run {session.run.run_id} is back; it goes on at step {step}.", highlight=False
-        )
 
     @contextmanager
     def judging(self, session: Session, context: Stream) -> Iterator[Training]:

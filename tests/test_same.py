@@ -16,6 +16,8 @@ from common.errors import ModelError
 from common.partition import describe_cuts, split
 from common.recipe import parse
 from common.same import require_same
+from edge_server import cli as server_cli
+from tests.conftest import failed
 
 SHAPE = (3, 8, 8)
 
@@ -111,3 +113,14 @@ def test_what_a_model_draws_by_numpy_is_the_same_in_every_process() -> None:
     found = [halves.build(recipe, [name]).tail.layers.eval()(torch.ones(1, 4, 8, 8)) for _ in range(2)]
     assert torch.equal(*found)
     assert np.array_equal(np.random.get_state()[1], state)  # type: ignore[index]
+
+
+def root_hooked(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    return hooked()
+
+
+def test_the_list_of_cuts_says_it_too() -> None:
+    """Before a recipe is written. And channels come first, in a recipe as here."""
+    said = failed(server_cli.cli, "cuts", "tests.test_same:root_hooked", "--input", "3x8x8")
+    assert said.startswith("cut in two it does not compute in evaluation what it does as a whole")
+    assert failed(server_cli.cli, "cuts", "tiny", "--input", "32x48x3").endswith("channels come first: 3x32x48")
