@@ -21,6 +21,12 @@ from common.tables import build, demand, one_of
 METHODS = ("plain", "fixed", "deprune", "prune")
 
 
+def channels_first(shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    """What was meant where the shape of a picture has its channels last; None where it hasn't."""
+    first, second, third = shape
+    return (third, first, second) if third in (1, 3) and first not in (1, 3) else None
+
+
 @dataclass(frozen=True)
 class ModelRecipe:
     name: str  # a built-in name, or "package.module:factory" that each side's user allowed
@@ -31,9 +37,8 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         legal_input = all(1 <= side <= 1024 for side in self.input)
-        first, second, third = self.input
-        turned = third in (1, 3) and first not in (1, 3)
-        demand(not turned, f"model.input is {list(self.input)}; channels come first: {[third, first, second]}")
+        turned = channels_first(self.input)
+        demand(not turned, f"model.input is {list(self.input)}; channels come first: {list(turned or ())}")
         demand(legal_input, f"model.input is {list(self.input)}; give channels, height, width, each 1 to 1024")
         demand(2 <= self.classes <= 65535, f"model.classes is {self.classes}; give 2 to 65535")
         known = not self.init or self.init.startswith("run:") or self.init.endswith(".safetensors")

@@ -163,18 +163,18 @@ def _read(
     another size than the model's, and which."""
     pictures = np.empty((len(chosen), *shape), dtype=np.uint8)
     failed: dict[int, str] = {}
-    others: dict[int, tuple[int, int]] = {}  # the first of a chunk
+    others: dict[int, tuple[int, int, int]] = {}  # by chunk its first of another size: row, width, height
     size, stopped = _CHUNK if side.threads == 1 else _LARGE_CHUNK, threading.Event()
 
     def read_chunk(start: int) -> int:
-        stop, told = min(start + size, len(chosen)), False
+        stop = min(start + size, len(chosen))
         for row in range(start, stop):
             if stopped.is_set():
                 break
             try:
                 pictures[row], (width, height) = side.read(int(chosen[row]))
-                if (height, width) != shape[1:] and not told:
-                    others[row], told = (width, height), True
+                if (height, width) != shape[1:]:
+                    others.setdefault(start, (row, width, height))
             # Pillow's plugins raise whatever a broken file provokes, not only OSError.
             except Exception as error:  # noqa: BLE001
                 failed[row] = f"{side.name(int(chosen[row]))} ({reason(error)})"
@@ -195,5 +195,8 @@ def _read(
     if failed:
         readable = np.setdiff1d(np.arange(len(chosen)), list(failed))
         pictures, labels = pictures[readable], labels[readable]
-    scaled = f"{side.name(int(chosen[min(others)]))} was {'x'.join(map(str, others[min(others)]))}" if others else ""
+    scaled = ""
+    if others:
+        row, width, height = others[min(others)]
+        scaled = f"{side.name(int(chosen[row]))} was {width}x{height}"
     return Part(pictures, labels), [failed[row] for row in sorted(failed)], scaled

@@ -22,7 +22,7 @@ from PIL import Image
 from common.draw import SPLIT, generator
 from common.errors import DataError, printable
 from device_client.batches import Pictures
-from device_client.pictures import MODES, Shape, decode, fit, size_of
+from device_client.pictures import MODES, Shape, bombs_are_errors, decode, fit, size_of
 
 # The test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository,
 # doi 10.24432/C50P49, CC BY 4.0), which is also what scikit-learn has.
@@ -187,7 +187,7 @@ def _threads(some: list[Path]) -> int:
     """
     sizes, pixels = [0], 1
     for file in some:
-        with contextlib.suppress(Exception):  # told where it is read
+        with contextlib.suppress(Exception), bombs_are_errors():  # told where it is read
             sizes.append(file.stat().st_size)
             pixels = max(pixels, math.prod(size_of(file)))
     if sum(sizes) / len(sizes) < _THREADS_FROM:

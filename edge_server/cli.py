@@ -223,9 +223,8 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     if len(sides) != 3 or not all(side.isdigit() and int(side) > 0 for side in sides):
         raise ModelError(f"--input {input_text!r} is not CxHxW, such as 3x32x32")
     shape = (int(sides[0]), int(sides[1]), int(sides[2]))
-    if shape[2] in (1, 3) and shape[0] not in (1, 3):
-        first = "x".join((sides[2], sides[0], sides[1]))
-        raise ModelError(f"--input is {input_text}; channels come first: {first}")
+    if turned := recipes.channels_first(shape):
+        raise ModelError(f"--input is {input_text}; channels come first: {'x'.join(map(str, turned))}")
     import torch
 
     from common import models
