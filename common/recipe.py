@@ -12,7 +12,7 @@ import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common.codecs import codec
 from common.errors import CodecError, RecipeError
@@ -25,6 +25,11 @@ def channels_first(shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
     """What was meant where the shape of a picture has its channels last; None where it hasn't."""
     first, second, third = shape
     return (third, first, second) if third in (1, 3) and first not in (1, 3) else None
+
+
+def _given(table: Any, name: str) -> bool:
+    """Whether a key of a part of the recipe has another value than its default."""
+    return bool(getattr(table, name) != getattr(type(table), name))
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ class ScheduleRecipe:
                 'schedule.widths belongs to kind "plateau"; write that, or the widths into schedule.phases',
             )
             demand(len(self.phases) > 0, "schedule.phases is empty; give a list of [width, epochs]")
+            for name in ("patience", "min_gain", "max_epochs"):
+                demand(not _given(self, name), f'schedule.{name} belongs to kind "plateau": leave it out')
             frozen = any(phase.views for phase in self.phases)
             demand(
                 not (self.budget_mb and frozen),
@@ -199,6 +206,10 @@ class LocalRecipe:
     def __post_init__(self) -> None:
         demand(self.epochs >= 0, f"local.epochs is {self.epochs}; it must be 0 (none) or more")
         demand(self.lr >= 0, f"local.lr is {self.lr}; it must be 0 (as in optimiser) or more")
+        demand(
+            self.epochs > 0 or not self.lr,
+            f"local.lr is {self.lr}, and the head learns nothing alone: set local.epochs, or leave lr out",
+        )
 
 
 @dataclass(frozen=True)
@@ -216,6 +227,10 @@ class OptimiserRecipe:
         one_of("optimiser.decay", self.decay, ("cosine", "constant"))
         demand(self.lr > 0, f"optimiser.lr is {self.lr}; it must be above 0")
         demand(0 <= self.momentum < 1, f"optimiser.momentum is {self.momentum}; give 0 up to below 1")
+        demand(
+            self.name == "sgd" or not _given(self, "momentum"),
+            f'optimiser.momentum is {self.momentum}, and "{self.name}" has none: leave it out, or take "sgd"',
+        )
         demand(self.weight_decay >= 0 and self.warmup >= 0, "optimiser.weight_decay and warmup must be 0 or more")
 
 
@@ -269,10 +284,14 @@ class Recipe:
         return {self.codec.activation, self.codec.gradient} | (of_phases - {""})
 
     def _check_budget(self) -> None:
-        demand(
-            not self.schedule.budget_mb or not any(name.startswith("auto") for name in self.codecs),
-            'schedule.budget_mb needs bytes that are the same in each run, and codec "auto", the default, follows the '
-            'link: write activation = "context:20" and gradient = "context:10" in [codec], or "step:20" and "step:10"',
+        if not self.schedule.budget_mb or not any("auto" in name for name in self.codecs):
+            return
+        given = dataclasses.asdict(self.codec)
+        lines = [f'{way} = "{name.replace("auto", "context")}"' for way, name in given.items() if "auto" in name]
+        instead = f"{' and '.join(lines)} in [codec]" if lines else "context for auto in schedule.phases"
+        raise RecipeError(
+            f'schedule.budget_mb needs bytes that are the same in each run, and codec "auto", the default, follows the '
+            f"link: write {instead}, or step for context"
         )
 
     def _check_method(self) -> None:

@@ -88,7 +88,10 @@ def summarise(
         **({"local": outcome.local} if outcome.local else {}),
         "budget": round(recipe.schedule.budget_mb * 1e6) or None,
         "epochs_asked": sum(phase.epochs for phase in recipe.schedule.phases),
-        "phases": [{name: getattr(phase, name) for name in ("from_step", "width", "kind")} for phase in outcome.phases],
+        "phases": [
+            {name: getattr(phase, name) for name in ("from_step", "width", "nested", "kind")}
+            for phase in outcome.phases
+        ],
     }
 
 
@@ -116,14 +119,21 @@ def _fewer(bytes_: dict[str, Any], plain: dict[str, int], ways: tuple[str, ...])
 def show(console: Console, summary: dict[str, Any]) -> None:
     """Print the summary: bytes by role, plain's need, the ratio, and one sentence above all."""
     bytes_, plain, fewer = summary["bytes"], summary["plain_bytes"], summary["times_fewer"]
-    widths = " → ".join(str(width) for width, _ in groupby(phase["width"] for phase in summary["phases"]))
+    widths = [
+        widths for widths, _ in groupby((*sorted(phase["nested"]), phase["width"]) for phase in summary["phases"])
+    ]
+    path = " → ".join("/".join(map(str, one)) for one in widths)
     console.print(
         f"\n[bold]{summary['accuracy']:.2%}[/bold] test accuracy "
         f"(loss {summary['loss']:.3f}) after {_count(summary['steps'], 'step{}')}, "
         f"{_count(summary['epochs'], 'epoch{}')}, in {duration(summary['wall_s'])}; "
-        f"method {summary['method']}, width {widths}.",
+        f"method {summary['method']}, width {path}.",
         highlight=False,
     )
+    if len(widths[-1]) > 1:
+        console.print(
+            f"That is at width {widths[-1][-1]}; evaluate --width judges the network at the others.", highlight=False
+        )
     if local := summary.get("local"):
         console.print(
             f"Before, the head learnt alone for {_count(local['epochs'], 'epoch{}')}: its own classifier was right on "

@@ -83,6 +83,8 @@ class _Source(click.ParamType):
         return "Give digits, which are bundled, folder:PATH with train/CLASS and test/CLASS, or npz:PATH."
 
 
+_WAIT = [click.option("--wait", default=0.0, type=Seconds(0), metavar="SECONDS",
+                      help="Keep trying so long, or for ever with inf, while the server is not up yet.")]  # fmt: skip
 _DATA = [
     click.option(
         "--data", "source", required=True, metavar="SOURCE", type=_Source(), help="digits, folder:PATH or npz:PATH."
@@ -175,7 +177,7 @@ def _load(
 
 
 @cli.command()
-@_with(_SHARED + _OWN_RUN + _DATA)
+@_with(_SHARED + _OWN_RUN + _DATA + _WAIT)
 @click.option("--limit", type=click.IntRange(1), help="Use only so many training pictures.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder.")
 @click.option(
@@ -183,13 +185,6 @@ def _load(
     "head_path",
     type=click.Path(file_okay=False, path_type=Path),
     help="Run folder with the trained head, where the recipe starts from a finished run.",
-)
-@click.option(
-    "--wait",
-    default=0.0,
-    type=Seconds(0),
-    metavar="SECONDS",
-    help="Keep trying so long, or for ever with inf, while the server is not up yet.",
 )
 @click.option(
     "--give-up-after",
@@ -293,11 +288,11 @@ def train(
 
 
 @cli.command()
-@_with(_SHARED + _ANY_RUN + _WIDTH + _DATA)
+@_with(_SHARED + _ANY_RUN + _WIDTH + _DATA + _WAIT)
 def evaluate(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str,
     tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
-    width: int | None, source: str, skip_unreadable: bool,
+    width: int | None, source: str, skip_unreadable: bool, wait: float,
 ) -> None:  # fmt: skip
     """Judge the trained halves on the test part of SOURCE."""
     check_source(source)
@@ -307,7 +302,7 @@ def evaluate(
         from device_client import use
 
         chosen = _compute_with(threads, processor)
-        head = use.open_finished(remote, finished, allowed, width, _say, chosen)
+        head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
         loaded = _load(remote, source, skip_unreadable, ("test",))
         remote.progress = Counting(console, "Judged", "pictures")
         verdict = use.evaluate(remote, head, loaded, _say)
@@ -322,12 +317,12 @@ def evaluate(
 
 
 @cli.command()
-@_with(_SHARED + _ANY_RUN + _WIDTH)
+@_with(_SHARED + _ANY_RUN + _WIDTH + _WAIT)
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 def predict(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str,
     tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
-    width: int | None, pictures: tuple[Path, ...],
+    width: int | None, pictures: tuple[Path, ...], wait: float,
 ) -> None:  # fmt: skip
     """Name the class of each PICTURE, with its probability."""
     remote = _connect(server, tls_ca, tls_cert, tls_key, token_file)
@@ -336,7 +331,7 @@ def predict(
         from device_client import use
 
         chosen = _compute_with(threads, processor)
-        head = use.open_finished(remote, finished, allowed, width, _say, chosen)
+        head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
         answers = list(use.predict(remote, head, pictures, _say))
     finally:
         remote.close()

@@ -133,7 +133,7 @@ class Connection:
                 break
             except (LinkError, FrameError, ClockError) as error:
                 if wait_s <= 0:
-                    if trains and isinstance(error, AbsentError):
+                    if isinstance(error, AbsentError):
                         raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
                     raise
                 if not told:

@@ -37,7 +37,7 @@ _ROOM_S = 10.0  # between two attempts to write the trained head
 _ROLLBACKS = 5  # in a row that did not come further than the run had been
 
 
-_NOTICEABLE = 0.02  # by more of its length must a run's change that is told
+_NOTICEABLE = 0.1  # by more of its length must a run's change that is told
 
 
 class Trainer:

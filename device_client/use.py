@@ -37,20 +37,21 @@ TRIES = 12
 
 def open_finished(
     remote: RemoteTail, folder: RunFolder | None, allowed: tuple[str, ...], width: int | None = None,
-    say: Callable[[str], None] = lambda text: None, processor: torch.device = halves.CPU,
+    say: Callable[[str], None] = lambda text: None, processor: torch.device = halves.CPU, wait_s: float = 0.0,
 ) -> Head:  # fmt: skip
-    """Open a session with the server of a finished run and return its head, ready to use at `width` on `processor`.
+    """Open a session with the server of a finished run, for which is waited up to `wait_s`, and return its head, ready
+    to use at `width` on `processor`.
 
     The head is this folder's; without a folder, the one that was published to the server. Without a width, it is the
     run's last; MismatchError where the network was not trained for the one that is asked for.
     """
     if folder:
         recipe, _, manifest = folder.read()
-        opened = patiently(lambda: remote.open(trains=False, run_id=manifest.run_id), say)
+        opened = patiently(lambda: remote.open(trains=False, run_id=manifest.run_id, wait_s=wait_s), say)
         if opened.recipe.digest() != recipe.digest():
             raise MismatchError(f"the server's recipe is not the one in {folder.path}; only halves of one run fit")
     else:
-        opened = patiently(lambda: remote.open(trains=False), say)
+        opened = patiently(lambda: remote.open(trains=False, wait_s=wait_s), say)
     head = halves.build(opened.recipe, allowed).head
     if folder:
         folder.fill_half("head", head)

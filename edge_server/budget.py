@@ -139,9 +139,8 @@ class Budget:
 
     def _of(self, phase: Phase) -> float:
         """Bytes that a step of a phase takes."""
-        load = _load(phase.widths, phase.activation_codec, phase.gradient_codec)
-        step = sum(load.of_step(self._spent))
-        return (max(step, self._spent.ranked) if phase.kind == RANK else step) + _FRAMING
+        step = self._step(_load(phase.widths, phase.activation_codec, phase.gradient_codec))
+        return max(step, self._spent.ranked + _FRAMING) if phase.kind == RANK else step
 
     @property
     def shortens(self) -> bool:
@@ -175,7 +174,7 @@ class Budget:
         """`ends` with as much of the entries `coming`, in the proportions that were asked for, as can be paid for."""
         entry = coming[0]
         start = self.ends[entry - 1] if entry else 0
-        costs = {other: self._step(other) for other in coming}
+        costs = {other: self._step(self._loads[other]) for other in coming}
         if self.ends[-1] >= self._epoch:  # a run that is shorter has no validation
             for other in coming:
                 costs[other] += self._judging(self._validation, self._widest[other]) / self._epoch
@@ -210,9 +209,9 @@ class Budget:
         """The entry of the schedule that a step lies in."""
         return min(bisect_right(self.ends, step), len(self.ends) - 1)
 
-    def _step(self, entry: int) -> float:
-        """Bytes that a step of an entry takes."""
-        return sum(self._loads[entry].of_step(self._spent)) + _FRAMING
+    def _step(self, load: Load) -> float:
+        """Bytes that a step takes."""
+        return sum(load.of_step(self._spent)) + _FRAMING
 
     def _judging(self, pictures: int, load: Load) -> float:
         """Bytes that an evaluation takes."""

@@ -54,6 +54,7 @@ def test_the_finished_run_serves_each_width_that_it_was_trained_for(nested_run: 
     )
     # With the statistics of another width it would be little better than chance.
     assert accuracy["--width", 2] > 70
+    assert "width 2/4/8." in nested_run.output and "That is at width 8; evaluate --width judges" in nested_run.output
     assert "this network was trained for 2, 4, 8" in " ".join(refused.split())
 
 

@@ -44,8 +44,16 @@ from common.recipe import load, parse
             "send each picture a given number of times: leave one of the two out",
         ),
         (
-            {"codec": 'activation = "auto:20"', "schedule": "phases = [[0, 1]]\nbudget_mb = 1"},
+            {"codec": 'activation = "auto:30"\ngradient = "step:5"', "schedule": "phases = [[0, 1]]\nbudget_mb = 1"},
+            'write activation = "context:30" in [codec], or step for context',
+        ),
+        (
+            {"top": 'name = "x"\nmethod = "fixed"', "codec": "", "schedule": "phases = [[0, 1]]\nbudget_mb = 1"},
             'write activation = "context:20" and gradient = "context:10" in [codec]',
+        ),
+        (
+            {"schedule": "phases = [{ width = 0, epochs = 2, gradient = 'auto:5' }]\nbudget_mb = 1"},
+            "follows the link: write context for auto in schedule.phases",
         ),
         ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
         ({"schedule": "phases = [8, 3]"}, "must be [width, epochs], such as in phases = [[8, 20]], or a table"),
@@ -68,6 +76,9 @@ from common.recipe import load, parse
             "pictures are varied by data.flip and data.crop",
         ),
         ({"schedule": "phases = [[0, 1]]\nwidths = [2, 4]"}, 'schedule.widths belongs to kind "plateau"'),
+        ({"schedule": "phases = [[0, 1]]\npatience = 3"}, 'schedule.patience belongs to kind "plateau": leave it out'),
+        ({"optimiser": 'name = "adamw"\nmomentum = 0.8'}, 'momentum is 0.8, and "adamw" has none: leave it out'),
+        ({"top": 'name = "x"\nmethod = "fixed"\n[local]\nlr = 0.1'}, "learns nothing alone: set local.epochs"),
         (
             {"schedule": 'kind = "plateau"\nwidths = [0]\nphases = [[0, 1]]', "data": "validation = 0.2"},
             'schedule.phases belongs to kind "epochs"',

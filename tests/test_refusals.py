@@ -295,6 +295,8 @@ def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: P
         (("train", "http://127.0.0.1:9", "--data", "digits", "--run", "RUN"), "give HOST:PORT, such as"),
         (("train", "::1:9", "--data", "digits", "--run", "RUN"), "without brackets; write [::1]:9"),
         (("predict", "127.0.0.1:9", "--run", "RUN", "a.png"), "holds no finished run"),
+        (("evaluate", "127.0.0.1:9", "--data", "digits", "--wait", "0.5"), "gave up after"),
+        (("predict", "127.0.0.1:9", "--wait", "0.5", "a.png"), "gave up after"),
     ],
 )
 def test_a_start_that_fails_says_why_and_leaves_nothing(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
