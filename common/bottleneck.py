@@ -12,6 +12,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from common.errors import ModelError
+
+_RELEASE = "install the same release of deprune on both sides"
+
 
 class _Sized(nn.Module):
     """What all encoders and decoders share: the channels of the cut, the width now sent, the channels' order."""
@@ -26,9 +30,12 @@ class _Sized(nn.Module):
         self.register_buffer("order", torch.arange(channels))
 
     def resize(self, width: int, order: tuple[int, ...] = ()) -> None:
-        """Send `width` channels from now on, chosen by `order` (most important first; empty: as before)."""
+        """Send `width` channels from now on, chosen by `order` (most important first; empty: as before); ModelError
+        where there are no such channels."""
         if not 1 <= width <= self.channels:
-            raise ValueError(f"width {width} is not within 1 to {self.channels}")
+            raise ModelError(f"{width:,} channels are to be sent of a cut that has {self.channels:,}; {_RELEASE}")
+        if order and sorted(order) != list(range(self.channels)):
+            raise ModelError(f"an order of channels came that has not each of the {self.channels:,} once; {_RELEASE}")
         self.width = width
         if order:
             self.order.copy_(torch.tensor(order))

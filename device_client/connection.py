@@ -18,6 +18,7 @@ from common import channel, recipe, wire
 from common.errors import (
     AbsentError,
     AuthError,
+    BusyError,
     ClockError,
     CodecError,
     DepruneError,
@@ -26,6 +27,7 @@ from common.errors import (
     MismatchError,
     RolledBackError,
     SessionError,
+    StoppedError,
     VersionError,
     from_rpc,
     printable,
@@ -131,8 +133,9 @@ class Connection:
             try:
                 reply = self._handshake(request, again=trains and bool(run_id))
                 break
-            except (LinkError, FrameError, ClockError) as error:
-                if wait_s <= 0:
+            except (LinkError, FrameError, ClockError, StoppedError, BusyError) as error:
+                full = isinstance(error, BusyError) and error.retry_after_s is None  # for as long as nobody knows
+                if wait_s <= 0 or full:
                     if isinstance(error, AbsentError):
                         raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
                     raise

@@ -131,13 +131,14 @@ def load(
     return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled, opened.left_out)
 
 
-def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> Pictures:
-    """One picture file as uint8 [C,H,W], treated as `load` treats those of a folder; raises DataError."""
+def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> tuple[Pictures, tuple[int, int]]:
+    """One picture file as uint8 [C,H,W], treated as `load` treats those of a folder, and the width and height that it
+    had; raises DataError."""
     if input_shape[0] not in MODES:
         raise DataError(f"pictures have 1 or 3 channels and the model wants {input_shape[0]}; choose another model")
     try:
         with bombs_are_errors():
-            return decode(Path(path), input_shape)[0]
+            return decode(Path(path), input_shape)
     except Exception as error:  # noqa: BLE001 as in _read
         raise DataError(f"the picture {path} cannot be read ({reason(error)}); give another file") from error
 

@@ -25,7 +25,6 @@ from common.schedule import Phase
 from device_client.batches import Pictures
 from device_client.data import Dataset, Part, load_picture
 from device_client.inputs import sent_batches
-from device_client.pictures import size_of
 from device_client.remote_tail import RemoteTail
 from device_client.sources import check_memory
 
@@ -130,7 +129,7 @@ def predict(
     recipe: Recipe = opened.recipe
     channels, height, width = recipe.model.input
     check_memory(2 * len(paths) * channels * height * width, several(len(paths), "picture"), "give fewer at a time")
-    read: dict[Path, Pictures] = {}
+    read: dict[Path, tuple[Pictures, tuple[int, int]]] = {}
     unreadable: list[DataError] = []
     for path in dict.fromkeys(paths):
         try:
@@ -143,8 +142,8 @@ def predict(
     for refused in unreadable:
         say(str(refused))
     paths = [path for path in paths if path in read]
-    pictures = np.stack([read[path] for path in paths])
-    other = {path: size for path in paths if (size := size_of(path)) != (width, height)}
+    pictures = np.stack([read[path][0] for path in paths])
+    other = {path: read[path][1] for path in paths if read[path][1] != (width, height)}
     if other:
         path, (wide, high) = next(iter(other.items()))
         verb = "is" if len(other) == 1 else "are"

@@ -81,8 +81,11 @@ def _signed(folder: Path) -> list[str]:
     issuer, found = _load(folder / "ca.pem").subject, []
     for path in sorted(folder.glob("*.pem")):
         if path.stem != "ca" and path.with_suffix(".key").exists():
-            certificates = x509.load_pem_x509_certificates(path.read_bytes())
-            if [(one.issuer, one.subject) for one in certificates] in ([(issuer, _name(path.stem))],):
+            try:
+                certificates = x509.load_pem_x509_certificates(path.read_bytes())
+            except ValueError:
+                continue
+            if [(one.issuer, one.subject) for one in certificates] == [(issuer, _name(path.stem))]:
                 found.append(path.stem)
     return found
 

@@ -13,7 +13,7 @@ from common.bottleneck import rank_channels, reorder
 from common.meter import DOWN, UP, Meter
 from common.recipe import PhaseRecipe, Recipe
 from common.rpc import split_pb2 as pb
-from common.schedule import RANK, Phase, Plateau, phase_from
+from common.schedule import RANK, RECALL, Phase, Plateau, phase_from
 from edge_server.budget import Budget
 
 
@@ -49,6 +49,11 @@ class Coordinator:
     @property
     def phase(self) -> Phase:
         return self.phases[-1]
+
+    @property
+    def recalls(self) -> bool:
+        """Whether what the device sends in the present phase is learnt from again in the next."""
+        return bool(self._upcoming) and self._upcoming[0].kind == RECALL
 
     def observe(self, activation: torch.Tensor, gradient: torch.Tensor) -> None:
         """Take the channels' worth from a step of a ranking phase: activation and gradient, both [B, C, ...]."""

@@ -63,7 +63,7 @@ def limits(function: Callable[..., None]) -> Callable[..., None]:
         _limit("--max-recall", "recall", _COUNT, "N", "Steps that a device may ask for at once with the head frozen."),
         _limit("--idle-time", "idle_s", _AMOUNT, "SECONDS", "End the stream of a device that is silent for so long."),
         _limit("--store-limit", "store", _COUNT, "MB",
-               "Disk that a run may take for what its device sends with the head frozen.", _MB),
+               "Disk that a phase may take for what its device sends with the head frozen.", _MB),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)

@@ -34,7 +34,7 @@ class Limits:
     retry_s: float = 5.0
     # Sixteen times what our device asks for; each answer of some 60 bytes is kept until the next request.
     recall: int = 1024
-    # Bytes on disk that one run may keep of what its device sent while the head was frozen.
+    # Bytes on disk that one phase of a run may keep of what its device sent while the head was frozen.
     store: int = 4096 * 1_000_000
 
     @property

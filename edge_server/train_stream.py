@@ -20,7 +20,7 @@ from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_message
 from common.progress import Live, several
 from common.rpc import split_pb2 as pb
-from common.schedule import RECALL, STORE, Phase
+from common.schedule import RECALL, Phase
 from common.wire import Place
 from edge_server.coordinator import Decision
 from edge_server.host import Host
@@ -128,7 +128,7 @@ class TrainStream:
         decoded = clock()
         frames: list[pb.Frame] = []
         with training.applying():
-            if phase.kind == STORE:  # first: a tail may work in place on what was decoded, which may be the payload
+            if training.store:  # first: a tail may work in place on what was decoded, which may be the payload
                 training.keep(payload, labels)
             gradient, loss, correct = training.learn(sent, labels)
             encoded = learnt = clock()

@@ -135,7 +135,7 @@ class Training:
         if phase.kind != RECALL and self.store:
             self._outlived[self.store.path] = self.step
             self.close()
-        if phase.kind == STORE:
+        if phase.kind == STORE and self.coordinator.recalls:
             self.store = Store(self.folder, phase, self.sent_shape, self.recipe.seed, self.store_limit)
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.recipes import recipe_text
 from common import bottleneck, schedule
+from common.errors import ModelError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.schedule import Plateau
@@ -37,6 +38,15 @@ def test_a_narrower_width_is_a_prefix(kind: str) -> None:
         kept = decoder(encoder(x))
         torch.testing.assert_close(kept[:, [3, 1]], x[:, [3, 1]])
         assert not kept[:, [0, 2, 4, 5, 6, 7]].any()
+
+
+@pytest.mark.parametrize(("width", "order"), [(0, ()), (5, ()), (2, (0, 1)), (2, (0, 1, 2, 4)), (2, (0, 1, 2, 2))])
+def test_channels_that_are_not_there_are_refused(width: int, order: tuple[int, ...]) -> None:
+    """A phase comes from the other side."""
+    encoder, _ = bottleneck.build("channels", 4, 0)
+    with pytest.raises(ModelError, match="install the same release"):
+        encoder.resize(width, order)
+    assert encoder.width == 4 and encoder.order.tolist() == [0, 1, 2, 3]
 
 
 def test_principal_components_lose_least() -> None:

@@ -46,6 +46,7 @@ def test_renewing_leaves_alone_what_the_authority_has_not_signed(tmp_path: Path)
     (tmp_path / "both.pem").write_bytes(both)
     for kind in ("pem", "key"):
         (tmp_path / f"stranger.{kind}").write_bytes((other / f"pi.{kind}").read_bytes())
+        (tmp_path / f"note.{kind}").write_text("no certificate at all")
     assert certs.make(tmp_path, (), (), renew=True) == ["pi", "server"]
     assert (tmp_path / "both.pem").read_bytes() == both
     assert (tmp_path / "stranger.pem").read_bytes() == (other / "pi.pem").read_bytes()

@@ -17,7 +17,7 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from common import wire
-from common.errors import AuthError, FaultError, FrameError, LinkError
+from common.errors import AuthError, BusyError, FaultError, FrameError, LinkError, StoppedError
 from common.meter import UP, Draft, Meter
 from common.rpc import split_pb2 as pb
 from common.wire import Place
@@ -164,6 +164,18 @@ def test_what_was_never_sent_is_not_counted_as_sent_again(monkeypatch: pytest.Mo
     with pytest.raises(LinkError, match="gave up after"):
         remote.open(trains=True, wait_s=0.5)
     assert remote.meter.report(None, None)["up"]["again"] == 0
+    remote.close()
+
+
+def test_a_server_that_is_full_or_stopping_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is not up yet; but not one whose run another device trains, for as long as that may take."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    remote = RemoteTail("127.0.0.1:1")
+    answers = Mock(side_effect=[BusyError("full", 5.0), StoppedError("stopping"), BusyError("at work")])
+    monkeypatch.setattr(remote, "_handshake", answers)
+    with pytest.raises(BusyError, match="at work"):
+        remote.open(trains=True, wait_s=60)
+    assert answers.call_count == 3
     remote.close()
 
 

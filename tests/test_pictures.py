@@ -13,6 +13,10 @@ from device_client.pictures import size_of
 from tests.pictures import GRAY, RGB, save
 
 
+def picture(path, shape):
+    return load_picture(path, shape)[0]
+
+
 @pytest.mark.parametrize(
     "name, mode",
     [("a.jpg", "RGB"), ("a.jpg", "L"), ("a.jpg", "CMYK"), ("a.png", "RGB"), ("a.png", "L"), ("a.png", "RGBA")]
@@ -23,7 +27,7 @@ def test_every_kind_of_picture_becomes_the_models_input(tmp_path, name, mode):
     gray = 0.299 * 200 + 0.587 * 100 + 0.114 * 40
     colour = (gray,) * 3 if mode in ("L", "LA") else (200, 100, 40)
     for shape, expected in (((3, 5, 7), colour), ((1, 5, 7), (gray,))):
-        found = load_picture(path, shape)
+        found = picture(path, shape)
         assert found.shape == shape and found.dtype == np.uint8
         assert np.abs(found.mean((1, 2)) - expected).max() < 12  # GIF and P have a coarse palette
 
@@ -34,7 +38,7 @@ def test_transparent_palettes_do_not_warn(tmp_path, recwarn):
     image.paste(1, (0, 0, 8, 8))
     image.save(tmp_path / "a.png", transparency=b"\x80\x40")
     quarter = [round(value + (255 - value) * (1 - 0x40 / 255)) for value in (90, 120, 150)]
-    assert load_picture(tmp_path / "a.png", RGB)[:, 0, 0].tolist() == quarter
+    assert picture(tmp_path / "a.png", RGB)[:, 0, 0].tolist() == quarter
     assert not recwarn.list
 
 
@@ -45,16 +49,16 @@ def test_a_drawing_that_is_all_in_its_transparency_is_seen(mode: str, shape: tup
     image = Image.new(mode, (32, 32))
     image.paste((0, 255) if mode == "LA" else (0, 0, 0, 255), (8, 8, 24, 24))
     image.save(tmp_path / "a.png")
-    found = load_picture(tmp_path / "a.png", shape)
+    found = picture(tmp_path / "a.png", shape)
     assert found.shape == shape and found[:, 0, 0].min() == 255 and found[:, 4, 4].max() == 0
 
 
 def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
     Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16)).save(tmp_path / "a.png")
-    assert np.unique(load_picture(tmp_path / "a.png", GRAY)).tolist() == [0x80]
+    assert np.unique(picture(tmp_path / "a.png", GRAY)).tolist() == [0x80]
     Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match="32-bit pixels"):
-        load_picture(tmp_path / "a.tif", GRAY)
+        picture(tmp_path / "a.tif", GRAY)
 
 
 def test_resizing_averages_and_keeps_orientation(tmp_path):
@@ -63,7 +67,7 @@ def test_resizing_averages_and_keeps_orientation(tmp_path):
     pixels[:, :32] = np.indices((64, 32)).sum(0) % 2 * 255
     for name in ("a.png", "a.jpg"):
         Image.fromarray(pixels).save(tmp_path / name, quality=95)
-        found = load_picture(tmp_path / name, GRAY)[0].astype(int)
+        found = picture(tmp_path / name, GRAY)[0].astype(int)
         assert np.abs(found[:, :3] - 127).max() < 8 and found[:, 5:].min() > 247
 
 
@@ -84,7 +88,7 @@ def test_large_jpegs_shrink_like_any_other_picture(tmp_path):
     image = Image.fromarray(np.stack([np.broadcast_to(stripes, (40, 40))] * 3, axis=2))
     image.save(tmp_path / "a.jpg", quality=95)
     image.save(tmp_path / "a.png")
-    jpeg, png = (load_picture(tmp_path / name, (3, 8, 8)).astype(int) for name in ("a.jpg", "a.png"))
+    jpeg, png = (picture(tmp_path / name, (3, 8, 8)).astype(int) for name in ("a.jpg", "a.png"))
     assert np.abs(jpeg - png).max() < 30 and np.ptp(png) > 150
 
 
@@ -99,7 +103,7 @@ def test_photographs_are_turned_upright(tmp_path):
     text.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n", zip=True)
     Image.fromarray(pixels).save(tmp_path / "c.png", pnginfo=text)
     for name in ("a.jpg", "b.png", "c.png"):
-        found = load_picture(tmp_path / name, RGB)
+        found = picture(tmp_path / name, RGB)
         assert found[:, :, 5:].min() > 240 and found[:, :, :3].max() < 15, name
     Image.fromarray(pixels[:, :4]).save(tmp_path / "a.jpg", exif=exif)
     assert size_of(tmp_path / "a.jpg") == (8, 4)
@@ -110,13 +114,13 @@ def test_load_picture_names_the_file_and_the_reason(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     for name, reason in (("a.jpg", "empty file"), ("b.jpg", "not a picture"), ("c.jpg", "no such file")):
         with pytest.raises(DataError, match=rf"{name} cannot be read \({reason}.*another file"):
-            load_picture(tmp_path / name, RGB)
+            picture(tmp_path / name, RGB)
     with pytest.raises(DataError, match="wants 4"):
-        load_picture(tmp_path / "a.jpg", (4, 8, 8))
+        picture(tmp_path / "a.jpg", (4, 8, 8))
 
 
 def test_eps_never_reaches_ghostscript(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
     with pytest.raises(DataError, match="not a picture"):
-        load_picture(tmp_path / "a.jpg", RGB)
+        picture(tmp_path / "a.jpg", RGB)
