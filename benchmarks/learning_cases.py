@@ -86,7 +86,7 @@ class Case:
     quick: bool = False  # in the quick benchmark too
     main: bool = False  # of the larger networks too
     network: str = ""  # the only one that has such a row
-    apart: bool = False  # trained only where it is asked for by name
+    apart: bool = False  # trained only where it is asked for by name: its results are in a file of their own (--into)
 
     def is_of(self, model: str) -> bool:
         """Whether it is among a network's rows, where none are asked for by name."""
@@ -154,11 +154,11 @@ def _five(name: str, method: str, phase: str, kind: str = "none", **more: Any) -
     return Case(name, method, phase, kind, part=part, **more)
 
 
-def _adapted(name: str, epochs: int, basis: str, local: float = 0) -> Case:
+def _adapted(name: str, epochs: int, basis: str, local: float = 0, apart: bool = False) -> Case:
     """From the network of the other five classes: each picture crosses once; before, the head may learn alone."""
     return _five(
         name, "prune", f"{{ width = 8, epochs = {epochs}, views = 1, flip = true, shift = 2 }}", "linear",
-        up="step:20", basis=basis, local=local, start=KNOWN_FIVE, lr=0.05, warmup=0,
+        up="step:20", basis=basis, local=local, start=KNOWN_FIVE, lr=0.05, warmup=0, apart=apart,
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def _from_scratch(
         f"{{ width = {width}, epochs = {epochs}, views = 1, flip = true, shift = 2 }}" for width, epochs in phases
     )
     basis = "weighted" if local else "principal"
-    return Case(name, method, written, "linear", f"step:{db}", basis=basis, local=local, quick=quick)
+    return Case(name, method, written, "linear", f"step:{db}", basis=basis, local=local, quick=quick, apart=local > 0)
 
 
 def _frozen(name: str, width: int, basis: str = "principal", learnt: float = 0, **more: bool) -> Case:
@@ -186,7 +186,10 @@ def _frozen(name: str, width: int, basis: str = "principal", learnt: float = 0, 
     )  # fmt: skip
 
 
-def _stored(name: str, width: int, up: str, later: bool = False, basis: str = "principal", start: str = KNOWN) -> Case:
+def _stored(
+    name: str, width: int, up: str, later: bool = False, basis: str = "principal", start: str = KNOWN,
+    apart: bool = False,
+) -> Case:  # fmt: skip
     """From the trained network, its head frozen: each picture crosses once. Width 0: without compression.
 
     What was kept is flipped when it is recalled and not shifted: a place of an 8x8 map is four pixels.
@@ -194,7 +197,7 @@ def _stored(name: str, width: int, up: str, later: bool = False, basis: str = "p
     more = "epochs = 8, views = 1, flip = true" if later else "epochs = 12, views = 1, flip = true, shift = 2"
     method, kind = ("prune", "linear") if width else ("fine-tuned", "none")
     phase, lr = f"{{ width = {width}, {more} }}", 0.02 if later else 0.05
-    return Case(name, method, phase, kind, up, basis=basis, start=start, lr=lr, warmup=0, later=later)
+    return Case(name, method, phase, kind, up, basis=basis, start=start, lr=lr, warmup=0, later=later, apart=apart)
 
 
 CASES = [
@@ -219,16 +222,19 @@ CASES = [
     ),
     _linear("fixed width 32", 32, network="vgg11"),
     _frozen("prune to 8, head frozen", 8, quick=True),
-    _frozen("prune to 8 weighted, head frozen", 8, "weighted"),
+    _frozen("prune to 8 weighted, head frozen", 8, "weighted", apart=True),
     _frozen("prune to 8, head frozen at first", 8, learnt=0.75, quick=True, main=True),
-    _frozen("prune to 8 weighted, head frozen at first", 8, "weighted", learnt=0.75),
-    _frozen("prune to 4, head frozen", 4),
-    _frozen("prune to 4 weighted, head frozen", 4, "weighted"),
+    _frozen("prune to 8 weighted, head frozen at first", 8, "weighted", learnt=0.75, apart=True),
+    _frozen("prune to 4, head frozen", 4, apart=True),
+    _frozen("prune to 4 weighted, head frozen", 4, "weighted", apart=True),
     _stored("fine-tuned, later cut, no codec", 0, "fp32", later=True),
     _stored("prune to 24 of 64, later cut", 24, "step:10", later=True),
     # What the loss feels is noted at the cut of the run before, so that one is cut there too.
-    Case(KNOWN_LATER, "pretrained", part=OTHERS, later=True),
-    _stored("prune to 24 of 64 weighted, later cut", 24, "step:10", later=True, basis="weighted", start=KNOWN_LATER),
+    Case(KNOWN_LATER, "pretrained", part=OTHERS, later=True, apart=True),
+    _stored(
+        "prune to 24 of 64 weighted, later cut", 24, "step:10", later=True, basis="weighted", start=KNOWN_LATER,
+        apart=True,
+    ),  # fmt: skip
     _linear("fixed width 1", 1, quick=True),
     Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "step:10", "step:5", warmup=50, quick=True),
     _from_scratch("deprune 4 then 8, head frozen", "deprune", (4, 6), (8, 14), db=8),
@@ -237,7 +243,7 @@ CASES = [
     Case(
         "fixed width 8, head alone, then frozen, then learning", "fixed",
         "{ width = 8, epochs = 16, views = 1, flip = true, shift = 2 }, { width = 8, epochs = 4, lr = 0.06 }", "linear",
-        "step:10", "step:5", "weighted", local=20, restart=True, warmup=20,
+        "step:10", "step:5", "weighted", local=20, restart=True, warmup=20, apart=True,
     ),
     Case(
         "deprune 8, then 16 with the head frozen", "deprune",
@@ -262,8 +268,8 @@ CASES = [
     _five(KNOWN_FIVE, "pretrained", f"[0, {EPOCHS}]"),
     _five("five classes: fixed width 8", "fixed", f"[8, {EPOCHS}]", "linear", up="step:15", down="step:10"),
     _adapted("five classes: prune to 8, head frozen", 4, "principal"),
-    _adapted("five classes: prune to 8 weighted, head frozen, longer", 12, "weighted"),
-    _adapted("five classes: prune to 8, head alone, then frozen, longer", 12, "weighted", local=10),
+    _adapted("five classes: prune to 8 weighted, head frozen, longer", 12, "weighted", apart=True),
+    _adapted("five classes: prune to 8, head alone, then frozen, longer", 12, "weighted", local=10, apart=True),
     Case("pictures uploaded", "jpeg", quick=True),
 ]  # fmt: skip
 

@@ -84,7 +84,8 @@ class _Source(click.ParamType):
 
 
 _WAIT = [click.option("--wait", default=0.0, type=Seconds(0), metavar="SECONDS",
-                      help="Keep trying so long, or for ever with inf, while the server is not up yet.")]  # fmt: skip
+                      help="Keep trying so long, or for ever with inf, while the server is not up yet or has no "
+                      "room.")]  # fmt: skip
 _DATA = [
     click.option(
         "--data", "source", required=True, metavar="SOURCE", type=_Source(), help="digits, folder:PATH or npz:PATH."

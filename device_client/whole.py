@@ -27,7 +27,7 @@ def train(
     The first Ctrl-C (SIGTERM, or the end of its terminal) lets the present step end, keeps a checkpoint and tells the
     server; a second one, or one while there is no connection, ends at once: the run goes on from before the step that
     was under way where it waited for the server, else from its newest checkpoint. The process then ends as shells have
-    it for a program that a signal stopped: with 130, or 143 after SIGTERM.
+    it for a program that a signal stopped: with 130, 143 after SIGTERM, 129 after the end of its terminal.
     """
     trainer = Trainer(remote, data, folder, console, processor)
     trainer.prepare(allowed, init)
