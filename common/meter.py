@@ -148,11 +148,18 @@ class Meter:
 
 
 class Draft:
-    """Frames that wait until what they belong to is done, and count in the books (`keep`), or is given up (`drop`)."""
+    """Frames that wait until what they belong to is done, and count in the books (`keep`), or is given up (`drop`, also
+    by leaving its `with`)."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self._counts: dict[tuple[str, str], Count] = {}  # sums: an evaluation has as many frames as its device likes
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
 
     def frame(self, way: str, frame: pb.Frame) -> pb.Frame:
         role, count = count_of(frame)

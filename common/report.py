@@ -13,7 +13,7 @@ from rich.table import Table
 from common.meter import DOWN, UP, Meter
 from common.progress import duration, size
 from common.recipe import Recipe
-from common.schedule import Phase
+from common.schedule import RANK, Phase
 from common.tcp_info import KernelBytes
 from common.wire import label_type
 
@@ -89,7 +89,7 @@ def summarise(
         "budget": round(recipe.schedule.budget_mb * 1e6) or None,
         "epochs_asked": sum(phase.epochs for phase in recipe.schedule.phases),
         "phases": [
-            {name: getattr(phase, name) for name in ("from_step", "width", "nested", "kind")}
+            {"from_step": phase.from_step, "width": phase.width, "nested": list(phase.nested), "kind": phase.kind}
             for phase in outcome.phases
         ],
     }
@@ -119,9 +119,9 @@ def _fewer(bytes_: dict[str, Any], plain: dict[str, int], ways: tuple[str, ...])
 def show(console: Console, summary: dict[str, Any]) -> None:
     """Print the summary: bytes by role, plain's need, the ratio, and one sentence above all."""
     bytes_, plain, fewer = summary["bytes"], summary["plain_bytes"], summary["times_fewer"]
-    widths = [
-        widths for widths, _ in groupby((*sorted(phase["nested"]), phase["width"]) for phase in summary["phases"])
-    ]
+    # What channels are ranked at is not among the widths of the method.
+    phases = [phase for phase in summary["phases"] if phase["kind"] != RANK]
+    widths = [widths for widths, _ in groupby((*sorted(phase["nested"]), phase["width"]) for phase in phases)]
     path = " → ".join("/".join(map(str, one)) for one in widths)
     console.print(
         f"\n[bold]{summary['accuracy']:.2%}[/bold] test accuracy "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -214,19 +215,13 @@ class Connection:
                 trouble.wait(error, self.say, self._came.frames > 0)
 
     def _head_weights(self, again: bool) -> bytes:
-        request, draft = pb.HeadRequest(session=self.opened.session), Draft(self.meter)
+        request = pb.HeadRequest(session=self.opened.session)
         self.meter.control(UP, request, again)
-        try:
-            stream = self._open_stream(lambda _: self._stub.Head(request))
-
-            def receive() -> pb.Frame:
-                return stream.receive(draft)
-
+        with Draft(self.meter) as draft:
+            receive = partial(self._open_stream(lambda _: self._stub.Head(request)).receive, draft)
             result = wire.unpack_bytes(receive(), receive, Place(pb.WEIGHTS, 0, 0), self.opened.head_size)
             draft.keep()
             return result
-        finally:
-            draft.drop()
 
     # Training: the stream
 
@@ -296,13 +291,12 @@ class Connection:
     def _start(self, step: int) -> None:
         """Begin and Ready."""
         assert self._begun
-        stream, draft = self._open_stream(self._stub.Train), Draft(self.meter)
-        self._train = stream
+        stream = self._train = self._open_stream(self._stub.Train)
         begin = pb.Begin(session=self.opened.session, step=step)
         begin.MergeFrom(self._begun)
         frame = wire.seal(Place(pb.CONTROL, 0, 0).frame(begin=begin))
-        stream.send(draft.frame(UP, frame))
-        try:
+        with Draft(self.meter) as draft:
+            stream.send(draft.frame(UP, frame))
             answer = stream.receive(draft)
             if not answer.HasField("ready"):
                 raise FrameError(f"Ready was expected, {answer.WhichOneof('body')} came")
@@ -310,8 +304,6 @@ class Connection:
             # The books have the first of a run; where this one is not, they have it already.
             if not self._joined:
                 draft.keep()
-        finally:
-            draft.drop()
         self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
         self.opened = replace(self.opened, run_id=answer.ready.run_id)
         self._came.frames = 0  # that it may begin is nothing of what is to come
@@ -320,10 +312,7 @@ class Connection:
 
     def _felt(self, stream: Stream, draft: Draft) -> np.ndarray:
         """What the server says that the loss feels of each direction [C, C]."""
-
-        def receive() -> pb.Frame:
-            return stream.receive(draft)
-
+        receive = partial(stream.receive, draft)
         felt = wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self._channels, self._channels), "fp32")
         if not np.allclose(felt, felt.T) or not felt.trace() > 0:
             raise FrameError("the sensitivity that came is not symmetric and positive: nothing can be weighted by it")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,13 +94,10 @@ class RemoteTail(Connection):
                     booked = True
             else:
                 booked = self._send(frames, booked)
-            draft = Draft(self.meter)
-            try:
+            with Draft(self.meter) as draft:
                 gradient = None if phase.frozen else self._gradient(step, phase, sent.shape, support, draft)
                 result = self._result(step, phase, draft)
                 draft.keep()
-            finally:
-                draft.drop()
             return gradient, result
 
         gradient, result = self._steadily(step, attempt)
@@ -119,12 +118,8 @@ class RemoteTail(Connection):
     def _gradient(
         self, step: int, phase: Phase, shape: tuple[int, ...], support: np.ndarray | None, draft: Draft
     ) -> np.ndarray:
-        stream, place = self._stream, Place(pb.GRADIENT, step, phase.index)
+        receive, place = partial(self._stream.receive, draft), Place(pb.GRADIENT, step, phase.index)
         aside = Aside((self.opened.recipe.seed, step, pb.GRADIENT), support)
-
-        def receive() -> pb.Frame:
-            return stream.receive(draft)
-
         return wire.unpack(receive(), receive, place, shape, phase.gradient_codec, aside)
 
     def _result(self, step: int, phase: Phase, draft: Draft) -> StepResult:
@@ -151,12 +146,9 @@ class RemoteTail(Connection):
             elif not self._asked:
                 self._ask, self._asked = Draft(self.meter), _RECALLED
                 self._stream.send(self._ask.frame(UP, ask))
-            draft = Draft(self.meter)
-            try:
+            with Draft(self.meter) as draft:
                 result = self._result(step, phase, draft)
                 draft.keep()
-            finally:
-                draft.drop()
             if self._ask:
                 self._ask.keep()
             self._asked = max(0, self._asked - 1)
@@ -183,8 +175,7 @@ class RemoteTail(Connection):
         frames.append(wire.seal(place.frame(leave=pb.Leave(finished=True))))
 
         def attempt() -> None:
-            draft = Draft(self.meter)
-            try:
+            with Draft(self.meter) as draft:
                 for frame in frames:
                     draft.frame(UP, frame)
                     if not self.opened.finished:
@@ -194,8 +185,6 @@ class RemoteTail(Connection):
                 elif not (answer := self._stream.receive(draft)).HasField("goodbye"):
                     raise FrameError(f"Goodbye was expected, {answer.WhichOneof('body')} came")
                 draft.keep()
-            finally:
-                draft.drop()
 
         self._steadily(step, attempt)
         if self._train:
@@ -221,15 +210,10 @@ class RemoteTail(Connection):
         """
 
         def attempt() -> pb.Verdict:
-            draft = Draft(self.meter)
-            stream = self._begin_evaluation(count, subset, classes, phase, draft, step)
-            try:
+            with Draft(self.meter) as draft, self._evaluation(count, subset, classes, phase, draft, step) as stream:
                 verdict = self._judge(stream, batches(), count, phase, draft)
                 draft.keep()
                 return verdict
-            finally:
-                stream.close()  # or a thread would wait for more to send, for ever
-                draft.drop()
 
         return self._steadily(step, attempt) if self._begun is not None else attempt()
 
@@ -252,9 +236,8 @@ class RemoteTail(Connection):
 
         for sent, labels in batches:
             place = Place(pb.EVALUATION, number, phase.index)
-            for frame in wire.pack_labels(place, labels, self.opened.recipe.model.classes):
-                stream.send(draft.frame(UP, frame))
-            for frame in self._pack(place, sent, phase):
+            known = wire.pack_labels(place, labels, self.opened.recipe.model.classes)
+            for frame in (*known, *self._pack(place, sent, phase)):
                 stream.send(draft.frame(UP, frame))
             waiting.append(len(labels))
             number += 1
@@ -270,14 +253,9 @@ class RemoteTail(Connection):
 
     def predict(self, batches: Iterable[np.ndarray], count: int, phase: Phase) -> Iterator[np.ndarray]:
         """Logits [B, classes] for each batch of what is sent [B, width, ...]."""
-        draft = Draft(self.meter)
-        stream = self._begin_evaluation(count, pb.SUBSET_UNSPECIFIED, (), phase, draft)
-
-        def receive() -> pb.Frame:
-            return stream.receive(draft)
-
-        try:
-            number = 0
+        unknown = pb.SUBSET_UNSPECIFIED
+        with Draft(self.meter) as draft, self._evaluation(count, unknown, (), phase, draft) as stream:
+            receive, number = partial(stream.receive, draft), 0
             for number, sent in enumerate(batches):
                 place = Place(pb.EVALUATION, number, phase.index)
                 for frame in self._pack(place, sent, phase):
@@ -286,19 +264,21 @@ class RemoteTail(Connection):
                 yield wire.unpack(receive(), receive, place, shape, "fp32")
             self._end_evaluation(stream, number + 1, phase, draft)
             draft.keep()
-        finally:
-            stream.close()
-            draft.drop()
 
-    def _begin_evaluation(
+    @contextmanager
+    def _evaluation(
         self, count: int, subset: pb.Subset, classes: tuple[str, ...], phase: Phase, draft: Draft, step: int = 0
-    ) -> Stream:
+    ) -> Iterator[Stream]:
+        """A stream that has begun one, closed in the end: or a thread would wait for more to send, for ever."""
         stream = self._open_stream(self._stub.Evaluate)
         begin = pb.Begin(
             session=self.opened.session, samples=count, classes=classes, subset=subset, width=phase.width, step=step
         )
-        stream.send(draft.frame(UP, wire.seal(Place(pb.EVALUATION, 0, phase.index).frame(begin=begin))))
-        return stream
+        try:
+            stream.send(draft.frame(UP, wire.seal(Place(pb.EVALUATION, 0, phase.index).frame(begin=begin))))
+            yield stream
+        finally:
+            stream.close()
 
     @staticmethod
     def _end_evaluation(stream: Stream, number: int, phase: Phase, draft: Draft) -> pb.Verdict:

@@ -69,9 +69,8 @@ def evaluation(address: str) -> Iterator[Any]:
     try:
         phase = remote.open(trains=False).phase
         assert phase
-        draft = Draft(remote.meter)
-        stream = remote._begin_evaluation(0, pb.TEST, CLASSES, phase, draft)
-        yield stream  # which ends when it is let go
+        with Draft(remote.meter) as draft, remote._evaluation(0, pb.TEST, CLASSES, phase, draft) as stream:
+            yield stream
     finally:
         remote.close()
 
@@ -185,8 +184,8 @@ def test_a_call_whose_message_never_comes_is_counted_and_ended(server: str, meth
         grpc.channel_ready_future(link).result(30)
         call = getattr(link, kind)(f"/{method}")
         begin = call.future if kind == "stream_unary" else call
-        calls = [begin(nothing()) for _ in range(most + 1)]
-        # One too many is refused at once, the others are ended when they have said nothing for long.
+        calls = [begin(nothing()) for _ in range(2 * most)]
+        # Those too many are refused at once, the others are ended when they have said nothing for long.
         assert comes(lambda: all(call.done() for call in calls))
         codes = {call.code().name for call in calls}
         assert "RESOURCE_EXHAUSTED" in codes and "OK" not in codes, codes

@@ -63,9 +63,9 @@ def test_width_changes_at_the_announced_step(deprune_run: Run) -> None:
         assert [line["width"] for line in deprune_run.metrics(side)] == expected
         phases = deprune_run.summary(side)["phases"]
         assert phases == [
-            {"from_step": 0, "width": 2, "kind": "learn"},
-            {"from_step": per_epoch, "width": 4, "kind": "learn"},
-            {"from_step": 2 * per_epoch, "width": 8, "kind": "learn"},
+            {"from_step": 0, "width": 2, "nested": [], "kind": "learn"},
+            {"from_step": per_epoch, "width": 4, "nested": [], "kind": "learn"},
+            {"from_step": 2 * per_epoch, "width": 8, "nested": [], "kind": "learn"},
         ]
     raw = deprune_run.summary("device")["bytes"]["up"]["by_role"]["activation"]["raw"]
     assert raw == sum(expected) * 32 * 8 * 8 * 4
