@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -36,7 +37,8 @@ class CutInfo:
 def split(
     model: nn.Module, cut: str, input_shape: tuple[int, ...] | None = None
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Head and tail of `model`, so that tail(head(x)) is model(x), bit for bit.
+    """Head and tail of `model`, so that tail(head(x)) is model(x), bit for bit. Sizes of tensors that forward asks for
+    are the tail's own: the number of pictures that come, and all else as it is for `input_shape`.
 
     The halves share the parameter and buffer tensors of `model`, under the same names, but none of its modules:
     train(), eval() and added hooks on one of the three do not show on the others. They start in the training mode
@@ -153,7 +155,7 @@ class _Plan:
             return "it is not computed from the model's input" if cut.op != "output" else "it is the model's output"
         head = self.head_nodes(cut)
         tail = [node for node in self.nodes if node not in head]
-        crossing = [n for n in self.nodes if n in head and n is not cut and any(user not in head for user in n.users)]
+        crossing = [node for node in self._needed_behind(head) if node is not cut]
         if crossing:
             return f"{_some(n.name for n in crossing)} would have to cross it too"
         if not any(node in self.from_input and node.op != "output" for node in tail):
@@ -166,6 +168,15 @@ class _Plan:
                 return f"{user.name} changes it in place"
         problem = self.results[cut.name].problem() if self.results else None
         return None if problem is None else f"what crosses it {problem}"
+
+    def _needed_behind(self, head: set[fx.Node]) -> list[fx.Node]:
+        """What of the head the tail would need. Sizes it knows by itself, so neither they nor what they are of."""
+        behind = {node for node in self.nodes if node not in head and not self._sizes(node)}
+        return [node for node in self.nodes if node in head and not self._sizes(node) and behind & node.users.keys()]
+
+    def _sizes(self, node: fx.Node) -> tuple[int | None, ...]:
+        """What the node comes to, as Result.sizes."""
+        return self.results[node.name].sizes if self.results else ()
 
     def legal(self) -> list[fx.Node]:
         return [node for node in self.nodes if self.why_not(node) is None]
@@ -185,16 +196,22 @@ class _Plan:
 
     def halves(self, cut: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule]:
         in_head = self.head_nodes(cut)
-        copies: dict[fx.Node, fx.Node] = {}
+        copies: dict[fx.Node, Any] = {}
         head_graph, tail_graph = fx.Graph(), fx.Graph()
         for node in self.nodes:
             if node in in_head:
                 copies[node] = head_graph.node_copy(node, copies.__getitem__)
         head_graph.output(copies[cut])
         copies[cut] = tail_graph.placeholder("activation")
+        pictures = tail_graph.call_method("size", (copies[cut], 0))
         for node in self.nodes:
-            if node not in in_head:
+            if sizes := self._sizes(node):
+                known = tuple(pictures if size is None else size for size in sizes)
+                copies[node] = known[0] if self.results[node.name].one else known
+            elif node not in in_head:
                 copies[node] = tail_graph.node_copy(node, copies.__getitem__)
+        if not pictures.users:
+            tail_graph.erase_node(pictures)
         head = fx.GraphModule(self.roots[0], head_graph, "Head")
         tail = fx.GraphModule(self.roots[1], tail_graph, "Tail")
         self._match_state(head, tail)

@@ -17,6 +17,7 @@ from common.errors import AuthError
 from common.reloaded import Reloaded
 
 VARIABLE = "DEPRUNE_TOKEN"
+BARE = "token"  # the name of one that has none
 # 20 characters of a random base64 token are 120 bits: no one guesses them.
 MIN_CHARACTERS = 20
 _HOW = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
@@ -28,7 +29,7 @@ def parse(text: str, source: str) -> dict[str, str]:
     if not lines:
         raise AuthError(f"{source} holds no token; make one with {_HOW}")
     if len(lines) == 1 and len(lines[0]) == 1:
-        lines = [["token", lines[0][0]]]
+        lines = [[BARE, lines[0][0]]]
     tokens: dict[str, str] = {}
     for number, words in enumerate(lines, 1):
         # Never the words themselves: an error ends up in logs.

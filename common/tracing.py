@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +107,10 @@ class Result:
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype | None
     flops: int  # a sample
+    # Where it is a number or a shape, as x.size(0) is: that, with None for the number of pictures; empty where it is
+    # something else, or hangs on their number in another way.
+    sizes: tuple[int | None, ...] = ()
+    one: bool = False  # of `sizes`: a number and not a shape
 
     def problem(self) -> str | None:
         """Why it cannot cross a cut, to follow "what crosses it"; None if it can."""
@@ -123,12 +127,13 @@ class Result:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each node computed: shape, dtype, FLOPs."""
+    """Runs a graph and keeps what each node computed: shape, dtype, FLOPs; numbers and shapes as they are."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, flops: bool) -> None:
         super().__init__(root, graph=graph)
         self._flops = flops
         self.seen: dict[str, tuple[tuple[int, ...] | None, torch.dtype | None, int]] = {}
+        self.sizes: dict[str, int | torch.Size] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         count = 0
@@ -144,6 +149,8 @@ class _Recorder(fx.Interpreter):
             value.dtype if shaped else None,
             count,
         )
+        if type(value) in (int, torch.Size):
+            self.sizes[n.name] = value
         return value
 
 
@@ -151,25 +158,40 @@ def run(root: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], flops: b
     """What every node computes for inputs of `input_shape`, FLOPs only if asked for (they take most of the time);
     `root`'s modes, statistics and the random state stay."""
     modes = {module: module.training for module in root.modules()}
-    runs = []
+    runs = [_Recorder(root, graph, flops) for _ in _BATCHES]
     try:
         root.eval()
         with torch.no_grad(), _fork_rng(root):
-            for batch in _BATCHES:
-                recorder = _Recorder(root, graph, flops)
+            for recorder, batch in zip(runs, _BATCHES, strict=True):
                 recorder.run(torch.zeros(batch, *input_shape))
-                runs.append(recorder.seen)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ModelError(f"the model cannot take inputs of {show(input_shape)}: {_one_line(error)}") from error
     finally:
         for module, training in modes.items():
             module.training = training
     results = {}
-    for name in runs[0]:
-        pair = [seen[name] for seen in runs]
+    for name in runs[0].seen:
+        pair = [recorder.seen[name] for recorder in runs]
         shapes = tuple(shape for shape, _, _ in pair if shape is not None)
-        results[name] = Result(shapes if len(shapes) == len(pair) else (), pair[0][1], pair[0][2] // _BATCHES[0])
+        found = [recorder.sizes[name] for recorder in runs if name in recorder.sizes]
+        results[name] = Result(
+            shapes if len(shapes) == len(pair) else (), pair[0][1], pair[0][2] // _BATCHES[0],
+            _sizes(found), any(isinstance(size, int) for size in found),
+        )  # fmt: skip
     return results
+
+
+def _sizes(found: Sequence[int | torch.Size]) -> tuple[int | None, ...]:
+    """What a number or a shape comes to for any batch, of one for each batch size; () where that is not known."""
+    several = [(size,) if isinstance(size, int) else tuple(size) for size in found]
+    if len(several) < len(_BATCHES) or len({len(sizes) for sizes in several}) > 1:
+        return ()
+    result: list[int | None] = []
+    for sizes in zip(*several, strict=True):
+        if sizes != _BATCHES and len(set(sizes)) > 1:
+            return ()
+        result.append(None if sizes == _BATCHES else sizes[0])
+    return tuple(result)
 
 
 def copy_around_tensors(model: nn.Module) -> nn.Module:

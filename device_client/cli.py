@@ -148,12 +148,15 @@ def _finished(run_path: Path | None) -> RunFolder | None:
     """The folder with this device's own trained head; None for the published one."""
     if not run_path:
         return None
+    folder = RunFolder(run_path)
+    if saved := folder.left_by(HEAD):
+        raise RunFolderError(
+            f"{run_path} holds an unfinished run, at step {saved['step']:,}: go on with it by device-client train"
+        )
     if not (run_path / "run.json").is_file():
         raise RunFolderError(
             f"{run_path} holds no finished run; check --run, or leave it out to use the head that the server publishes"
         )
-    folder = RunFolder(run_path)
-    folder.left_by(HEAD)
     return folder
 
 

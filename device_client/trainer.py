@@ -311,7 +311,7 @@ class Trainer:
             checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
         except RunFolderError as error:
             self.console.print(
-                f"[yellow]Warning[/yellow]: no checkpoint of step {self.step}: {escape(str(error))}; training goes on",
+                f"[yellow]Warning[/yellow]: no checkpoint of step {self.step}: {escape(str(error))}; the run goes on",
                 highlight=False,
             )
 
@@ -375,7 +375,10 @@ class Trainer:
             except RunFolderError as error:
                 left = until - time.monotonic()
                 if left <= 0 or self.stopping:
-                    raise
+                    raise RunFolderError(
+                        f"{error}; the run has made all its steps and is not finished: make room, and start it again "
+                        f"with the same --run to go on from its newest checkpoint"
+                    ) from error
                 self.console.print(
                     f"[yellow]Warning[/yellow]: {escape(str(error))}; trying again, gives up in {duration(left)}",
                     highlight=False,

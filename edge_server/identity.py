@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import grpc
 
 from common.errors import AuthError
-from common.tokens import Known
+from common.tokens import BARE, Known
 
 
 class Guard:
@@ -26,7 +26,12 @@ class Guard:
         Sessions and runs belong to it. AuthError for a caller that does not prove who it is.
         """
         token = self._token(context, self._tokens()) if self._tokens else ""
-        return self._certificate(context) if self._certificates else token
+        if not self._certificates:
+            return f"token {token}" if token else ""
+        name = self._certificate(context)
+        if token not in ("", BARE, name):
+            raise AuthError("the token is that of another device than the certificate; each device has its own")
+        return f"certificate {name}"
 
     def caller(self, context: grpc.ServicerContext) -> str:
         """Whose share of the server a call takes: the identity's, or its address's where there is none to be had."""
@@ -44,7 +49,7 @@ class Guard:
             (name,) = (value.decode() for value in names)
         except ValueError as error:
             raise AuthError("the device's certificate has no common name that says who it is") from error
-        return f"certificate {name}"
+        return name
 
     @staticmethod
     def _token(context: grpc.ServicerContext, known: Known) -> str:
@@ -55,4 +60,4 @@ class Guard:
         name = known.name_of(token) if len(given) == 1 and scheme.lower() == "bearer" else ""
         if not name:
             raise AuthError("the token is not one that this server knows; check --token-file, or DEPRUNE_TOKEN")
-        return f"token {name}"
+        return name

@@ -293,7 +293,7 @@ class LiveRun:
 
     def _unkept(self, step: int, error: Exception) -> None:
         self.console.print(
-            f"[yellow]Warning[/yellow]: no checkpoint of step {step}: {escape(str(error))}; training goes on",
+            f"[yellow]Warning[/yellow]: no checkpoint of step {step}: {escape(str(error))}; the run goes on",
             highlight=False,
         )
 

@@ -106,23 +106,26 @@ def refusal(address: str, access: Access) -> DepruneError:
 
 
 def test_both_processes_with_certificates_and_a_token(ours: Path, tmp_path: Path) -> None:
-    """One device trains and publishes; another, known too, evaluates."""
-    known = token_file(tmp_path / "tokens", **TOKENS)
+    """One device trains and publishes; another, known too, evaluates, with a token of its own name alone."""
+    given = {"pi": TOKENS["alice"], "hut": TOKENS["bob"]}
+    known = token_file(tmp_path / "tokens", **given)
     guarded = (*tls(ours, "--tls-client-ca", ours / "ca.pem"), "--token-file", known)
 
     def options(name: str, token: str) -> tuple[object, ...]:
-        own = token_file(tmp_path / name, **{token: TOKENS[token]})
+        own = token_file(tmp_path / name, **{token: given[token]})
         keys = ("--tls-ca", ours / "ca.pem", "--tls-cert", ours / f"{name}.pem", "--tls-key", ours / f"{name}.key")
         return ("--data", "digits", "--threads", 1, *keys, "--token-file", own)
 
     with serving(tmp_path, *guarded) as (_, address):
         run = ("--run", tmp_path / "device", "--publish-head", "--limit", 400)
-        done = pair.device("train", address, *run, *options("pi", "alice"), capture_output=True)
+        done = pair.device("train", address, *run, *options("pi", "pi"), capture_output=True)
         log = (tmp_path / "log").read_text()
         assert done.returncode == 0, done.stdout + done.stderr + log
         assert "Warning" not in done.stdout + log and "Not encrypted" not in done.stdout + log
         assert "certificate pi trains test-plain" in log
-        used = pair.device("evaluate", address, *options("hut", "bob"), capture_output=True)
+        borrowed = pair.device("evaluate", address, *options("hut", "pi"), capture_output=True)
+        assert borrowed.returncode == 1 and "that of another device than the certificate" in borrowed.stderr
+        used = pair.device("evaluate", address, *options("hut", "hut"), capture_output=True)
         assert used.returncode == 0 and "pictures classified correctly" in used.stdout, used.stdout + used.stderr
         assert "The run is served from now on" in (tmp_path / "log").read_text()
 

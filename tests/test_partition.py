@@ -35,6 +35,29 @@ class Residual(nn.Module):
         return self.last(y).mean((2, 3))
 
 
+class Sized(nn.Module):
+    """Notes shapes early and uses them late: the number of pictures, what is the same for any, and a whole shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4 * 30 * 30, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pictures, shape = x.size(0), x.shape
+        x = self.first(x)
+        _, channels, height, width = x.shape
+        x = (x.relu() * shape[2]).view(shape[0], channels, height * width)
+        return self.last(x.reshape(pictures, -1))
+
+
+class Counted(nn.Module):
+    """Needs behind the cut what hangs on the number of pictures and is not it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.size(0) * 32
+        return x.relu().reshape(rows, -1).sum(1).reshape(x.size(0), -1)
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -95,6 +118,19 @@ def test_functional_dropout_follows_the_mode_of_its_half() -> None:
     assert not torch.equal(tail(activation), tail(activation))
     tail.eval()
     assert torch.equal(tail(activation), tail(activation))
+
+
+def test_sizes_do_not_cross() -> None:
+    """The tail knows them: as many pictures as activations come, and all else is the same for each."""
+    model = Sized().eval()
+    names = [cut.name for cut in describe_cuts(model, INPUT)]
+    assert {"first", "relu", "mul", "view"} <= set(names)
+    for name in names:
+        head, tail = split(model, name, INPUT)
+        for pictures in (1, 5):
+            x = torch.randn(pictures, *INPUT)
+            assert torch.equal(tail(head(x)), model(x)), name
+    assert "relu" not in [cut.name for cut in describe_cuts(Counted(), INPUT)]
 
 
 def test_a_residual_edge_across_the_cut_is_refused() -> None:
