@@ -21,8 +21,8 @@ from rich.table import Table
 from benchmarks import inprocess
 from benchmarks.machine import machine
 from common.checkpoint import EVERY, Checkpoints
-from common.progress import size
 from common.schedule import Phase
+from common.words import size
 from device_client.data import Dataset, Part
 from device_client.trainer import Trainer
 from edge_server.training import Training

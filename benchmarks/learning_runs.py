@@ -26,7 +26,8 @@ from device_client import batches
 from device_client.data import Dataset, Part, load
 from device_client.inputs import sent_batches
 from device_client.trainer import Trainer
-from edge_server.training import Judgement, Training, judge
+from edge_server.judging import Judgement, judge
+from edge_server.training import Training
 
 NETWORKS = Path("runs/learning")  # the trained networks that prune starts from
 Job = tuple[str, int, str, bool]  # case, seed, model, quick

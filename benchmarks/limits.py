@@ -62,7 +62,7 @@ def beside(folder: Path, rounds: int = _ROUNDS, steps: int = _STEPS) -> dict[str
             times = []
             for _ in range(count):
                 started = time.perf_counter()
-                remote.learn(step, PHASE, *BATCH, None)
+                remote.learn(step, PHASE, *BATCH)
                 times.append(time.perf_counter() - started)
                 step += 1
             return times

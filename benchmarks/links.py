@@ -58,7 +58,7 @@ class Device:
     def step(self, count: int = 1) -> float:
         started = time.monotonic()
         for _ in range(count):
-            self.remote.learn(self._step, PHASE, *BATCH, None)
+            self.remote.learn(self._step, PHASE, *BATCH)
             self._step += 1
         return round(time.monotonic() - started, 1)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.faults import points, runs
 from benchmarks.tables import table
-from common.progress import size
+from common.words import size
 
 PAGE = Path("docs/reliability.md")
 RESULTS = Path("benchmarks/results")

@@ -26,7 +26,7 @@ from benchmarks.faults import points, proxy, runs
 from benchmarks.faults.proxy import Fault, Proxy
 from benchmarks.faults.rig import SIDES, Rig
 from benchmarks.machine import machine
-from common.progress import duration
+from common.words import duration
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

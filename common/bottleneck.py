@@ -7,8 +7,6 @@ important ones (the paper's way), "linear" a learnt 1x1 map. Shapes: activation 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -157,63 +155,3 @@ def build(kind: str, channels: int, seed: int) -> tuple[Encoder, Decoder]:
             encoder.weight.copy_(rotation)
             decoder.weight.copy_(rotation.T)
     return encoder, decoder
-
-
-# Of the sensitivity's mean, what every direction has: one that the loss never felt is not thrown away for nothing.
-_FELT_AT_LEAST = 0.01
-
-
-def principal_components(activations: Iterable[Tensor], sensitivity: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Components [C, C] (rows, most important first) and mean [C] of activations [B, C, ...] over all else.
-
-    Orthonormal and by their variance; with a `sensitivity` S [C, C] (`feel`) those that keep x - x' small where it
-    counts, in (x - x')' S (x - x'): components of sqrt(S) x, as far apart as the loss feels them.
-    Batch by batch: all of them at once would take gigabytes where maps are large.
-    """
-    count, total, products = 0, torch.zeros(()), torch.zeros(())
-    for activation in activations:
-        points = activation.detach().transpose(0, 1).reshape(activation.shape[1], -1).double()
-        count += points.shape[1]
-        total = total + points.sum(dim=1)
-        products = products + points @ points.T
-    mean = total / count
-    covariance, root = products / count - torch.outer(mean, mean), torch.eye(len(mean), dtype=torch.float64)
-    if sensitivity is not None:
-        root = _root(sensitivity.double())
-    _, vectors = torch.linalg.eigh(root @ covariance @ root)
-    components = vectors.flip(1).T @ root
-    # eigh leaves the sign open; the largest entry is made positive so that equal data give equal components.
-    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-    return (components * largest.sign()).float().contiguous(), mean.float()
-
-
-def _root(sensitivity: Tensor) -> Tensor:
-    """Symmetric square root of a sensitivity whose mean is made 1."""
-    values, vectors = torch.linalg.eigh(sensitivity)
-    values = values.clamp_min(0)
-    values = values / values.mean() * (1 - _FELT_AT_LEAST) + _FELT_AT_LEAST
-    return vectors @ torch.diag(values.sqrt()) @ vectors.T
-
-
-def feel(gradient: Tensor) -> Tensor:
-    """What the loss feels of each direction of the sent channels [w, w], from dLoss/dSent [B, w, ...]: the mean of
-    g g' over pictures and places (the activation's empirical Fisher information; Hsu et al., arXiv 2207.00112, weight a
-    factorisation by that of the weights)."""
-    points = gradient.detach().transpose(0, 1).reshape(gradient.shape[1], -1)
-    return points @ points.T / points.shape[1]
-
-
-def rank_channels(activation: Tensor, gradient: Tensor) -> Tensor:
-    """What each channel [C] is worth to the loss: |sum of activation x gradient| a picture, summed over pictures.
-
-    First-order Taylor criterion (Molchanov et al., arXiv 1611.06440): the change of the loss if it were zero.
-    """
-    product = (activation * gradient).flatten(2) if activation.dim() > 2 else (activation * gradient)[:, :, None]
-    return product.sum(dim=2).abs().sum(dim=0)
-
-
-def reorder(order: tuple[int, ...], sent: int, scores: Tensor) -> tuple[int, ...]:
-    """A new order by `scores` [C]; the first `sent` of the old one stay in front, so widths stay prefixes."""
-    best = sorted(order[:sent], key=lambda channel: -float(scores[channel]))
-    rest = sorted(order[sent:], key=lambda channel: -float(scores[channel]))
-    return tuple(best + rest)

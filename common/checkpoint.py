@@ -96,7 +96,7 @@ class Checkpoints:
     def sound(self) -> tuple[list[int], list[str]]:
         """Steps of the checkpoints that can be gone on from, the oldest first, and a warning for each other one.
 
-        Called once, by the process that owns the folder from now on: what an earlier one left half-written goes.
+        Called by the process that owns the folder from now on: what an earlier one left half-written goes.
         """
         good, warnings = [], []
         with contextlib.suppress(FileNotFoundError):

@@ -1,8 +1,7 @@
-"""The exceptions people see, and the one table between them and gRPC status.
+"""The exceptions people see.
 
 Each message is one sentence or two that say what was wrong, where, and what to do. Both command lines print
-it without a traceback; on the wire it travels as status details, and the class name as trailing metadata, so
-that the device raises the same error the server met.
+it without a traceback; how they cross the wire is rpc_errors.py's matter.
 
     DepruneError
     ├── RecipeError        a recipe that cannot be used
@@ -30,8 +29,6 @@ that the device raises the same error the server met.
 """
 
 from __future__ import annotations
-
-import grpc
 
 
 class DepruneError(Exception):
@@ -131,122 +128,6 @@ class RolledBackError(DepruneError):
         self.step = step
 
 
-_STATUS: dict[type[DepruneError], grpc.StatusCode] = {
-    RecipeError: grpc.StatusCode.FAILED_PRECONDITION,
-    ModelError: grpc.StatusCode.FAILED_PRECONDITION,
-    CutError: grpc.StatusCode.FAILED_PRECONDITION,
-    DataError: grpc.StatusCode.INVALID_ARGUMENT,
-    RunFolderError: grpc.StatusCode.INTERNAL,
-    FrameError: grpc.StatusCode.INVALID_ARGUMENT,
-    CodecError: grpc.StatusCode.DATA_LOSS,
-    TooLargeError: grpc.StatusCode.OUT_OF_RANGE,
-    VersionError: grpc.StatusCode.FAILED_PRECONDITION,
-    MismatchError: grpc.StatusCode.FAILED_PRECONDITION,
-    AuthError: grpc.StatusCode.UNAUTHENTICATED,
-    ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
-    BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    SessionError: grpc.StatusCode.NOT_FOUND,
-    StoreError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    DivergedError: grpc.StatusCode.ABORTED,
-    StoppedError: grpc.StatusCode.UNAVAILABLE,
-    FaultError: grpc.StatusCode.INTERNAL,
-    LinkError: grpc.StatusCode.UNAVAILABLE,
-}
-_BY_NAME = {cls.__name__: cls for cls in _STATUS}
-_METADATA_KEY = "deprune-error"
-# Words of a connection that was never made: where one breaks later, gRPC does not say so.
-_NEVER_MADE = "failed to connect"
-_NO_NAME = ("dns resolution failed", "errors resolving", "domain name not found")  # gRPC's words, by its resolvers
-# Beside a BusyError: milliseconds after which to try again. A device waits no longer than the minute.
-_RETRY_KEY = "retry-pushback-ms"
-_RETRY_MOST_S = 60.0
-
-
 def printable(text: str, most: int) -> str:
     """What came from elsewhere, fit for a terminal and a log: cut to `most` characters, without control characters."""
     return "".join(character if character.isprintable() else "?" for character in text[:most])
-
-
-def abort(context: grpc.ServicerContext, error: DepruneError) -> None:
-    """End the RPC with the status, sentence and class name of `error`; raises, as grpc's own abort does."""
-    metadata = [(_METADATA_KEY, type(error).__name__)]
-    if isinstance(error, BusyError) and error.retry_after_s is not None:
-        metadata.append((_RETRY_KEY, str(round(error.retry_after_s * 1000))))
-    context.set_trailing_metadata(tuple(metadata))
-    # gRPC replaces a status that is too long by one of its own, which says something else.
-    context.abort(_STATUS.get(type(error), grpc.StatusCode.UNKNOWN), printable(str(error), 1000))
-
-
-def _reason(details: str) -> str:
-    """The part of gRPC's account of a failure that means something to a person."""
-    if _is_no_name(details):
-        return "no such host name is known"
-    for words in ("Connection refused", "Connection reset", "Network is unreachable", "No route to host", "Timeout",
-                  "Tls handshake failed"):  # fmt: skip
-        if words.lower() in details.lower():
-            return words
-    return details
-
-
-def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
-    """What it means where a connection ended in its first moments; TLS says little to the other side by design."""
-    if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
-        return AuthError(
-            f"what answers at {server} is not trusted: its certificate must be of the authority in --tls-ca, for this "
-            f"host name and not run out, by this device's clock"
-        )
-    if "WRONG_VERSION_NUMBER" in details:
-        return LinkError(f"the server at {server} does not use TLS; start it with --tls-cert, or leave out --tls-ca")
-    if "Failed parsing HTTP/2" in details:
-        return LinkError(f"what answers at {server} is no edge-server, but another program; check the port")
-    if _NEVER_MADE in details and "Socket closed" in details:
-        what = f"the server at {server} closed the connection before anything was said"
-        return LinkError(f"{what}: {doubt}; else it may be stopping" if doubt else f"{what}: it may be stopping")
-    return None
-
-
-def _retry_after(milliseconds: str) -> float | None:
-    return min(int(milliseconds) / 1000, _RETRY_MOST_S) if milliseconds.isdecimal() else None
-
-
-def was_sent(error: grpc.RpcError) -> bool:
-    """Whether anything of the call can have crossed the link: a connection was there for it."""
-    details = error.details() or ""
-    return _NEVER_MADE not in details and not _is_no_name(details)
-
-
-def _is_no_name(details: str) -> bool:
-    return any(words in details.lower() for words in _NO_NAME)
-
-
-def from_rpc(error: grpc.RpcError, server: str, doubt: str = "") -> DepruneError:
-    """The error that `error` stands for, seen from a device connected to `server` (HOST:PORT).
-
-    `doubt`: what may be amiss with how the device reaches it (Access.doubt), for where the server itself can't say.
-    """
-    code, details = error.code(), error.details() or ""
-    metadata: dict[str, str] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
-    if metadata.get(_METADATA_KEY) == BusyError.__name__:
-        return BusyError(details, _retry_after(metadata.get(_RETRY_KEY, "")))
-    if metadata.get(_METADATA_KEY) in _BY_NAME:
-        return _BY_NAME[metadata[_METADATA_KEY]](details)
-    if code == grpc.StatusCode.UNAVAILABLE and (handshake := _handshake(details, server, doubt)):
-        return handshake
-    if code == grpc.StatusCode.UNAVAILABLE:
-        return AbsentError(
-            f"no server answers at {server} ({_reason(details)}); check the address and that edge-server runs there"
-        )
-    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return AbsentError(f"the server at {server} did not answer in time; check the link")
-    if code == grpc.StatusCode.UNIMPLEMENTED:
-        return VersionError(f"what answers at {server} is not a deprune edge-server of a matching version ({details})")
-    if code == grpc.StatusCode.CANCELLED:
-        return StoppedError(
-            f"the server at {server} ended this stream: it had heard nothing for longer than its --idle-time, or a "
-            f"newer connection of this device took its place"
-        )
-    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
-        return TooLargeError(f"a message was over what the server at {server} takes ({details})")
-    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:  # of gRPC's own, before any of our code
-        return BusyError(f"the server at {server} has no room for another call ({details})", 5.0)
-    return LinkError(f"the server at {server} failed with {code.name}: {details}")

@@ -13,7 +13,8 @@ from torch import fx, nn
 from torch.nn import functional
 
 from common.codecs import codec
-from common.codecs.base import Support
+from common.codecs.base import Aside, Support
+from common.rpc import split_pb2 as pb
 from common.schedule import Phase
 
 _RELUS = {nn.ReLU, nn.ReLU6, functional.relu, functional.relu6, functional.relu_, "relu", "relu_"}
@@ -35,6 +36,11 @@ class Gate:
         """
         exact = self.rectified and codec(phase.activation_codec).exact_zeros
         return sent != 0 if exact else None
+
+    def aside(self, seed: int, step: int, sent: np.ndarray, phase: Phase) -> Aside:
+        """What both sides know of the gradient that answers a step's activation [B, width, ...], as it was decoded or
+        will be."""
+        return Aside((seed, step, pb.GRADIENT), self.support(sent, phase))
 
 
 def rectified(head: fx.GraphModule) -> bool:

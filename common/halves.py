@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import bottleneck, models
+from common import bottleneck, importance, models
 from common.errors import ModelError
 from common.gate import Gate, rectified
 from common.norms import Norms
@@ -73,7 +73,7 @@ class Tail(nn.Module):
             return
         places = self.bottleneck.places(gradient.shape[1])
         here = places[:, None], places[None]
-        before, now = self.sensitivity[here], bottleneck.feel(gradient)
+        before, now = self.sensitivity[here], importance.feel(gradient)
         # What was never felt is taken as it comes.
         self.sensitivity[here] = torch.where(before == 0, now, before.lerp(now, 0.1))
 

@@ -63,8 +63,7 @@ def adopt(
     require_all(source, recipe, manifest)
     kept = ("layers.", "bottleneck.", "sensitivity") if old == new else ("layers.", "sensitivity")
     # What the widths of a nested run learnt apart is not taken over: the new run has widths of its own.
-    theirs = {name: value for name, value in trained.items() if not name.startswith("norms.")}
-    theirs = {name: value for name, value in theirs.items() if old == new or name.startswith(kept)}
+    theirs = {name: value for name, value in trained.items() if name.startswith(kept)}
     own = {name: value for name, value in half.state_dict().items() if not name.startswith(kept)}
     theirs = with_classes(theirs, half.state_dict(), recipe, source)
     weights.fill(half, theirs | own, "model.init")

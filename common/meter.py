@@ -55,7 +55,7 @@ def count_of(frame: pb.Frame) -> tuple[str, Count]:
 
 
 class Meter:
-    """One session's books on one side; safe to use from several threads."""
+    """One run's books on one side (before a run has begun, one visit's); safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

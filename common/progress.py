@@ -1,17 +1,20 @@
-"""Live progress for a person: a moving line on a terminal, a plain line now and then where output is a file."""
+"""What a person sees: notes and warnings, and live progress, a moving line on a terminal or a plain line now and then
+where output is a file."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import IO, Any, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
+
+from common.words import duration, size
 
 # Plain lines come at most this often, and at each change of width.
 _EVERY_S = 10.0
@@ -20,26 +23,12 @@ _COUNTED_S = 3.0  # before the first line of what is counted
 _SPARED = ("accuracy", "width", "loss")
 
 
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000 as links are: 12.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
+def note(console: Console, sentence: str) -> None:
+    console.print(f"[yellow]Note[/yellow]: {escape(sentence)}", highlight=False)
 
 
-def several(count: float, what: str) -> str:
-    """1 step, 1,200 steps, 1.5 epochs."""
-    return f"{count:{',' if isinstance(count, int) else 'g'}} {what}" + "s" * (count != 1)
-
-
-def duration(seconds: float) -> str:
-    if math.isinf(seconds):
-        return "any time"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def warn(console: Console, sentence: str) -> None:
+    console.print(f"[yellow]Warning[/yellow]: {escape(sentence)}", highlight=False)
 
 
 class _Losing:
@@ -102,7 +91,7 @@ class Counting:
 
 
 class Live:
-    """Shows steps done, width, loss, accuracy, bytes and the time left, until `close`."""
+    """Shows steps done, width, loss, accuracy, bytes and the time left, while it is entered."""
 
     def __init__(self, console: Console, steps: int, done: int = 0, name: str = "step") -> None:
         """`done` of the `steps`, which are called `name`, were made before, by another process perhaps."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 import tomllib
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,7 +59,9 @@ class DataRecipe:
     mean: tuple[float, ...] = (0.5,)  # subtracted from pixels in 0..1; one number, or one a channel
     std: tuple[float, ...] = (0.25,)  # then divided by
     validation: float = 0.0  # share of the training pictures held out; a plateau schedule needs some
-    evaluation_batch: int = 256  # pictures a batch when judging; never changes the result, only the speed
+    # Pictures a batch when judging: a matter of speed, but for a little that codecs make of it, which round what
+    # crosses together by one step.
+    evaluation_batch: int = 256
 
     def __post_init__(self) -> None:
         demand(1 <= self.batch <= 65536, f"data.batch is {self.batch}; give 1 to 65536")
@@ -83,6 +86,11 @@ class BottleneckRecipe:
     def __post_init__(self) -> None:
         one_of("bottleneck.kind", self.kind, ("none", "channels", "linear"))
         one_of("bottleneck.start", self.start, ("auto", "orthogonal", "principal", "weighted"))
+        demand(
+            self.kind != "channels" or self.start == "auto",
+            'bottleneck.start is about kind "linear"; kind "channels" begins with the channels that matter most: leave '
+            "it out",
+        )
         demand(self.principal_pictures >= 1, "bottleneck.principal_pictures must be 1 or more")
         demand(self.ranking_steps >= 1, "bottleneck.ranking_steps must be 1 or more")
 
@@ -179,6 +187,15 @@ class ScheduleRecipe:
             demand(not self.phases, 'schedule.phases belongs to kind "epochs"; a plateau schedule has widths')
             demand(len(self.widths) > 0, "schedule.widths is empty; a plateau schedule needs the widths in order")
             demand(self.patience >= 1 and self.max_epochs >= 1, "schedule.patience and max_epochs must be 1 or more")
+            demand(
+                self.patience < self.max_epochs,
+                f"schedule.patience is {self.patience}, and the run ends after max_epochs, {self.max_epochs}: no "
+                f"width would come to its end before",
+            )
+            demand(
+                all(one != other for one, other in pairwise(self.widths)),
+                f"schedule.widths has {list(self.widths)}; the next width must be another",
+            )
             demand(0 <= self.min_gain < 1, f"schedule.min_gain is {self.min_gain}; give a share from 0 up to below 1")
             demand(not self.budget_mb, 'schedule.budget_mb belongs to kind "epochs"; a plateau decides its own length')
 

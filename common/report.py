@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from common.meter import DOWN, UP, Meter
-from common.progress import duration, size
 from common.recipe import Recipe
 from common.schedule import RANK, Phase
 from common.tcp_info import KernelBytes
 from common.wire import label_type
+from common.words import duration, size
 
 # What a plain run needs too, and so what the comparison is made on; weights, evaluation and control stand apart.
 _TRAINING = {"up": ("activation", "label"), "down": ("gradient",)}

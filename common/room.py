@@ -6,9 +6,9 @@ import math
 
 from common.codecs import codec
 from common.errors import RecipeError
-from common.progress import several, size
 from common.recipe import Recipe
 from common.schedule import ends_of
+from common.words import several, size
 
 # Steps before a run can be judged by what they cost.
 FIRST = 8

@@ -94,6 +94,17 @@ class MetricsLog:
         self._file.close()
 
 
+def metrics_line(
+    step: int, phase: Phase, width: int, loss: float, accuracy: float, crossed: Mapping[str, int],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    """A line of metrics.jsonl. `crossed`: bytes of the step's messages up and down; `seconds` by what they went for."""
+    return {
+        "step": step, "phase": phase.index, "width": width, "loss": loss, "accuracy": accuracy, "bytes": crossed,
+        "seconds": {name: round(value, 6) for name, value in seconds.items()},
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Manifest:
     """run.json: what a half needs to know of the run it belongs to."""
@@ -102,7 +113,6 @@ class Manifest:
     digest: str
     classes: tuple[str, ...]
     phase: Phase  # the last one: how the bottleneck and the codecs stand
-    finished: bool = False
 
 
 @dataclass
@@ -274,11 +284,9 @@ class RunFolder:
         try:
             table = json.loads((self.path / "run.json").read_text())
             phase = phase_from(table["phase"])
-            manifest = Manifest(table["run_id"], table["digest"], tuple(table["classes"]), phase, table["finished"])
+            manifest = Manifest(table["run_id"], table["digest"], tuple(table["classes"]), phase)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{self.path}/run.json is damaged: {error!r}") from error
-        if not manifest.finished:
-            raise RunFolderError(f"the run in {self.path} was not finished; train it to its end first")
         return recipe, text, manifest
 
     def fill_half(self, name: str, half: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Which phase comes when: pure functions of the recipe's schedule, and the plateau's small state.
 
-Called by the server's coordinator alone; the device is told.
+Called by the server's coordinator, and for what is to be expected of a budget; the device is told.
 """
 
 from __future__ import annotations

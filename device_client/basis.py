@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from common.bottleneck import LinearEncoder, principal_components
+from common.bottleneck import LinearEncoder
+from common.importance import principal_components
 from device_client import batches
 from device_client.data import Part
 from device_client.inputs import sent_batches
@@ -24,7 +25,7 @@ def rotate(trainer: Trainer) -> None:
     """
     encoder = trainer.head.bottleneck
     assert isinstance(encoder, LinearEncoder)
-    encoder.resize(trainer.start_width)
+    encoder.resize(trainer.channels)
     trainer.head.eval()
     count = min(trainer.recipe.bottleneck.principal_pictures, len(trainer.data.train))
     # Some of all classes: a folder lists one after the other.

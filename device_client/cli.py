@@ -7,7 +7,8 @@ that help, wrong options, a server that is not there and pictures that cannot be
 from __future__ import annotations
 
 import contextlib
-import math
+import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,14 @@ from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
 from common.errors import AbsentError, AuthError, DataError, MismatchError, RunFolderError
 from common.meter import DOWN, UP
-from common.progress import Counting, Screen, several, size
+from common.progress import Counting, Screen, note, warn
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
 from common.tokens import exposed
+from common.words import several, size
 from device_client import data as data_module
 from device_client.connection import GIVE_UP_S
+from device_client.options import DATA, SHARED, TRAIN, USE, with_options
 from device_client.remote_tail import RemoteTail
 from device_client.sources import check_source
 
@@ -36,72 +39,6 @@ if TYPE_CHECKING:
 
 console = Screen(soft_wrap=True)
 
-_PLACE = click.Path(file_okay=False, path_type=Path)
-_OWN_RUN = [click.option("--run", "run_path", required=True, type=_PLACE, help="Folder of the run on this device.")]
-_ANY_RUN = [click.option("--run", "run_path", type=_PLACE, help="Folder of the run on this device; left out: the head "
-                         "that the server publishes.")]  # fmt: skip
-_WIDTH = [click.option("--width", type=click.IntRange(1), help="Send so many channels, of the widths that the run was "
-                      "trained for; default: its last.")]  # fmt: skip
-
-
-class Seconds(click.FloatRange):
-    """So many, or inf."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            known = not math.isnan(float(value))
-        except ValueError:
-            known = False
-        if not known:
-            self.fail(f"{value} is no number of seconds; give one, or inf.", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-_SHARED = [
-    click.argument("server", metavar="HOST:PORT"),
-    click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
-                 help="Code that the server's recipe may name as its model; can be repeated."),
-    click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores."),
-    click.option("--device", "processor", default="cpu", show_default=True, metavar="NAME",
-                 help="Where the head computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one."),
-    click.option("--tls-ca", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                 help="Encrypt, and trust servers whose certificate this authority (PEM) signed."),
-    click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                 help="This device's own certificate (PEM), where the server wants one."),
-    click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its key (PEM)."),
-    click.option("--token-file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                 help="File with the token, where the server wants one; default: the token in DEPRUNE_TOKEN."),
-]  # fmt: skip
-
-
-class _Source(click.ParamType):
-    """Says what may be given where nothing was."""
-
-    name = "source"
-
-    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
-        return "Give digits, which are bundled, folder:PATH with train/CLASS and test/CLASS, or npz:PATH."
-
-
-_WAIT = [click.option("--wait", default=0.0, type=Seconds(0), metavar="SECONDS",
-                      help="Keep trying so long, or for ever with inf, while the server is not up yet or has no "
-                      "room.")]  # fmt: skip
-_DATA = [
-    click.option(
-        "--data", "source", required=True, metavar="SOURCE", type=_Source(), help="digits, folder:PATH or npz:PATH."
-    ),
-    click.option("--skip-unreadable", is_flag=True, help="Leave unreadable pictures out instead of stopping."),
-]
-
-
-def _with(options: list[Any]) -> Any:
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
 
 @click.group()
 @click.version_option(package_name="deprune")
@@ -110,21 +47,21 @@ def cli() -> None:
 
 
 def _connect(
-    server: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None,
-    token_file: Path | None, give_up_s: float = GIVE_UP_S, stalled_s: float = STALLED_S,
-) -> RemoteTail:  # fmt: skip
+    server: str, access: dict[str, Any], give_up_s: float = GIVE_UP_S, stalled_s: float = STALLED_S
+) -> RemoteTail:
+    """`access`: the fields of Access, as options."""
     try:
-        access = Access(tls_ca, tls_cert, tls_key, token_file)
+        reached = Access(**access)
     except AuthError as error:  # options that don't go together
         raise click.UsageError(str(error)) from error
     host, _ = parse_address(server)
-    if not tls_ca and not is_loopback(host):
+    if not reached.tls_ca and not is_loopback(host):
         console.print(
             "[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link."
         )
-    for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
-        console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
-    remote = RemoteTail(server, access, give_up_s=give_up_s, stalled_s=stalled_s)
+    for warning in filter(None, (exposed(path) for path in (reached.tls_key, reached.token_file) if path)):
+        warn(console, warning)
+    remote = RemoteTail(server, reached, give_up_s=give_up_s, stalled_s=stalled_s)
     remote.say = _say
     return remote
 
@@ -140,8 +77,7 @@ def _compute_with(threads: int | None, name: str) -> torch.device:
     return choose(name)
 
 
-def _say(sentence: str) -> None:
-    console.print(f"[yellow]Note[/yellow]: {escape(sentence)}", highlight=False)
+_say = partial(note, console)
 
 
 def _finished(run_path: Path | None) -> RunFolder | None:
@@ -181,38 +117,11 @@ def _load(
 
 
 @cli.command()
-@_with(_SHARED + _OWN_RUN + _DATA + _WAIT)
-@click.option("--limit", type=click.IntRange(1), help="Use only so many training pictures.")
-@click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder.")
-@click.option(
-    "--head",
-    "head_path",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Run folder with the trained head, where the recipe starts from a finished run.",
-)
-@click.option(
-    "--give-up-after",
-    default=GIVE_UP_S,
-    show_default=True,
-    type=Seconds(0),
-    metavar="SECONDS",
-    help="Keep trying so long to get a lost server back; where it comes back and is lost again, anew, up to ten times. "
-    "The run can go on later all the same.",
-)
-@click.option(
-    "--stalled-after",
-    default=STALLED_S,
-    show_default=True,
-    type=Seconds(0, min_open=True),
-    metavar="SECONDS",
-    help="Connect anew where an answer is due and nothing has moved on the link for so long.",
-)
-@click.option("--publish-head", is_flag=True, help="Give the trained head to the server at the end.")
+@with_options(SHARED + DATA + TRAIN)
 def train(
-    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, processor: str, tls_ca: Path | None,
-    tls_cert: Path | None, tls_key: Path | None, token_file: Path | None, source: str, skip_unreadable: bool,
-    limit: int | None, overwrite: bool, head_path: Path | None, wait: float, give_up_after: float, stalled_after: float,
-    publish_head: bool,
+    server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, processor: str, source: str,
+    skip_unreadable: bool, limit: int | None, overwrite: bool, head_path: Path | None, wait: float,
+    give_up_after: float, stalled_after: float, publish_head: bool, **access: Any,
 ) -> None:  # fmt: skip
     """Train the server's recipe on this device's pictures.
 
@@ -229,11 +138,11 @@ def train(
     if saved:
         kept, warnings = Checkpoints(folder.checkpoints, saved["run_id"], saved["digest"]).sound()
         for warning in warnings:
-            console.print(f"[yellow]Warning[/yellow]: {escape(warning)}")
+            warn(console, warning)
     done = None if overwrite else folder.finished()
     if not saved and not done:
         folder.prepare(overwrite)
-    remote = _connect(server, tls_ca, tls_cert, tls_key, token_file, give_up_after, stalled_after)
+    remote = _connect(server, access, give_up_after, stalled_after)
     try:
         if done:
             # A server that trains another run refuses; one that is gone need not be there.
@@ -292,15 +201,15 @@ def train(
 
 
 @cli.command()
-@_with(_SHARED + _ANY_RUN + _WIDTH + _DATA + _WAIT)
+@with_options(SHARED + DATA + USE)
 def evaluate(
-    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str,
-    tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
-    width: int | None, source: str, skip_unreadable: bool, wait: float,
+    server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str, source: str,
+    skip_unreadable: bool, width: int | None, wait: float, as_json: bool, **access: Any,
 ) -> None:  # fmt: skip
     """Judge the trained halves on the test part of SOURCE."""
+    console.stderr = as_json
     check_source(source)
-    remote = _connect(server, tls_ca, tls_cert, tls_key, token_file)
+    remote = _connect(server, access)
     try:
         finished = _finished(run_path)
         from device_client import use
@@ -313,6 +222,10 @@ def evaluate(
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
     finally:
         remote.close()
+    if as_json:
+        answer = {"accuracy": verdict.accuracy, "loss": verdict.loss, "pictures": verdict.count}
+        click.echo(json.dumps(answer | {"width": head.bottleneck.width, "bytes": {UP: up, DOWN: down}}))
+        return
     console.print(
         f"[bold]{verdict.accuracy:.2%}[/bold] of {verdict.count:,} pictures classified correctly, "
         f"loss {verdict.loss:.4f}; {size(up)} up, {size(down)} down.",
@@ -321,15 +234,15 @@ def evaluate(
 
 
 @cli.command()
-@_with(_SHARED + _ANY_RUN + _WIDTH + _WAIT)
+@with_options(SHARED + USE)
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 def predict(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str,
-    tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None,
-    width: int | None, pictures: tuple[Path, ...], wait: float,
+    width: int | None, pictures: tuple[Path, ...], wait: float, as_json: bool, **access: Any,
 ) -> None:  # fmt: skip
-    """Name the class of each PICTURE, with its probability."""
-    remote = _connect(server, tls_ca, tls_cert, tls_key, token_file)
+    """Name the class of each PICTURE, with its probability; in JSON with that of each class."""
+    console.stderr = as_json
+    remote = _connect(server, access)
     try:
         finished = _finished(run_path)
         from device_client import use
@@ -343,9 +256,12 @@ def predict(
     for name in ("picture", "class"):
         table.add_column(name, overflow="fold")
     table.add_column("probability", justify="right")
-    for path, name, chance in answers:
-        table.add_row(escape(str(path)), escape(name), f"{chance:.1%}")
-    # A line for each picture where a program reads them, however long a path is.
-    console.print(table, width=None if console.is_terminal else _LONG, crop=False)
+    for path, chances in answers:
+        best = max(chances, key=chances.__getitem__)
+        table.add_row(escape(str(path)), escape(best), f"{chances[best]:.1%}")
+        if as_json:
+            click.echo(json.dumps({"picture": str(path), "class": best, "probabilities": chances}))
+    if not as_json:  # a line for each picture where a program reads them, however long a path is
+        console.print(table, width=None if console.is_terminal else _LONG, crop=False)
     if missing := len(pictures) - len(answers):
         raise DataError(f"{missing:,} of {len(pictures):,} pictures were left out, for they cannot be read")

@@ -30,21 +30,20 @@ from common.errors import (
     SessionError,
     StoppedError,
     VersionError,
-    from_rpc,
     printable,
-    was_sent,
 )
 from common.meter import DOWN, UP, Draft, Meter
 from common.phase_message import phase_of
-from common.progress import duration
 from common.pulse import STALLED_S
 from common.recipe import Recipe
 from common.report import Faults
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
+from common.rpc_errors import from_rpc, was_sent
 from common.schedule import Phase
 from common.tcp_info import Kernel, KernelBytes, find_server
 from common.wire import Place
+from common.words import duration
 from device_client.link import CURABLE, Came, Stream, Trouble
 
 GIVE_UP_S = 600.0

@@ -1,6 +1,6 @@
 """Reads the device's own pictures into memory: `digits`, `folder:PATH` or `npz:PATH`, as uint8 at the model's size.
 
-The command line calls `load` once before a run and `load_picture` for a prediction. Which pictures are wanted,
+`load` is called once before a run or an evaluation, `load_picture` for a prediction. Which pictures are wanted,
 whether they fit in memory and which cannot be read is decided here, for all sources alike.
 """
 

@@ -24,13 +24,13 @@ from common.errors import (
     SessionError,
     StoppedError,
     VersionError,
-    from_rpc,
 )
 from common.meter import DOWN, Draft
-from common.progress import duration, several
 from common.pulse import STALLED_S, Pulse
 from common.rpc import split_pb2 as pb
+from common.rpc_errors import from_rpc
 from common.tcp_info import Connection, find_server
+from common.words import duration, several
 
 # What a new connection may cure: a lost link, a server that is being replaced or is still busy with the old stream,
 # certificates that are being exchanged, a fault of the server's own, and bytes that were damaged on the way, which may

@@ -15,17 +15,18 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.markup import escape
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common import bottleneck, optim, weights
+from common import importance, optim, weights
+from common.bottleneck import LinearEncoder
 from common.checkpoint import Checkpoints, due, part
 from common.errors import DataError, DivergedError, MismatchError, ModelError, RunFolderError
 from common.halves import MOST_FELT, reseed
 from common.processor import fits
-from common.progress import Live, several
+from common.progress import Live, warn
 from common.schedule import Phase, steps_of
+from common.words import several
 from device_client.inputs import batches_of, computing, training_batch
 
 if TYPE_CHECKING:
@@ -72,12 +73,12 @@ class Local:
         self._check()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
-            self.classifier = Classifier(trainer.start_width, len(trainer.cut) - 1, self.recipe.model.classes)
+            self.classifier = Classifier(trainer.channels, len(trainer.cut) - 1, self.recipe.model.classes)
         self.classifier.to(trainer.processor)
         self.per_epoch = len(trainer.data.train) // trainer.batch
         self.steps = max(1, steps_of(self.recipe.local.epochs, self.per_epoch))
         self.lr = self.recipe.local.lr or self.recipe.optimiser.lr
-        self.course = Phase(0, 0, trainer.start_width, "fp32", "fp32", self.lr, 0, self.steps)
+        self.course = Phase(0, 0, trainer.channels, "fp32", "fp32", self.lr, 0, self.steps)
         self.optimiser = optim.build(
             self.recipe.optimiser, nn.ModuleList([self.head.layers, self.classifier]), nn.Module()
         )
@@ -157,15 +158,15 @@ class Local:
 
     def sensitivity(self) -> Tensor | None:
         """What the loss feels of each direction that could be sent [C, C], on the processor; None of too many."""
-        encoder, channels = self.head.bottleneck, self.trainer.start_width
+        encoder, channels = self.head.bottleneck, self.trainer.channels
         if channels > MOST_FELT:
             return None
-        assert isinstance(encoder, bottleneck.LinearEncoder)
+        assert isinstance(encoder, LinearEncoder)
         self.head.eval(), self.classifier.eval()
         felt = torch.zeros(channels, channels, device=self.trainer.processor)
 
         def feel(gradient: Tensor) -> None:
-            felt.add_(bottleneck.feel(gradient.float()))
+            felt.add_(importance.feel(gradient.float()))
 
         for step in range(_FELT):
             self._loss(step, "the sensitivity", feel)[0].backward()
@@ -200,11 +201,7 @@ class Local:
         try:
             self.checkpoints.write(self.step, tensors, books)
         except RunFolderError as error:
-            self.trainer.console.print(
-                f"[yellow]Warning[/yellow]: no checkpoint of local step {self.step}: {escape(str(error))}; "
-                f"learning goes on",
-                highlight=False,
-            )
+            warn(self.trainer.console, f"no checkpoint of local step {self.step}: {error}; learning goes on")
 
     def _take_up(self) -> None:
         """Go on from what lies in the folder; RunFolderError where that is of another start and would be lost."""
@@ -215,7 +212,7 @@ class Local:
                 f"settings, or is damaged; give it those again, choose another --run, or pass --overwrite"
             )
         for warning in warnings:
-            self.trainer.console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
+            warn(self.trainer.console, warning)
         if good:
             self._restore(good[-1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ import numpy as np
 from common import wire
 from common.chooser import Chooser
 from common.codecs import NOTHING, Aside, codec
-from common.codecs.base import elements
 from common.errors import FrameError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_of
@@ -69,12 +69,12 @@ class RemoteTail(Connection):
         self._basis, self._basis_booked = list(wire.pack_raw(Place(pb.WEIGHTS, 0, 0), basis)), True
 
     def learn(
-        self, step: int, phase: Phase, sent: np.ndarray, labels: np.ndarray, support: np.ndarray | None, kept: int = 0
+        self, step: int, phase: Phase, sent: np.ndarray, labels: np.ndarray, aside: Aside = NOTHING, kept: int = 0
     ) -> tuple[np.ndarray | None, StepResult, dict[str, float]]:
         """One step: activation [B, width, ...] float32 and labels [B] up; gradient (as `sent`; None where the head is
         frozen) and result down, once the server has applied it; seconds spent on "encode", "wait", "decode".
 
-        `support`: where the gradient is needed, else it is zero. `kept`: the device's newest checkpoint, if this is it.
+        `aside`: what is known of the gradient. `kept`: the device's newest checkpoint, if this is it.
         """
         clock = time.perf_counter
         started, waited = clock(), self._waited
@@ -95,7 +95,7 @@ class RemoteTail(Connection):
             else:
                 booked = self._send(frames, booked)
             with Draft(self.meter) as draft:
-                gradient = None if phase.frozen else self._gradient(step, phase, sent.shape, support, draft)
+                gradient = None if phase.frozen else self._gradient(step, phase, sent.shape, aside, draft)
                 result = self._result(step, phase, draft)
                 draft.keep()
             return gradient, result
@@ -107,19 +107,16 @@ class RemoteTail(Connection):
 
     def _pack(self, place: Place, sent: np.ndarray, phase: Phase) -> Iterator[pb.Frame]:
         """Frames of an activation [B, width, ...], in the phase's codec."""
-        if elements(sent.shape) > self.opened.max_elements:
+        if math.prod(sent.shape) > self.opened.max_elements:
             raise TooLargeError(
-                f"{place}: {elements(sent.shape):,} elements are to be sent, and the server takes up to "
+                f"{place}: {math.prod(sent.shape):,} elements are to be sent, and the server takes up to "
                 f"{self.opened.max_elements:,}; lower data.batch in the recipe, or raise its --max-elements"
             )
         name = phase.activation_codec
         return wire.pack(place, self._chooser.encode(codec(name), sent, NOTHING), sent.shape, name)
 
-    def _gradient(
-        self, step: int, phase: Phase, shape: tuple[int, ...], support: np.ndarray | None, draft: Draft
-    ) -> np.ndarray:
+    def _gradient(self, step: int, phase: Phase, shape: tuple[int, ...], aside: Aside, draft: Draft) -> np.ndarray:
         receive, place = partial(self._stream.receive, draft), Place(pb.GRADIENT, step, phase.index)
-        aside = Aside((self.opened.recipe.seed, step, pb.GRADIENT), support)
         return wire.unpack(receive(), receive, place, shape, phase.gradient_codec, aside)
 
     def _result(self, step: int, phase: Phase, draft: Draft) -> StepResult:

@@ -10,21 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from common import checkpoint, codecs, halves, optim, report, weights
 from common.checkpoint import Checkpoints, due
+from common.codecs import NOTHING
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
 from common.inherit import adopt
 from common.meter import DOWN, UP
 from common.phase_message import phase_of
 from common.processor import fits
-from common.progress import Counting, Live, duration, several
+from common.progress import Counting, Live, warn
 from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
-from common.run import HEAD, Manifest, RunFolder
+from common.run import HEAD, Manifest, RunFolder, metrics_line
 from common.schedule import RECALL, Phase
+from common.words import duration, several
 from device_client.basis import rotate
 from device_client.data import Dataset, Part
 from device_client.inputs import computing, sent_batches, training_batch
@@ -81,7 +82,7 @@ class Trainer:
         self.cut, self.gate = built.cut, built.gate
         with fits("the head", self.processor):
             self.head = built.head.to(self.processor)
-        self.start_width = built.channels
+        self.channels = built.channels
         self.optimiser = optim.build(self.recipe.optimiser, self.head.layers, self.head.bottleneck)
         if self.opened.step is not None or self.opened.finished:
             self._take_up()
@@ -169,7 +170,7 @@ class Trainer:
         """Train from the present step to the last; `publish`: the head is to be, at the end."""
         judged = len(self.data.validation), len(self.data.test)
         ready = self.remote.begin(
-            len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.start_width
+            len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.channels
         )
         if not self.phases:
             self.opened = self.remote.opened  # which the beginning has given its id
@@ -231,8 +232,8 @@ class Trainer:
                 activation = self.head(inputs)
                 sent = activation.detach().cpu().numpy()
             forward = clock()
-            support = None if phase.frozen else self.gate.support(sent, phase)
-            gradient, result, seconds = self.remote.learn(step, phase, sent, labels, support, self._news())
+            aside = NOTHING if phase.frozen else self.gate.aside(self.recipe.seed, step, sent, phase)
+            gradient, result, seconds = self.remote.learn(step, phase, sent, labels, aside, self._news())
         received = clock()
         # Here the server has applied the step; nothing of it was applied on this side until now.
         if gradient is not None:
@@ -282,14 +283,11 @@ class Trainer:
         self.step, self.then = step + 1, result.then
         if result.next:
             self._switch(result.next)
-        line = {
-            "step": step, "phase": phase.index, "width": phase.width_at(self.recipe.seed, step), "loss": result.loss,
-            "accuracy": result.correct / self.batch, "bytes": self.remote.meter.lap(),
-            "seconds": {name: round(value, 6) for name, value in seconds.items()},
-        }  # fmt: skip
+        width, accuracy = phase.width_at(self.recipe.seed, step), result.correct / self.batch
+        line = metrics_line(step, phase, width, result.loss, accuracy, self.remote.meter.lap(), seconds)
         # Logged before a checkpoint says that the step is done: a process that dies in between leaves no gap.
         if warning := self.folder.log(line):
-            self.console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
+            warn(self.console, warning)
         self.checkpoints.confirm(result.kept)
         if due(self.step, self.opened.checkpoint_every, turn=bool(result.next) or result.then != pb.STEP):
             self.keep()
@@ -310,10 +308,7 @@ class Trainer:
             self.checkpoints.write(self.step, *state_of(self))
             checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
         except RunFolderError as error:
-            self.console.print(
-                f"[yellow]Warning[/yellow]: no checkpoint of step {self.step}: {escape(str(error))}; the run goes on",
-                highlight=False,
-            )
+            warn(self.console, f"no checkpoint of step {self.step}: {error}; the run goes on")
 
     def _switch(self, phase: Phase) -> None:
         self.phases.append(phase)
@@ -350,7 +345,7 @@ class Trainer:
         """Judge the test part, say goodbye, keep the head; the summary."""
         verdict = self._judge(self.data.test, pb.TEST)
         samples = self.step * self.batch
-        manifest = Manifest(self.opened.run_id, self.recipe.digest(), self.data.classes, self.phase, True)
+        manifest = Manifest(self.opened.run_id, self.recipe.digest(), self.data.classes, self.phase)
         # The head is safe before the server is told that all is done.
         self._write_head(manifest)
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
@@ -379,10 +374,7 @@ class Trainer:
                         f"{error}; the run has made all its steps and is not finished: make room, and start it again "
                         f"with the same --run to go on from its newest checkpoint"
                     ) from error
-                self.console.print(
-                    f"[yellow]Warning[/yellow]: {escape(str(error))}; trying again, gives up in {duration(left)}",
-                    highlight=False,
-                )
+                warn(self.console, f"{error}; trying again, gives up in {duration(left)}")
                 time.sleep(min(_ROOM_S, left))
 
     @property

@@ -17,11 +17,11 @@ from common import codecs, halves, weights
 from common.errors import BusyError, DataError, MismatchError, SessionError
 from common.halves import Head
 from common.processor import fits
-from common.progress import several
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
+from common.words import several
 from device_client.batches import Pictures
 from device_client.data import Dataset, Part, load_picture
 from device_client.inputs import sent_batches
@@ -120,8 +120,8 @@ def evaluate(remote: RemoteTail, head: Head, data: Dataset, say: Callable[[str],
 
 def predict(
     remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None]
-) -> Iterator[tuple[Path, str, float]]:
-    """Class and probability of each picture file that can be read; `say` is told of the others.
+) -> Iterator[tuple[Path, dict[str, float]]]:
+    """The probability of each class, for each picture file that can be read; `say` is told of the others.
 
     DataError where there is none.
     """
@@ -158,5 +158,4 @@ def predict(
     logits = _again(remote, attempt, say)
     chances = torch.from_numpy(logits).softmax(1)
     for path, chance in zip(paths, chances, strict=True):
-        best = int(chance.argmax())
-        yield path, opened.classes[best], float(chance[best])
+        yield path, dict(zip(opened.classes, chance.tolist(), strict=True))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 
-from common.codecs.base import elements
 from common.errors import ModelError
 from common.halves import Halves
 from common.recipe import Recipe
@@ -50,20 +52,26 @@ def batch(recipe: Recipe, halves: Halves) -> None:
                 value.copy_(values[name])
 
 
-def idle(recipe: Recipe, halves: Halves) -> str:
-    """Words for the operator where gradients would go to a head that learns nothing by them; "" where they don't."""
+def wasteful(recipe: Recipe, halves: Halves) -> Iterator[str]:
+    """Words for the operator about what will cross for nothing: gradients to a head that learns nothing by them, and
+    validation pictures that a frozen head makes the same of each time."""
     learns = any(parameter.requires_grad for parameter in halves.head.parameters())
-    if learns or all(phase.views for phase in recipe.schedule.phases):
-        return ""
-    return (
-        f"nothing before the cut {recipe.model.cut} learns, and gradients are sent there all the same: give the "
-        f"schedule's phases views, and nothing is sent down and each picture up but once a view"
-    )
+    views = [phase.views for phase in recipe.schedule.phases]
+    if not learns and not all(views):
+        yield (
+            f"nothing before the cut {recipe.model.cut} learns, and gradients are sent there all the same: give the "
+            f"schedule's phases views, and nothing is sent down and each picture up but once a view"
+        )
+    if any(views) and recipe.data.validation:
+        yield (
+            "the validation part crosses after each epoch, in phases with views too, where it may come to more than "
+            "all else: leave data.validation out if bytes count"
+        )
 
 
 def sizes(recipe: Recipe, halves: Halves, most: int) -> None:
     channels = halves.channels
-    largest = elements(halves.sent_shape(max(recipe.data.batch, recipe.data.evaluation_batch), channels))
+    largest = math.prod(halves.sent_shape(max(recipe.data.batch, recipe.data.evaluation_batch), channels))
     if largest > most:
         raise ModelError(
             f"an activation of {largest:,} elements would cross the link; at most {most:,} may: lower data.batch or "

@@ -18,9 +18,10 @@ from common import recipe as recipes
 from common.channel import ServerTls
 from common.checkpoint import EVERY
 from common.errors import ModelError
-from common.progress import Screen, size
+from common.progress import Screen, note, warn
 from common.run import RunFolder
 from common.tokens import exposed
+from common.words import size
 from edge_server import certs as certificates
 from edge_server import limit_options
 from edge_server.limits import Limits
@@ -110,7 +111,7 @@ def serve(
     if tls_client_ca and not tls_cert:
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
     for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
-        console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
+        warn(console, warning)
     console.may_be_lost = True
     folder = RunFolder(run_path)
     if recipe:
@@ -152,7 +153,7 @@ def serve(
     if host.run and host.run.step:
         doing = f"waiting for its device to go on with {parsed.name} at step {host.run.step:,}"
     if chosen.type == "cpu" and (slow := imitated(host.recipe.precision)):
-        console.print(f"[yellow]Note[/yellow]: {escape(slow)}.", highlight=False)
+        note(console, f"{slow}.")
     where = f" The tail computes on {torch.cuda.get_device_name(chosen)}." if chosen.type == "cuda" else ""
     words = f"edge-server listens on [bold]{address}[/bold], {doing}.{where}"
     caught = run(server, once, lambda: console.print(words, highlight=False))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from common import schedule
-from common.bottleneck import rank_channels, reorder
+from common.importance import rank_channels, reorder
 from common.meter import DOWN, UP, Meter
 from common.recipe import PhaseRecipe, Recipe
 from common.rpc import split_pb2 as pb

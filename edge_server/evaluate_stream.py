@@ -17,7 +17,8 @@ from common.schedule import Phase
 from common.wire import Place
 from edge_server.host import Host
 from edge_server.incoming import Incoming
-from edge_server.training import Judgement, Training, judge, logits_of
+from edge_server.judging import Judgement, judge, logits_of
+from edge_server.training import Training
 
 
 def evaluate(host: Host, receive: Incoming, training: Training | None) -> Generator[pb.Frame, None, None]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from common import codecs, weights, wire
 from common import halves as halves_module
@@ -32,6 +31,7 @@ from common.errors import (
     StoppedError,
 )
 from common.halves import Halves
+from common.progress import note
 from common.recipe import Recipe
 from common.room import require_weights
 from common.rpc import split_pb2 as pb
@@ -112,7 +112,7 @@ class Host:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
             # The tail and three checkpoints of it with its optimiser.
             folder.prepare(overwrite, 10 * size)
-        if wasted := checks.idle(recipe, halves):
+        for wasted in checks.wasteful(recipe, halves):
             host.note(wasted)
         codecs.load(*recipe.codecs, say=console.print)  # now, for a stream of a run would have to wait
         host.run = LiveRun(recipe, text, folder, console, allowed, initial, saved, host.limits.store, processor)
@@ -157,7 +157,7 @@ class Host:
 
     def note(self, sentence: str) -> None:
         """Tell the operator."""
-        self.console.print(f"[yellow]Note[/yellow]: {escape(sentence)}.", highlight=False)
+        note(self.console, f"{sentence}.")
 
     def tend(self) -> None:
         """End what is silent and forget what was left behind; called a few times a second."""

@@ -1,4 +1,4 @@
-"""Who calls: the name in a client certificate, or of a token. The servicer asks once for every RPC."""
+"""Who calls: the name in a client certificate, or of a token. Asked for every RPC."""
 
 from __future__ import annotations
 

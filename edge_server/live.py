@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from common import halves as halves_module
 from common import report, weights
@@ -30,6 +29,7 @@ from common.errors import (
     printable,
 )
 from common.meter import Meter
+from common.progress import warn
 from common.recipe import Recipe
 from common.report import Faults
 from common.room import require_room
@@ -82,7 +82,7 @@ class LiveRun:
             found, warnings = self.checkpoints.sound()
             self._at = found[-1]
             for warning in warnings:
-                console.print(f"[yellow]Warning[/yellow]: {escape(warning)}", highlight=False)
+                warn(console, warning)
 
     # Who may have it
 
@@ -292,10 +292,7 @@ class LiveRun:
                 self._unkept(taken.step, error)
 
     def _unkept(self, step: int, error: Exception) -> None:
-        self.console.print(
-            f"[yellow]Warning[/yellow]: no checkpoint of step {step}: {escape(str(error))}; the run goes on",
-            highlight=False,
-        )
+        warn(self.console, f"no checkpoint of step {step}: {error}; the run goes on")
 
     def pause(self) -> bool:
         """Keep where the run stands, unless a step or an evaluation is at work for too long; whether it was not."""
@@ -318,7 +315,7 @@ class LiveRun:
         """Keep the trained half; what it is to be served with."""
         training = self.training
         assert training and training.test
-        manifest = Manifest(self.run_id, self.recipe.digest(), training.classes, training.phase, True)
+        manifest = Manifest(self.run_id, self.recipe.digest(), training.classes, training.phase)
         if head:
             weights.fill(training.halves.head, weights.from_bytes(head, "the published head"), "the published head")
             self.folder.write_half("head", training.halves.head, manifest)

@@ -20,13 +20,13 @@ from common.errors import (
     SessionError,
     StoppedError,
     VersionError,
-    abort,
     printable,
 )
 from common.meter import DOWN, UP
 from common.phase_message import phase_message
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
+from common.rpc_errors import abort
 from common.wire import Place
 from edge_server.bucket import Bucket
 from edge_server.evaluate_stream import evaluate

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from common.errors import BusyError, SessionError
 from common.meter import DOWN, UP, Meter
-from common.progress import several
 from common.rpc import split_pb2 as pb
 from common.tcp_info import Kernel, find_peer
+from common.words import several
 from edge_server.limits import Limits
 from edge_server.live import LiveRun
 
@@ -69,8 +69,6 @@ class Session:
     def take_up(self, run: LiveRun) -> None:
         """Go on with a run: its books are this visit's."""
         self.run, self.run_id, self.meter, self.kernel = run, run.run_id, run.meter, run.kernel
-        if self.peer:
-            self.kernel.add(find_peer(self.peer))
 
 
 class Sessions:

@@ -1,7 +1,7 @@
 """What a device sent while its head was frozen, kept as it came, for the server to learn from again.
 
 One payload a step, appended to a file in the run folder, so that memory holds its index alone and disk no more than
-crossed the link. The servicer adds; the session draws batches; the index goes into the checkpoints.
+crossed the link. The training adds, and draws batches; the index goes into the checkpoints.
 """
 
 from __future__ import annotations

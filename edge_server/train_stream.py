@@ -1,4 +1,4 @@
-"""One Train stream: Begin to Leave, or until it breaks. Unpack, have the session learn, pack; the run outlives it.
+"""One Train stream: Begin to Leave, or until it breaks. Unpack, have the training learn, pack; the run outlives it.
 
 Called by the servicer. A step is applied and its answer kept before any of it is sent, so that a stream which breaks at
 any moment leaves the run at a whole step.
@@ -14,14 +14,16 @@ from rich.markup import escape
 
 from common import weights, wire
 from common.chooser import Chooser
-from common.codecs import Aside, codec
+from common.codecs import codec
 from common.errors import BusyError, FrameError, RunFolderError, StoppedError, TooLargeError, printable
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_message
-from common.progress import Live, several
+from common.progress import Live, warn
 from common.rpc import split_pb2 as pb
+from common.run import metrics_line
 from common.schedule import RECALL, Phase
 from common.wire import Place
+from common.words import several
 from edge_server.coordinator import Decision
 from edge_server.host import Host
 from edge_server.incoming import STOPPED, Incoming
@@ -133,7 +135,7 @@ class TrainStream:
             gradient, loss, correct = training.learn(sent, labels)
             encoded = learnt = clock()
             if gradient is not None:
-                aside = Aside((training.recipe.seed, step, pb.GRADIENT), training.halves.gate.support(sent, phase))
+                aside = training.halves.gate.aside(training.recipe.seed, step, sent, phase)
                 name = phase.gradient_codec
                 answer = chooser.encode(codec(name), gradient, aside)
                 frames = list(wire.pack(Place(pb.GRADIENT, step, phase.index), answer, gradient.shape, name))
@@ -218,13 +220,9 @@ class TrainStream:
         accuracy, width = correct / training.batch, phase.width_at(training.recipe.seed, training.step - 1)
         training.busy_s += sum(value for name, value in seconds.items() if name != "wait")
         training.coordinator.book(run.meter, phase)
-        line = {
-            "step": training.step - 1, "phase": phase.index, "width": width, "loss": loss,
-            "accuracy": accuracy, "bytes": run.meter.lap(),
-            "seconds": {name: round(value, 6) for name, value in seconds.items()},
-        }  # fmt: skip
+        line = metrics_line(training.step - 1, phase, width, loss, accuracy, run.meter.lap(), seconds)
         if warning := run.folder.log(line):
-            live.say(f"[yellow]Warning[/yellow]: {escape(warning)}")
+            warn(run.console, warning)
         crossed = run.meter.total(UP).message, run.meter.total(DOWN).message
         live.plan(training.coordinator.steps)
         live.step(training.step, loss, accuracy, phase.widths, crossed)

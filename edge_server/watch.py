@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
-from common.progress import duration
 from common.pulse import Pulse
 from common.rpc import split_pb2 as pb
 from common.tcp_info import Connection, find_peer
+from common.words import duration
 from edge_server.limits import Limits
 
 _LOOK_S = 1.0  # between two looks at a link

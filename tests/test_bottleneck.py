@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.recipes import recipe_text
-from common import bottleneck, schedule
+from common import bottleneck, importance, schedule
 from common.errors import ModelError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
@@ -54,7 +54,7 @@ def test_principal_components_lose_least() -> None:
     torch.manual_seed(0)
     x = torch.einsum("bkhw,kc->bchw", torch.randn(64, 3, 4, 4), torch.randn(3, 8)) + 5
     encoder, decoder = bottleneck.build("linear", 8, seed=1)
-    components, mean = bottleneck.principal_components(encoder(x).split(3))
+    components, mean = importance.principal_components(encoder(x).split(3))
     encoder.rotate(components, mean)
     decoder.rotate(torch.linalg.inv(components), mean)
     torch.testing.assert_close(decoder(encoder(x)), x, rtol=1e-3, atol=1e-3)
@@ -71,10 +71,10 @@ def test_ranking_finds_the_channels_that_matter() -> None:
     gradient = torch.zeros(4, 3, 2, 2)
     gradient[:, 2] = 1
     gradient[:, 0] = -0.5
-    scores = bottleneck.rank_channels(activation, gradient)
-    assert bottleneck.reorder((0, 1, 2), 0, scores) == (2, 0, 1)
+    scores = importance.rank_channels(activation, gradient)
+    assert importance.reorder((0, 1, 2), 0, scores) == (2, 0, 1)
     # What has been sent stays in front, so a wider width only adds channels.
-    assert bottleneck.reorder((1, 0, 2), 1, scores) == (1, 2, 0)
+    assert importance.reorder((1, 0, 2), 1, scores) == (1, 2, 0)
 
 
 def test_epochs_become_steps() -> None:

@@ -25,10 +25,11 @@ from benchmarks import pair
 from benchmarks.recipes import CLASSES, recipe_text
 from common import tokens, wire
 from common.channel import Access, ServerTls, connect, server_credentials
-from common.errors import AuthError, DepruneError, ForbiddenError, LinkError, SessionError, from_rpc
+from common.errors import AuthError, DepruneError, ForbiddenError, LinkError, SessionError
 from common.phase_message import phase_of
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
+from common.rpc_errors import from_rpc
 from common.wire import Place
 from device_client import cli as device_cli
 from device_client.remote_tail import RemoteTail
@@ -231,7 +232,7 @@ def test_certificates_rotate_while_a_device_trains(mutual: tuple[str, Path], our
 
     # The stream that was open all the while goes on, and the device's own new certificate is the same identity.
     sent = np.ones((32, 32, 8, 8), np.float32)
-    gradient, _, _ = device.learn(0, phase, sent, np.zeros(32, np.int64), None)
+    gradient, _, _ = device.learn(0, phase, sent, np.zeros(32, np.int64))
     assert gradient is not None and gradient.shape == sent.shape and not device.faults.reconnects
     with connect(address, as_device(renewed, "pi")) as channel:
         request = pb.HeadRequest(session=device.opened.session)

@@ -16,8 +16,8 @@ from torch import nn
 from benchmarks import inprocess
 from benchmarks.recipes import recipe_text
 from common import halves, models, weights
-from common.bottleneck import principal_components
 from common.errors import MismatchError, ModelError, RunFolderError
+from common.importance import principal_components
 from common.inherit import adopt
 from common.recipe import load, parse
 from common.run import Manifest, RunFolder
@@ -92,7 +92,7 @@ def test_going_on_from_a_narrower_bottleneck_keeps_its_map() -> None:
         for half in (trained.head, trained.tail):
             half.bottleneck.weight.normal_()
             half.bottleneck.bias.normal_()
-    manifest = Manifest("run", recipe.digest(), (), Phase(0, 0, 8, "fp32", "fp32", 0.1, 0, 1), True)
+    manifest = Manifest("run", recipe.digest(), (), Phase(0, 0, 8, "fp32", "fp32", 0.1, 0, 1))
     for new, old in ((fresh.head, trained.head), (fresh.tail, trained.tail)):
         adopt(new, old.state_dict(), recipe, recipe, manifest)
     activation = torch.randn(64, trained.channels, 4, 4).relu()
@@ -115,7 +115,7 @@ def test_channels_that_were_never_sent_are_closed_to_a_linear_bottleneck() -> No
     source = parse(recipe_text("fixed", bottleneck='kind = "channels"', schedule="phases = [[8, 1]]"))
     recipe = parse(recipe_text("fixed", bottleneck='kind = "linear"', schedule="phases = [[4, 1]]"))
     order = tuple(np.random.default_rng(2).permutation(32).tolist())
-    manifest = Manifest("run", source.digest(), (), Phase(0, 0, 8, "fp32", "fp32", 0.1, 0, 1, order), True)
+    manifest = Manifest("run", source.digest(), (), Phase(0, 0, 8, "fp32", "fp32", 0.1, 0, 1, order))
     trained, fresh = halves.build(source), halves.build(recipe)
     for new, old in ((fresh.head, trained.head), (fresh.tail, trained.tail)):
         adopt(new, old.state_dict(), recipe, source, manifest)

@@ -14,15 +14,7 @@ import pytest
 
 from benchmarks.recipes import recipe_text
 from common import run
-from common.errors import (
-    BusyError,
-    DataError,
-    LinkError,
-    MismatchError,
-    RolledBackError,
-    RunFolderError,
-    StoppedError,
-)
+from common.errors import BusyError, DataError, LinkError, MismatchError, RolledBackError, RunFolderError, StoppedError
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, TAIL, RunFolder
 from device_client import trainer

@@ -20,15 +20,7 @@ from rich.console import Console
 from benchmarks import inprocess, pair
 from benchmarks.recipes import PHASE, recipe_text
 from common import wire
-from common.errors import (
-    BusyError,
-    FrameError,
-    MismatchError,
-    ModelError,
-    SessionError,
-    StoreError,
-    TooLargeError,
-)
+from common.errors import BusyError, FrameError, MismatchError, ModelError, SessionError, StoreError, TooLargeError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder

@@ -20,10 +20,11 @@ from benchmarks import inprocess, pair
 from benchmarks import limits as bench_limits
 from benchmarks.recipes import BATCH, CLASSES, PHASE, recipe_text
 from common import channel, wire
-from common.errors import BusyError, FrameError, StoppedError, TooLargeError, from_rpc
+from common.errors import BusyError, FrameError, StoppedError, TooLargeError
 from common.meter import Draft
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
+from common.rpc_errors import from_rpc
 from common.wire import Place
 from device_client.data import load
 from device_client.remote_tail import RemoteTail
@@ -137,13 +138,13 @@ def test_a_silent_stream_is_ended_and_its_run_goes_on(server: str) -> None:
     try:
         remote.begin(1438, CLASSES)
         for step in range(4):
-            remote.learn(step, PHASE, *BATCH, None)
+            remote.learn(step, PHASE, *BATCH)
             time.sleep(1)  # a pause that is allowed
         assert remote.faults.reconnects == 0
         with pytest.raises(StoppedError, match="heard nothing for longer than its --idle-time"):
             remote._stream.receive(Draft(remote.meter))
         remote._lose()
-        _, result, _ = remote.learn(4, PHASE, *BATCH, None)
+        _, result, _ = remote.learn(4, PHASE, *BATCH)
         assert result.loss > 0, "at the step where it stood"
     finally:
         remote.close()

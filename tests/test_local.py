@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from benchmarks import inprocess, pair
 from benchmarks.recipes import recipe_text
-from common.bottleneck import principal_components
 from common.checkpoint import Checkpoints
 from common.errors import DataError, DivergedError, MismatchError, ModelError, RecipeError, RunFolderError
+from common.importance import principal_components
 from common.recipe import parse
 from common.run import RunFolder
 from device_client import batches

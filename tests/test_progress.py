@@ -10,7 +10,8 @@ import time
 import pytest
 from rich.console import Console
 
-from common.progress import Counting, Live, Screen, several
+from common.progress import Counting, Live, Screen
+from common.words import several
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])

@@ -132,7 +132,7 @@ def device(address: str) -> Iterator[tuple[RemoteTail, Proxy, list[str]]]:
         remote.say = said.append
         remote.open(trains=True)
         remote.begin(1438, CLASSES)
-        remote.learn(0, PHASE, *BATCH, None)
+        remote.learn(0, PHASE, *BATCH)
         yield remote, between, said
         remote.close()
 
@@ -142,12 +142,12 @@ def steps_over(device: tuple[RemoteTail, Proxy, list[str]], fault: Fault) -> lis
     remote, between, said = device
     remote._lose()  # the next stream is looked at with the times of this test
     first = between.step + 1
-    remote.learn(first, PHASE, *BATCH, None)
+    remote.learn(first, PHASE, *BATCH)
     said.clear()
     reconnects = remote.faults.reconnects
     between.arm(fault)
     for step in (first + 1, first + 2):
-        _, result, _ = remote.learn(step, PHASE, *BATCH, None)
+        _, result, _ = remote.learn(step, PHASE, *BATCH)
         assert np.isfinite(result.loss)
     assert fault.fired.is_set() and remote.faults.reconnects > reconnects
     return said

@@ -20,11 +20,12 @@ from torch import nn
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
 from common import halves, wire
-from common.errors import DepruneError, FrameError, TooLargeError, VersionError, from_rpc
+from common.errors import DepruneError, FrameError, TooLargeError, VersionError
 from common.meter import Draft
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
+from common.rpc_errors import from_rpc
 from common.wire import Place
 from device_client import cli as device_cli
 from device_client.remote_tail import RemoteTail
@@ -344,5 +345,5 @@ def test_gradients_for_a_head_that_does_not_learn_are_told() -> None:
     for schedule in ("phases = [[0, 2]]", "phases = [{ width = 0, epochs = 2, views = 1 }]"):
         text = recipe_text(schedule=schedule).replace('"tiny"', f'"{name}"').replace('"stage1_relu2"', '"_0_1"')
         recipe = parse(text)
-        noted.append(checks.idle(recipe, halves.build(recipe, [name])))
-    assert noted[0].startswith("nothing before the cut _0_1 learns, and gradients are sent there") and not noted[1]
+        noted.append(list(checks.wasteful(recipe, halves.build(recipe, [name]))))
+    assert noted[0][0].startswith("nothing before the cut _0_1 learns, and gradients are sent there") and not noted[1]

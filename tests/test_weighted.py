@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import inprocess
 from benchmarks.recipes import PHASE, recipe_text
-from common import bottleneck, halves, weights, wire
+from common import bottleneck, halves, importance, weights, wire
 from common.errors import FrameError
 from common.inherit import adopt
 from common.meter import Draft
@@ -73,11 +73,11 @@ def test_components_are_those_that_are_felt() -> None:
     torch.manual_seed(0)
     activation = torch.randn(256, 4, 3, 3) * torch.tensor([10.0, 2.0, 1.0, 1.0])[:, None, None] + 3
     gradient = torch.randn(256, 4, 3, 3) * torch.tensor([0.0, 1.0, 1.0, 0.1])[:, None, None]
-    felt = bottleneck.feel(gradient)
+    felt = importance.feel(gradient)
     assert torch.allclose(felt.diagonal(), torch.tensor([0.0, 1.0, 1.0, 0.01]), atol=0.1)
     lost = {}
     for name, sensitivity in (("principal", None), ("weighted", felt)):
-        components, mean = bottleneck.principal_components(activation.split(100), sensitivity)
+        components, mean = importance.principal_components(activation.split(100), sensitivity)
         inverse = torch.linalg.inv(components)
         kept = torch.einsum("ij,jk,bkhw->bihw", inverse[:, :2], components[:2], activation - mean[:, None, None])
         off = (activation - mean[:, None, None] - kept).transpose(0, 1).reshape(4, -1)
@@ -114,7 +114,7 @@ def test_ranked_channels_are_noted_by_their_place_at_the_cut_and_taken_over_in_t
     tail.bottleneck.resize(4, order)
     tail.feel(torch.arange(1.0, 5.0)[None, :, None, None] * torch.ones(8, 4, 8, 8))
     assert tail.sensitivity.diagonal()[-4:].tolist() == [16.0, 9.0, 4.0, 1.0] and not tail.sensitivity[:28].any()
-    table, manifest = "phases = [[4, 1]]", Manifest("run", "digest", (), PHASE, True)
+    table, manifest = "phases = [[4, 1]]", Manifest("run", "digest", (), PHASE)
     manifest = replace(manifest, phase=replace(PHASE, width=4, order=order))
     source = parse(recipe_text("fixed", bottleneck='kind = "channels"', schedule=table))
     recipe = parse(recipe_text("fixed", bottleneck='kind = "linear"', schedule=table))

@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.faults import points, runs
 from benchmarks.faults.rig import KINDS
 from benchmarks.machine import machine
-from common.progress import duration
+from common.words import duration
 from edge_server import certs
 
 RESULT = Path("benchmarks/results/faults.json")

@@ -71,15 +71,8 @@ def require_decoded_finite(low: float, high: float, codec: str) -> None:
         raise CodecError(f"{codec}: the payload holds NaN or Inf")
 
 
-def elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
-
-
 def grid(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """`shape` as (batch, channels, all the rest); rank 1 is a batch of one value each."""
     if len(shape) < 2:
-        return elements(shape), 1, 1
-    return shape[0], shape[1], elements(shape[2:])
+        return math.prod(shape), 1, 1
+    return shape[0], shape[1], math.prod(shape[2:])

@@ -12,7 +12,7 @@ import struct
 import numpy as np
 
 from common.codecs import frame
-from common.codecs.base import NOTHING, Aside, Buffer, Tensor, elements, grid, require_finite, require_size
+from common.codecs.base import NOTHING, Aside, Buffer, Tensor, grid, require_finite, require_size
 from common.errors import CodecError
 
 _MOST_SCALE = 1e36  # so that no code times its scale overflows
@@ -46,7 +46,7 @@ class Int8:
         return b"".join((_HEADER.pack(unsigned), scale.tobytes(), frame.compress(memoryview(raw).cast("B"))))
 
     def decode(self, payload: Buffer, shape: tuple[int, ...], aside: Aside = NOTHING) -> Tensor:
-        count = elements(shape)
+        count = math.prod(shape)
         if not count:
             require_size(payload, 0, self.name)
             return np.zeros(shape, np.float32)
@@ -67,4 +67,4 @@ class Int8:
         return tensor.reshape(shape)
 
     def bound(self, shape: tuple[int, ...]) -> int:
-        return _HEADER.size + 4 * grid(shape)[1] + frame.bound(elements(shape))
+        return _HEADER.size + 4 * grid(shape)[1] + frame.bound(math.prod(shape))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.codecs.base import Support, elements, grid
+from common.codecs.base import Support, grid
 from common.codecs.dither import Numbers
 from common.codecs.quantise import Symbols
 
@@ -34,7 +35,7 @@ def as_maps(symbols: Symbols, shape: tuple[int, ...], support: Support | None, z
     """Symbols in sending order as maps."""
     if support is None:
         return symbols.reshape(map_shape(shape))
-    spread = np.full(elements(shape), zero, np.uint8)
+    spread = np.full(math.prod(shape), zero, np.uint8)
     spread[np.flatnonzero(support)] = symbols.reshape(-1)
     return _maps_of(spread, shape)
 
@@ -46,5 +47,5 @@ def beside(
     mask = None if support is None else _maps_of(support, shape)
     if drawn is None:
         return mask, None
-    count = elements(shape) if support is None else int(np.count_nonzero(support))
+    count = math.prod(shape) if support is None else int(np.count_nonzero(support))
     return mask, as_maps((drawn[:count] >> 12).astype(np.uint8), shape, support, 0)

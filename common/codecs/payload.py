@@ -6,13 +6,14 @@ either. Loads a compiler: codecs/step.py, which is what others call, imports thi
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
 import numpy as np
 
 from common.codecs import dither, pack, quantise
-from common.codecs.base import Aside, Buffer, Support, Tensor, elements, grid, require_finite
+from common.codecs.base import Aside, Buffer, Support, Tensor, grid, require_finite
 from common.codecs.dither import Numbers
 from common.codecs.maps import as_maps, beside, in_order_of_memory, map_shape
 from common.codecs.quantise import Steps, Symbols
@@ -80,7 +81,7 @@ def encode(tensor: Tensor, aside: Aside, snr: float, by_context: bool) -> Buffer
 
 def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside) -> Tensor:
     """The tensor of `shape` in `payload`; CodecError where it isn't one that these settings make."""
-    count, support = elements(shape), _flat(aside.support, elements(shape))
+    count, support = math.prod(shape), _flat(aside.support, math.prod(shape))
     if len(payload) < HEADER.size:
         raise CodecError(f"{len(payload)} bytes are too few for a header")
     form, size, level, outlying, checksum = HEADER.unpack_from(payload)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from common.codecs.base import (
@@ -9,7 +11,6 @@ from common.codecs.base import (
     Aside,
     Buffer,
     Tensor,
-    elements,
     require_decoded_finite,
     require_finite,
     require_size,
@@ -40,7 +41,7 @@ class Fp32:
         return tensor
 
     def bound(self, shape: tuple[int, ...]) -> int:
-        return 4 * elements(shape)
+        return 4 * math.prod(shape)
 
 
 class Fp16:
@@ -70,4 +71,4 @@ class Fp16:
         return tensor
 
     def bound(self, shape: tuple[int, ...]) -> int:
-        return 2 * elements(shape)
+        return 2 * math.prod(shape)

@@ -6,11 +6,12 @@ the two to the sender (common/chooser.py). All three decode each other's payload
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.codecs.base import NOTHING, Aside, Buffer, Tensor, elements
+from common.codecs.base import NOTHING, Aside, Buffer, Tensor
 from common.errors import CodecError
 
 # Form and flags, step, level of unsigned elements in it, outliers, checksum of the support.
@@ -58,7 +59,7 @@ class Step:
         return replace(aside, dither=None) if self.nearest else aside
 
     def bound(self, shape: tuple[int, ...]) -> int:
-        return HEADER.size + 4 * elements(shape)
+        return HEADER.size + 4 * math.prod(shape)
 
 
 def _payloads() -> Any:

@@ -10,28 +10,7 @@ import torch
 from torch import nn
 
 from common.errors import ModelError
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut: (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut.add_module("conv", nn.Conv2d(inputs, outputs, 1, stride, bias=False))
-            self.shortcut.add_module("bn", nn.BatchNorm2d(outputs))
-        self.relu2 = nn.ReLU()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.relu1(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return self.relu2(y + self.shortcut(x))
+from common.models.resnet20 import Block
 
 
 class Tiny(nn.Module):

@@ -1,0 +1,27 @@
+"""How figures are put into words for people."""
+
+from __future__ import annotations
+
+import math
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000 as links are: 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def several(count: float, what: str) -> str:
+    """1 step, 1,200 steps, 1.5 epochs."""
+    return f"{count:{',' if isinstance(count, int) else 'g'}} {what}" + "s" * (count != 1)
+
+
+def duration(seconds: float) -> str:
+    if math.isinf(seconds):
+        return "any time"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
