@@ -76,6 +76,15 @@ from common.recipe import load, parse
             "pictures are varied by data.flip and data.crop",
         ),
         ({"schedule": "phases = [[0, 1]]\nwidths = [2, 4]"}, 'schedule.widths belongs to kind "plateau"'),
+        (
+            {"schedule": 'kind = "plateau"\nwidths = [0]\npatience = 50', "data": "validation = 0.2"},
+            "schedule.patience is 50, and the run ends after max_epochs, 50",
+        ),
+        (
+            {"schedule": 'kind = "plateau"\nwidths = [4, 4]', "data": "validation = 0.2"},
+            "schedule.widths has [4, 4]; the next width must be another",
+        ),
+        ({"bottleneck": 'kind = "channels"\nstart = "principal"'}, 'bottleneck.start is about kind "linear"'),
         ({"schedule": "phases = [[0, 1]]\npatience = 3"}, 'schedule.patience belongs to kind "plateau": leave it out'),
         ({"optimiser": 'name = "adamw"\nmomentum = 0.8'}, 'momentum is 0.8, and "adamw" has none: leave it out'),
         ({"top": 'name = "x"\nmethod = "fixed"\n[local]\nlr = 0.1'}, "learns nothing alone: set local.epochs"),

@@ -343,7 +343,12 @@ def still(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
 def test_gradients_for_a_head_that_does_not_learn_are_told() -> None:
     name, noted = "tests.test_refusals:still", []
     for schedule in ("phases = [[0, 2]]", "phases = [{ width = 0, epochs = 2, views = 1 }]"):
-        text = recipe_text(schedule=schedule).replace('"tiny"', f'"{name}"').replace('"stage1_relu2"', '"_0_1"')
+        text = recipe_text(schedule=schedule, data="validation = 0.1").replace('"tiny"', f'"{name}"')
+        text = text.replace('"stage1_relu2"', '"_0_1"')
         recipe = parse(text)
         noted.append(list(checks.wasteful(recipe, halves.build(recipe, [name]))))
-    assert noted[0][0].startswith("nothing before the cut _0_1 learns, and gradients are sent there") and not noted[1]
+    assert (
+        noted[0][0].startswith("nothing before the cut _0_1 learns, and gradients are sent there")
+        and len(noted[0]) == 1
+    )
+    assert "leave data.validation out if bytes count" in noted[1][0] and len(noted[1]) == 1

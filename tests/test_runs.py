@@ -117,8 +117,17 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
         partly = pair.device("predict", address, "--run", run, broken, *names, capture_output=True)
         nothing = pair.device("predict", address, "--run", run, broken, tmp_path / "absent.png", capture_output=True)
         mistyped = pair.device("predict", address, "--run", tmp_path / "none", names[0], capture_output=True)
+        answers = [
+            pair.device(command, address, "--run", run, "--json", *what, capture_output=True)
+            for command, what in (("evaluate", ("--data", "digits")), ("predict", names))
+        ]
         process.terminate()
         assert process.wait(timeout=15) == 0
+    one, *each = [json.loads(line) for answer in answers for line in answer.stdout.splitlines()]
+    assert one["accuracy"] == deprune_run.summary("device")["accuracy"] and one["width"] == 8, one
+    assert [(row["picture"], row["class"]) for row in each] == [(str(names[0]), "3"), (str(names[1]), "7")]
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4) for row in each)
+    assert "are scaled to the model's 16x16" in answers[1].stderr
     assert f"{deprune_run.summary('device')['accuracy']:.2%}" in judged.stdout, judged.stdout + judged.stderr
     rows = {line.split()[0].rpartition("/")[2]: line.split() for line in named.stdout.splitlines() if "%" in line}
     assert (rows["3.png"][2], rows["7.png"][2]) == ("3", "7"), named.stdout + named.stderr
@@ -127,6 +136,11 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
     assert "1 of 3 pictures were left out" in partly.stderr, partly.stderr
     assert nothing.returncode == 1 and "none of 2 pictures can be read; the picture" in nothing.stderr, nothing.stderr
     assert mistyped.returncode == 1 and "holds no finished run; check --run" in mistyped.stderr.replace("\n", " ")
+
+
+def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
+    text = recipe_text(schedule="phases = [[0, 0.05]]", optimiser="lr = 0.05\nwarmup = 100")
+    assert "optimiser.warmup is 100 steps, and the learning rate's whole course 2" in train(tmp_path, text).output
 
 
 @pytest.mark.parametrize("given", [True, False])
