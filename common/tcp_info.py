@@ -61,7 +61,7 @@ class Flow:
         return count / max(busy, 1e-6) if count > 0 else None
 
 
-class Connection:
+class TcpSocket:
     """The duplicated socket of one connection; its counters can be read until `close()`, also when it has ended."""
 
     def __init__(self, descriptor: int) -> None:
@@ -110,7 +110,7 @@ class Kernel:
         self._lock = threading.Lock()
         self._past = KernelBytes()
         self._known = False
-        self._connections: list[Connection] = []
+        self._connections: list[TcpSocket] = []
 
     def carry(self, past: KernelBytes | None) -> None:
         """Count what an earlier process of the same run had, if it could."""
@@ -118,7 +118,7 @@ class Kernel:
             self._past += past
             self._known = True
 
-    def add(self, connection: Connection | None) -> None:
+    def add(self, connection: TcpSocket | None) -> None:
         """Count `connection` too, unless it is counted already; those that have ended are settled and let go."""
         if connection is None:
             return
@@ -147,14 +147,14 @@ class Kernel:
         with self._lock:
             self._settle(list(self._connections))
 
-    def _settle(self, ended: list[Connection]) -> None:
+    def _settle(self, ended: list[TcpSocket]) -> None:
         for connection in ended:
             self._past += connection.read()
             connection.close()
             self._connections.remove(connection)
 
 
-def find(remote_port: int, remote_host: str | None = None) -> Connection | None:
+def find(remote_port: int, remote_host: str | None = None) -> TcpSocket | None:
     """The newest established connection of this process to that port; None where there is none to be seen.
 
     `remote_host` is an address, not a name; None takes any.
@@ -171,7 +171,7 @@ def find(remote_port: int, remote_host: str | None = None) -> Connection | None:
             and connection.status == psutil.CONN_ESTABLISHED
             and connection.fd >= 0
         ]
-        connection = Connection(max(found)) if found else None
+        connection = TcpSocket(max(found)) if found else None
     except (OSError, psutil.Error):  # it ended in this very moment, no descriptor is left, or /proc cannot be read
         return None
     if connection and not connection.alive:  # or a kernel that tells less: its bytes are not known, not none
@@ -180,7 +180,7 @@ def find(remote_port: int, remote_host: str | None = None) -> Connection | None:
     return connection
 
 
-def find_peer(peer: str) -> Connection | None:
+def find_peer(peer: str) -> TcpSocket | None:
     """The connection behind gRPC's name of a peer, such as "ipv4:10.0.0.2:51234" or "ipv6:%5B::1%5D:51234"."""
     family, _, address = unquote(peer).partition(":")
     host, _, port = address.rpartition(":")
@@ -189,7 +189,7 @@ def find_peer(peer: str) -> Connection | None:
     return find(int(port), host.strip("[]"))
 
 
-def find_server(target: str) -> Connection | None:
+def find_server(target: str) -> TcpSocket | None:
     """The connection of this device to the server HOST:PORT.
 
     By port alone: gRPC resolves names by itself and may have taken another address than the system's resolver gives

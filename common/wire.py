@@ -76,7 +76,7 @@ def seal(message: Sealed) -> Sealed:
     return message
 
 
-def opened(message: Sealed) -> Sealed:
+def unsealed(message: Sealed) -> Sealed:
     """The message, if its checksum is right; else CodecError."""
     came, message.check = message.check, 0
     right = came == _check(message)

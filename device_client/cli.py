@@ -261,7 +261,9 @@ def predict(
         table.add_row(escape(str(path)), escape(best), f"{chances[best]:.1%}")
         if as_json:
             click.echo(json.dumps({"picture": str(path), "class": best, "probabilities": chances}))
-    if not as_json:  # a line for each picture where a program reads them, however long a path is
-        console.print(table, width=None if console.is_terminal else _LONG, crop=False)
+    if not console.is_terminal:
+        console.width = _LONG  # a line for each picture where a program reads them, however long a path is
+    if not as_json:
+        console.print(table)
     if missing := len(pictures) - len(answers):
         raise DataError(f"{missing:,} of {len(pictures):,} pictures were left out, for they cannot be read")

@@ -174,7 +174,7 @@ class Connection:
             )
         self._find_connection()
         try:
-            sound = wire.opened(reply)
+            sound = wire.unsealed(reply)
         except CodecError:
             self.meter.control(UP, request, again=True)  # it will be asked anew
             raise

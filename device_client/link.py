@@ -29,7 +29,7 @@ from common.meter import DOWN, Draft
 from common.pulse import STALLED_S, Pulse
 from common.rpc import split_pb2 as pb
 from common.rpc_errors import from_rpc
-from common.tcp_info import Connection, find_server
+from common.tcp_info import TcpSocket, find_server
 from common.words import duration, several
 
 # What a new connection may cure: a lost link, a server that is being replaced or is still busy with the old stream,
@@ -87,7 +87,7 @@ class Stream:
         finally:
             self._due = None
             self.wait_s += time.perf_counter() - started
-        whole = wire.opened(draft.frame(DOWN, frame))
+        whole = wire.unsealed(draft.frame(DOWN, frame))
         self.came.frames += 1
         return whole
 
@@ -96,7 +96,7 @@ class Stream:
         ended = threading.Event()
         if not self._incoming.add_callback(ended.set):
             return
-        link: tuple[Connection, Pulse] | None = None
+        link: tuple[TcpSocket, Pulse] | None = None
         try:
             while not ended.wait(_LOOK_S):
                 now = time.monotonic()

@@ -31,7 +31,7 @@ class Incoming:
         self._frames, self._host, self._stream, self._caller = frames, host, stream, caller
         self.wait_s = 0.0
         first = self._next()
-        if first is None or not wire.opened(first).HasField("begin"):
+        if first is None or not wire.unsealed(first).HasField("begin"):
             raise FrameError("a stream starts with Begin")
         self.first, self.begin = first, first.begin
         self.session: Session = host.sessions.get(self.begin.session, identity)
@@ -49,7 +49,7 @@ class Incoming:
             raise StoppedError("the device is gone, without a word; what it trains waits for it to come back")
         if self._host.stopping and not frame.HasField("leave"):
             raise StoppedError(STOPPED)
-        return self.draft.frame(UP, wire.opened(frame))
+        return self.draft.frame(UP, wire.unsealed(frame))
 
     def _next(self) -> pb.Frame | None:
         with self._stream.waiting():

@@ -103,7 +103,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
                 f"the device speaks protocol version {request.protocol_version}, this server {wire.PROTOCOL_VERSION}; "
                 f"install the same release of deprune on both"
             )
-        if wire.opened(request).purpose not in (pb.TRAIN, pb.USE):
+        if wire.unsealed(request).purpose not in (pb.TRAIN, pb.USE):
             raise FrameError(f"Open has purpose {request.purpose}; TRAIN (1) or USE (2) was expected")
         host, trains = self.host, request.purpose == pb.TRAIN
         session, step = host.open(trains, request.run_id, tuple(request.kept), identity, self._guard.caller(context))

@@ -131,7 +131,7 @@ class TrainStream:
         frames: list[pb.Frame] = []
         with training.applying():
             if training.store:  # first: a tail may work in place on what was decoded, which may be the payload
-                training.keep(payload, labels)
+                training.store_step(payload, labels)
             gradient, loss, correct = training.learn(sent, labels)
             encoded = learnt = clock()
             if gradient is not None:

@@ -136,7 +136,7 @@ class Training:
             )
         return self.answers[len(self.answers) - (self.step - step) :]
 
-    def keep(self, payload: bytes | bytearray, labels: np.ndarray) -> None:
+    def store_step(self, payload: bytes | bytearray, labels: np.ndarray) -> None:
         """Store what a step of a STORE phase brought; StoreError without room."""
         assert self.store
         self.store.add(payload, labels)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from common.pulse import Pulse
 from common.rpc import split_pb2 as pb
-from common.tcp_info import Connection, find_peer
+from common.tcp_info import TcpSocket, find_peer
 from common.words import duration
 from edge_server.limits import Limits
 
@@ -58,7 +58,7 @@ class Watch:
         self._limits, self._say = limits, say
         self._lock = threading.Lock()
         self._streams: set[Watched] = set()
-        self._links: dict[Watched, tuple[Connection, Pulse]] = {}  # of those that have begun; the main loop's alone
+        self._links: dict[Watched, tuple[TcpSocket, Pulse]] = {}  # of those that have begun; the main loop's alone
         self._looked = 0.0
 
     @contextlib.contextmanager

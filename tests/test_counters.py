@@ -129,7 +129,7 @@ def test_a_kernel_that_tells_less_is_not_taken_for_none(monkeypatch: pytest.Monk
         with socket.create_connection(("127.0.0.1", port)):
             assert (found := find_server(f"127.0.0.1:{port}"))
             found.close()
-            monkeypatch.setattr(tcp_info.Connection, "_info", lambda self: bytes(tcp_info._SIZE))
+            monkeypatch.setattr(tcp_info.TcpSocket, "_info", lambda self: bytes(tcp_info._SIZE))
             assert find_server(f"127.0.0.1:{port}") is None
 
 

@@ -102,7 +102,8 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
     names = []
     for digit in (3, 7):
         index = int(np.flatnonzero(loaded.test.labels == digit)[0])
-        names.append(tmp_path / f"{digit}.png")
+        names.append(tmp_path / ("a_long_name_" * 9) / f"{digit}.png")  # of which a pipe gets a line all the same
+        names[-1].parent.mkdir(exist_ok=True)
         Image.fromarray(loaded.test.pictures[index][0]).save(names[-1])
     with pair.server("--run", deprune_run.path / "server", log=tmp_path / "log") as (process, address):
         # One device with its own head, one that is handed the published one, at the same time.
