@@ -1,4 +1,4 @@
-"""The `device-client` command: options to calls, nothing else.
+"""The `device-client` command: options to calls, and what can be told before torch is loaded.
 
 torch takes seconds to load, on a small device many. What needs it is imported where a command begins to compute, so
 that help, wrong options, a server that is not there and pictures that cannot be used are answered before.
