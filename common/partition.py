@@ -12,13 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from common.errors import CutError, ModelError
 from common.traced import changes_in_place
-from common.tracing import named_state, run, show, state_of, trace
+from common.tracing import Result, named_state, run, show, state_of, trace
 
 _LISTED = 12
+_UNKNOWN = Result((), None, 0)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,13 @@ class _Plan:
             if node.op == "placeholder" or any(n in self.from_input for n in node.all_input_nodes):
                 self.from_input.add(node)
         self.state = {node: state_of(self.roots[0], node) for node in self.nodes}
+        # What forward asks a tensor for, and what it reckons from such alone: the tail knows that by itself.
+        self.asked = {node for node in self.nodes if _asked(node) and self._result(node).sizes}
+        self.sizes = set(self.asked)
+        for node in self.nodes:
+            inputs = node.all_input_nodes
+            if inputs and self.sizes.issuperset(inputs) and self._result(node).counted:
+                self.sizes.add(node)
 
     def find(self, cut: str) -> fx.Node:
         for node in self.nodes:
@@ -170,13 +179,12 @@ class _Plan:
         return None if problem is None else f"what crosses it {problem}"
 
     def _needed_behind(self, head: set[fx.Node]) -> list[fx.Node]:
-        """What of the head the tail would need. Sizes it knows by itself, so neither they nor what they are of."""
-        behind = {node for node in self.nodes if node not in head and not self._sizes(node)}
-        return [node for node in self.nodes if node in head and not self._sizes(node) and behind & node.users.keys()]
+        """What of the head the tail would need: neither sizes nor what they are of."""
+        behind = {node for node in self.nodes if node not in head} - self.sizes
+        return [node for node in self.nodes if node in head - self.sizes and behind & node.users.keys()]
 
-    def _sizes(self, node: fx.Node) -> tuple[int | None, ...]:
-        """What the node comes to, as Result.sizes."""
-        return self.results[node.name].sizes if self.results else ()
+    def _result(self, node: fx.Node) -> Result:
+        return self.results.get(node.name, _UNKNOWN)
 
     def legal(self) -> list[fx.Node]:
         return [node for node in self.nodes if self.why_not(node) is None]
@@ -203,19 +211,28 @@ class _Plan:
                 copies[node] = head_graph.node_copy(node, copies.__getitem__)
         head_graph.output(copies[cut])
         copies[cut] = tail_graph.placeholder("activation")
-        pictures = tail_graph.call_method("size", (copies[cut], 0))
+        behind = {node for node in self.nodes if node not in in_head} - self.sizes
+        for node in reversed(self.nodes):
+            if node in self.sizes and behind & node.users.keys():
+                behind.add(node)
         for node in self.nodes:
-            if sizes := self._sizes(node):
-                known = tuple(pictures if size is None else size for size in sizes)
-                copies[node] = known[0] if self.results[node.name].one else known
-            elif node not in in_head:
+            if node not in behind:
+                continue
+            if node in self.asked and node.all_input_nodes[0] in in_head - {cut}:
+                copies[node] = self._known(node, tail_graph, copies[cut])
+            else:
                 copies[node] = tail_graph.node_copy(node, copies.__getitem__)
-        if not pictures.users:
-            tail_graph.erase_node(pictures)
         head = fx.GraphModule(self.roots[0], head_graph, "Head")
         tail = fx.GraphModule(self.roots[1], tail_graph, "Tail")
         self._match_state(head, tail)
         return head, tail
+
+    def _known(self, node: fx.Node, graph: fx.Graph, activation: fx.Node) -> Any:
+        """In the tail, what `node` asks a tensor of the head for."""
+        sizes = self._result(node).sizes
+        pictures = graph.call_method("size", (activation, 0)) if None in sizes else None
+        known = tuple(pictures if size is None else size for size in sizes)
+        return graph.call_function(torch.Size, (known,)) if _asked(node) == "shape" else known[0]
 
     def _match_state(self, head: fx.GraphModule, tail: fx.GraphModule) -> None:
         """Make the two state dicts together exactly the model's."""
@@ -244,6 +261,17 @@ class _Plan:
 
     def _names(self, ids: set[int]) -> list[str]:
         return [name for name, tensor in named_state(self.model).items() if id(tensor) in ids]
+
+
+def _asked(node: fx.Node) -> str:
+    """Whether it asks a tensor for its whole "shape", or for a "number" that follows from that; else ""."""
+    if len(node.all_input_nodes) != 1:
+        return ""
+    if node.op == "call_method" and node.target in ("size", "dim"):
+        return "number" if node.target == "dim" or len(node.args) > 1 or node.kwargs else "shape"
+    if node.op == "call_function" and node.target is getattr:
+        return {"shape": "shape", "ndim": "number"}.get(str(node.args[1]), "")
+    return ""
 
 
 def _union(sets: Iterable[set[int]]) -> set[int]:

@@ -107,10 +107,10 @@ class Result:
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype | None
     flops: int  # a sample
-    # Where it is a number or a shape, as x.size(0) is: that, with None for the number of pictures; empty where it is
-    # something else, or hangs on their number in another way.
+    # Where it is a number or a shape: that, with None for the number of pictures; empty where it is something else, or
+    # hangs on their number in another way.
     sizes: tuple[int | None, ...] = ()
-    one: bool = False  # of `sizes`: a number and not a shape
+    counted: bool = False  # whether it is a number or a shape at all
 
     def problem(self) -> str | None:
         """Why it cannot cross a cut, to follow "what crosses it"; None if it can."""
@@ -176,7 +176,7 @@ def run(root: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], flops: b
         found = [recorder.sizes[name] for recorder in runs if name in recorder.sizes]
         results[name] = Result(
             shapes if len(shapes) == len(pair) else (), pair[0][1], pair[0][2] // _BATCHES[0],
-            _sizes(found), any(isinstance(size, int) for size in found),
+            _sizes(found), len(found) == len(pair),
         )  # fmt: skip
     return results
 
