@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import tarfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -53,8 +54,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         written = write(options.archive, options.folder)
-    except (OSError, KeyError, ValueError, tarfile.TarError) as error:
-        parser.error(f"{options.archive} is not the binary version of CIFAR-10, or cannot be written out: {error}")
+    except (OSError, EOFError, KeyError, IndexError, ValueError, tarfile.TarError, zlib.error) as error:
+        parser.error(
+            f"{options.archive} is not the whole binary version of CIFAR-10, or cannot be written out: {error}"
+        )
     print(f"{written['train']:,} training and {written['test']:,} test pictures in {options.folder}")
 
 

@@ -1,6 +1,6 @@
 """Which channels or directions at the cut count: by variance, by what the loss feels of them, by rank.
 
-Plain functions of tensors; the device takes components, the server notes what is felt and ranks.
+Plain functions of tensors; both sides feel, the device takes components, the server ranks.
 """
 
 from __future__ import annotations

@@ -91,6 +91,10 @@ class BottleneckRecipe:
             'bottleneck.start is about kind "linear"; kind "channels" begins with the channels that matter most: leave '
             "it out",
         )
+        for name, kind in (("ranking_steps", "channels"), ("principal_pictures", "linear")):
+            demand(
+                self.kind == kind or not _given(self, name), f'bottleneck.{name} is about kind "{kind}": leave it out'
+            )
         demand(self.principal_pictures >= 1, "bottleneck.principal_pictures must be 1 or more")
         demand(self.ranking_steps >= 1, "bottleneck.ranking_steps must be 1 or more")
 
@@ -187,11 +191,6 @@ class ScheduleRecipe:
             demand(not self.phases, 'schedule.phases belongs to kind "epochs"; a plateau schedule has widths')
             demand(len(self.widths) > 0, "schedule.widths is empty; a plateau schedule needs the widths in order")
             demand(self.patience >= 1 and self.max_epochs >= 1, "schedule.patience and max_epochs must be 1 or more")
-            demand(
-                self.patience < self.max_epochs,
-                f"schedule.patience is {self.patience}, and the run ends after max_epochs, {self.max_epochs}: no "
-                f"width would come to its end before",
-            )
             demand(
                 all(one != other for one, other in pairwise(self.widths)),
                 f"schedule.widths has {list(self.widths)}; the next width must be another",

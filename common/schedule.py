@@ -5,9 +5,9 @@ Called by the server's coordinator, and for what is to be expected of a budget; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from common.draw import NESTED, generator
@@ -92,6 +92,22 @@ def ends_of(schedule: ScheduleRecipe, steps_per_epoch: int) -> list[int]:
     """For each entry of the schedule the step at which it is over."""
     ends = [steps_of(epochs, steps_per_epoch) for epochs in accumulate(entry.epochs for entry in schedule.phases)]
     return [*ends[:-1], max(1, ends[-1])]  # a run shorter than half a step is one step of its last phase
+
+
+def courses(recipe: Recipe, steps_per_epoch: int) -> Iterator[tuple[str, int]]:
+    """In how many steps the learning rate rises and falls, each time that it does, and what that is a part of."""
+    schedule, alone = recipe.schedule, steps_of(recipe.local.epochs, steps_per_epoch)
+    if alone:
+        yield "the head, alone,", alone
+    if schedule.kind == "plateau":
+        yield "the run", schedule.max_epochs * steps_per_epoch
+        return
+    ends = ends_of(schedule, steps_per_epoch)
+    if not recipe.optimiser.restart:
+        yield "the run", ends[-1]
+        return
+    for number, (start, end) in enumerate(pairwise((0, *ends)), 1):
+        yield f"phase {number} of {len(ends)}", end - start
 
 
 def planned(recipe: Recipe, channels: int, steps_per_epoch: int) -> tuple[list[Phase], int]:

@@ -1,6 +1,6 @@
 """Bearer tokens: read from files or the environment, compared in constant time. Both sides read theirs here.
 
-A file has a line `name token` for each device, or a single bare token, which is named "token"; blank lines and
+A file has a line `name token` for each device, or a single bare token, which has no name; blank lines and
 lines that start with # are left out.
 """
 
@@ -17,7 +17,7 @@ from common.errors import AuthError
 from common.reloaded import Reloaded
 
 VARIABLE = "DEPRUNE_TOKEN"
-BARE = "token"  # the name of one that has none
+BARE = "without a name"  # the name of one that has none; no line can have it
 # 20 characters of a random base64 token are 120 bits: no one guesses them.
 MIN_CHARACTERS = 20
 _HOW = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"

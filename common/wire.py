@@ -1,6 +1,6 @@
 """Tensors to frames and back: chunking, and every check that what came is what was expected.
 
-Called by remote_tail and connection on the device, by the two streams on the server; none looks inside a Part itself.
+Called by both sides wherever frames come or go.
 """
 
 from __future__ import annotations

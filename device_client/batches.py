@@ -1,7 +1,7 @@
 """Which pictures a step trains on and how they are shifted and flipped, as pure functions of (seed, step).
 
-Nothing is carried from one step to the next, so a step that is replayed after a crash sees the same bytes. The
-inputs.py calls `indices`, `augment` and `normalise`, in that order.
+Nothing is carried from one step to the next, so a step that is replayed after a crash sees the same bytes. inputs.py
+calls `indices`, `augment` and `normalise`, in that order.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from common.meter import DOWN, UP
 from common.progress import Counting, Screen, note, warn
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
+from common.schedule import courses
 from common.tokens import exposed
 from common.words import several, size
 from device_client import data as data_module
@@ -85,15 +86,16 @@ def _finished(run_path: Path | None) -> RunFolder | None:
     if not run_path:
         return None
     folder = RunFolder(run_path)
-    if saved := folder.left_by(HEAD):
+    saved = folder.left_by(HEAD)
+    if (run_path / "run.json").is_file():
+        return folder
+    if saved:
         raise RunFolderError(
             f"{run_path} holds an unfinished run, at step {saved['step']:,}: go on with it by device-client train"
         )
-    if not (run_path / "run.json").is_file():
-        raise RunFolderError(
-            f"{run_path} holds no finished run; check --run, or leave it out to use the head that the server publishes"
-        )
-    return folder
+    raise RunFolderError(
+        f"{run_path} holds no finished run; check --run, or leave it out to use the head that the server publishes"
+    )
 
 
 def _load(
@@ -182,6 +184,11 @@ def train(
             _say(f"pictures are scaled to the model's {width}x{height}, not cropped; {loaded.scaled}.")
         if (batch := opened.recipe.data.batch) > len(loaded.train):
             _say(f"data.batch is {batch:,}, more than there are pictures: a step takes all {len(loaded.train):,}.")
+        for name, steps in () if saved else courses(opened.recipe, max(1, len(loaded.train) // batch)):
+            if (warmup := opened.recipe.optimiser.warmup) > steps:
+                _say(
+                    f"optimiser.warmup is {warmup:,} steps, and {name} has {steps:,}: it never learns at its full rate."
+                )
         init = RunFolder(head_path) if head_path else None
         if init and not saved and not opened.init_run_id:
             _say(f"--head {head_path} is not needed: the server has the weights that this run begins with.")
@@ -218,7 +225,7 @@ def evaluate(
         head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
         loaded = _load(remote, source, skip_unreadable, ("test",))
         remote.progress = Counting(console, "Judged", "pictures")
-        verdict = use.evaluate(remote, head, loaded, _say)
+        verdict = use.evaluate(remote, head, loaded, _say, wait)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
     finally:
         remote.close()
@@ -249,7 +256,7 @@ def predict(
 
         chosen = _compute_with(threads, processor)
         head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
-        answers = list(use.predict(remote, head, pictures, _say))
+        answers, classes = list(use.predict(remote, head, pictures, _say, wait)), remote.opened.classes
     finally:
         remote.close()
     table = Table(show_edge=False, pad_edge=False)
@@ -257,10 +264,12 @@ def predict(
         table.add_column(name, overflow="fold")
     table.add_column("probability", justify="right")
     for path, chances in answers:
-        best = max(chances, key=chances.__getitem__)
-        table.add_row(escape(str(path)), escape(best), f"{chances[best]:.1%}")
+        best = int(chances.argmax())
         if as_json:
-            click.echo(json.dumps({"picture": str(path), "class": best, "probabilities": chances}))
+            each = dict(zip(classes, chances.tolist(), strict=True))
+            click.echo(json.dumps({"picture": str(path), "class": classes[best], "probabilities": each}))
+        else:
+            table.add_row(escape(str(path)), escape(classes[best]), f"{chances[best]:.1%}")
     if not console.is_terminal:
         console.width = _LONG  # a line for each picture where a program reads them, however long a path is
     if not as_json:

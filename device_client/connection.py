@@ -134,8 +134,10 @@ class Connection:
                 reply = self._handshake(request, again=trains and bool(run_id))
                 break
             except (LinkError, FrameError, ClockError, StoppedError, BusyError) as error:
-                full = isinstance(error, BusyError) and error.retry_after_s is None  # for as long as nobody knows
-                if wait_s <= 0 or full:
+                # Who uses a run asks again by itself, also where an evaluation finds no place (use.patiently); where
+                # another device trains the run, nobody knows for how long.
+                apart = isinstance(error, BusyError) and (not trains or error.retry_after_s is None)
+                if wait_s <= 0 or apart:
                     if isinstance(error, AbsentError):
                         raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
                     raise

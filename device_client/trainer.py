@@ -19,7 +19,7 @@ from common.inherit import adopt
 from common.meter import DOWN, UP
 from common.phase_message import phase_of
 from common.processor import fits
-from common.progress import Counting, Live, note, warn
+from common.progress import Counting, Live, warn
 from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
@@ -178,13 +178,6 @@ class Trainer:
             if ready.basis_wanted:
                 rotate(self)
             self._switch(phase_of(ready.phase))
-            course = self.phase.decay_until - self.phase.decay_from
-            if self.recipe.optimiser.warmup >= course:
-                note(
-                    self.console,
-                    f"optimiser.warmup is {self.recipe.optimiser.warmup:,} steps, and the learning rate's whole course "
-                    f"{course:,}: it never comes near optimiser.lr; give less.",
-                )
             self.keep()
             self.remote.meter.lap()
         planned = self.phase.steps

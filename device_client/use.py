@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
-from common.words import several
+from common.words import duration, several
 from device_client.batches import Pictures
 from device_client.data import Dataset, Part, load_picture
 from device_client.inputs import sent_batches
@@ -46,11 +47,11 @@ def open_finished(
     """
     if folder:
         recipe, _, manifest = folder.read()
-        opened = patiently(lambda: remote.open(trains=False, run_id=manifest.run_id, wait_s=wait_s), say)
+        opened = patiently(lambda: remote.open(trains=False, run_id=manifest.run_id, wait_s=wait_s), say, wait_s)
         if opened.recipe.digest() != recipe.digest():
             raise MismatchError(f"the server's recipe is not the one in {folder.path}; only halves of one run fit")
     else:
-        opened = patiently(lambda: remote.open(trains=False, wait_s=wait_s), say)
+        opened = patiently(lambda: remote.open(trains=False, wait_s=wait_s), say, wait_s)
     head = halves.build(opened.recipe, allowed).head
     if folder:
         folder.fill_half("head", head)
@@ -80,33 +81,38 @@ def _phase(remote: RemoteTail, width: int | None) -> Phase:
     return replace(phase, width=width or phase.width)
 
 
-def _again(remote: RemoteTail, attempt: Callable[[], T], say: Callable[[str], None]) -> T:
+def _again(remote: RemoteTail, attempt: Callable[[], T], say: Callable[[str], None], wait_s: float) -> T:
     """What `attempt` comes to; on a new session where reading the pictures took longer than the server keeps one."""
     try:
-        return patiently(attempt, say)
+        return patiently(attempt, say, wait_s)
     except SessionError:
         before = remote.opened
-        opened = patiently(lambda: remote.open(trains=False, run_id=before.run_id), say)
+        opened = patiently(lambda: remote.open(trains=False, run_id=before.run_id, wait_s=wait_s), say, wait_s)
         if (opened.recipe.digest(), opened.phase) != (before.recipe.digest(), before.phase):
             raise MismatchError(f"the server at {remote.server} serves another run now; start again") from None
-        return patiently(attempt, say)
+        return patiently(attempt, say, wait_s)
 
 
-def patiently(attempt: Callable[[], T], say: Callable[[str], None]) -> T:
-    """What `attempt` comes to; where the server has no room now and says when it may, tried again then."""
-    for left in reversed(range(TRIES)):
+def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: float = 0.0) -> T:
+    """What `attempt` comes to; where the server has no room now and says when it may, tried again then: TRIES times,
+    and for no less than `wait_s`."""
+    until = time.monotonic() + wait_s
+    for left in itertools.count(TRIES - 1, -1):
         try:
             return attempt()
         except BusyError as error:
-            if error.retry_after_s is None or not left:
+            rest = until - time.monotonic()
+            if error.retry_after_s is None or (left <= 0 and rest <= 0):
                 raise
-            say(f"{error}; waiting, {left} more tries")
+            say(f"{error}; waiting, {f'{left} more tries' if left > 0 else f'gives up in {duration(rest)}'}")
             # Jitter, so that devices which were refused together do not come back together.
             time.sleep(error.retry_after_s * random.uniform(1.0, 1.5))
-    raise AssertionError("the last try answers or raises")
+    raise AssertionError("count has no end")
 
 
-def evaluate(remote: RemoteTail, head: Head, data: Dataset, say: Callable[[str], None]) -> pb.Verdict:
+def evaluate(
+    remote: RemoteTail, head: Head, data: Dataset, say: Callable[[str], None], wait_s: float = 0.0
+) -> pb.Verdict:
     """Judge the test part."""
     opened = remote.opened
     phase = _phase(remote, head.bottleneck.width)
@@ -115,13 +121,13 @@ def evaluate(remote: RemoteTail, head: Head, data: Dataset, say: Callable[[str],
         batches = functools.partial(sent_batches, head, data.test, opened.recipe)
         return remote.evaluate(batches, len(data.test), pb.TEST, phase, data.classes)
 
-    return _again(remote, attempt, say)
+    return _again(remote, attempt, say, wait_s)
 
 
 def predict(
-    remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None]
-) -> Iterator[tuple[Path, dict[str, float]]]:
-    """The probability of each class, for each picture file that can be read; `say` is told of the others.
+    remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None], wait_s: float = 0.0
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """The probabilities [classes], for each picture file that can be read; `say` is told of the others.
 
     DataError where there is none.
     """
@@ -155,7 +161,5 @@ def predict(
         sent = (batch for batch, _ in sent_batches(head, part, recipe))
         return np.concatenate(list(remote.predict(sent, len(part), _phase(remote, head.bottleneck.width))))
 
-    logits = _again(remote, attempt, say)
-    chances = torch.from_numpy(logits).softmax(1)
-    for path, chance in zip(paths, chances, strict=True):
-        yield path, dict(zip(opened.classes, chance.tolist(), strict=True))
+    logits = _again(remote, attempt, say, wait_s)
+    return zip(paths, torch.from_numpy(logits).softmax(1).numpy(), strict=True)

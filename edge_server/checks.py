@@ -53,14 +53,21 @@ def batch(recipe: Recipe, halves: Halves) -> None:
 
 
 def wasteful(recipe: Recipe, halves: Halves) -> Iterator[str]:
-    """Words for the operator about what will cross for nothing: gradients to a head that learns nothing by them, and
-    validation pictures that a frozen head makes the same of each time."""
+    """Words for the operator about what is in vain: gradients to a head that learns nothing by them, widths that never
+    come, validation pictures that a frozen head makes the same of each time."""
     learns = any(parameter.requires_grad for parameter in halves.head.parameters())
     views = [phase.views for phase in recipe.schedule.phases]
     if not learns and not all(views):
         yield (
             f"nothing before the cut {recipe.model.cut} learns, and gradients are sent there all the same: give the "
             f"schedule's phases views, and nothing is sent down and each picture up but once a view"
+        )
+    schedule = recipe.schedule
+    # The first validation is a gain, and the last epoch ends the run.
+    if len(schedule.widths) > 1 and schedule.max_epochs < schedule.patience + 2:
+        yield (
+            f"schedule.max_epochs is {schedule.max_epochs}, and a width takes {schedule.patience + 1} epochs or more "
+            f"(schedule.patience is {schedule.patience}): the next never comes"
         )
     if any(views) and recipe.data.validation:
         yield (

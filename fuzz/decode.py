@@ -7,6 +7,7 @@ fuzz/corpus. A first byte from 128 on makes a payload whose frames are sound, wi
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import struct
@@ -22,7 +23,6 @@ with atheris.instrument_imports(include=["common"], exclude=["common.codecs.loop
     import numpy as np
 
     from common.codecs import NOTHING, Aside, codec, context, dither, frame, payload  # noqa: F401 - all that decodes
-    from common.codecs.base import elements
     from common.errors import CodecError
 
 CORPUS = Path("fuzz/corpus")
@@ -75,7 +75,7 @@ def inside(data: bytes, name: str, aside: Aside, shape: tuple[int, ...]) -> byte
     With every second one escapes and outliers are as many as it says.
     """
     flags = (12 if aside.dither else data[0] & 4) | (20 if aside.support is not None else 0)
-    count = int(np.count_nonzero(aside.support)) if aside.support is not None else elements(shape)
+    count = int(np.count_nonzero(aside.support)) if aside.support is not None else math.prod(shape)
     level, outliers = 0 if flags & 4 else max(1, data[1]), data[1] % 4
     if name != "step:12":
         return struct.pack("<BfBII", 3 | flags, 0.5, level, outliers, 0) + data[:4] * outliers + data[4:]

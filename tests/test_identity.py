@@ -327,6 +327,21 @@ def test_secrets_that_others_can_read(tmp_path: Path) -> None:
     assert "others can read it" in result.output
 
 
+def test_a_bare_token_goes_with_every_certificate_and_one_that_is_called_token_does_not() -> None:
+    def told(text: str, token: str) -> str:
+        guard = Guard(True, lambda: tokens.Known(tokens.parse(text, "tokens")))
+        context: Any = SimpleNamespace(
+            auth_context=lambda: {"x509_common_name": [b"pi"]},
+            invocation_metadata=lambda: [("authorization", f"Bearer {token}")],
+        )
+        return guard.identity(context)
+
+    one, other = "a" * 20, "b" * 20
+    assert told(one, one) == "certificate pi" == told(f"token {one}\npi {other}", other)
+    with pytest.raises(AuthError, match="of another device"):
+        told(f"token {one}\npi {other}", one)
+
+
 def test_an_authenticated_caller_has_a_name() -> None:
     guard = Guard(certificates=True)
     for names in ((), (b"pi", b"hut"), (b"\xff",)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import signal
 import subprocess
 import sys
@@ -43,6 +44,16 @@ def test_only_the_edges_know_grpc() -> None:
         for module in sorted((ROOT / package).rglob("*.py")):
             if "rpc" not in module.parts and "grpc" in imported(module):
                 assert module.stem in allowed, module
+
+
+def test_the_fuzzer_finds_what_it_imports() -> None:
+    """It is run by itself, now and then, and wants atheris."""
+    for module in (ROOT / "fuzz").glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("common"):
+                found = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(found, alias.name) or importlib.import_module(f"{node.module}.{alias.name}"), alias
 
 
 @pytest.mark.parametrize("package", ["device_client", "edge_server"])

@@ -252,6 +252,15 @@ def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BusyError):
         use.patiently(at_once, lambda text: None)
     assert len(waits) == use.TRIES - 1, "where the server does not say when, there is no use in waiting"
+    monkeypatch.setattr(use.time, "monotonic", lambda: sum(waits))
+    waits.clear()
+    with pytest.raises(BusyError):
+        use.patiently(never, lambda text: None, 600)
+    assert 600 <= sum(waits) < 610, "who is told to wait does"
+    waits.clear()
+    with pytest.raises(BusyError):
+        use.patiently(never, lambda text: None, 1)
+    assert len(waits) == use.TRIES - 1, "and no shorter for it"
 
 
 def test_a_head_is_not_kept_for_each_caller_that_does_not_read_it(
@@ -302,9 +311,9 @@ def test_a_session_that_reading_outlasted_is_opened_anew() -> None:
             raise left.pop()
         return "judged"
 
-    assert use._again(remote, attempt, print) == "judged"
-    assert opens == [{"trains": False, "run_id": "a run"}]
+    assert use._again(remote, attempt, print, 3.0) == "judged"
+    assert opens == [{"trains": False, "run_id": "a run", "wait_s": 3.0}]
     left.append(SessionError("not known here"))
     remote.open = lambda **_: Mock(recipe=recipe, phase=None)
     with pytest.raises(MismatchError, match="serves another run now"):
-        use._again(remote, attempt, print)
+        use._again(remote, attempt, print, 0.0)

@@ -76,10 +76,7 @@ from common.recipe import load, parse
             "pictures are varied by data.flip and data.crop",
         ),
         ({"schedule": "phases = [[0, 1]]\nwidths = [2, 4]"}, 'schedule.widths belongs to kind "plateau"'),
-        (
-            {"schedule": 'kind = "plateau"\nwidths = [0]\npatience = 50', "data": "validation = 0.2"},
-            "schedule.patience is 50, and the run ends after max_epochs, 50",
-        ),
+        ({"bottleneck": 'kind = "linear"\nranking_steps = 8'}, 'bottleneck.ranking_steps is about kind "channels"'),
         (
             {"schedule": 'kind = "plateau"\nwidths = [4, 4]', "data": "validation = 0.2"},
             "schedule.widths has [4, 4]; the next width must be another",

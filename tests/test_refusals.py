@@ -340,6 +340,15 @@ def still(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
     return nn.Sequential(first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
 
 
+def test_widths_that_never_come_are_told() -> None:
+    noted = {}
+    for epochs in (3, 4):
+        schedule = f'kind = "plateau"\nwidths = [2, 4]\npatience = 2\nmax_epochs = {epochs}'
+        text = recipe_text("deprune", data="validation = 0.1", bottleneck='kind = "linear"', schedule=schedule)
+        noted[epochs] = list(checks.wasteful(parse(text), halves.build(parse(text))))
+    assert "a width takes 3 epochs or more" in noted[3][0] and not noted[4]
+
+
 def test_gradients_for_a_head_that_does_not_learn_are_told() -> None:
     name, noted = "tests.test_refusals:still", []
     for schedule in ("phases = [[0, 2]]", "phases = [{ width = 0, epochs = 2, views = 1 }]"):
