@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import fx, nn
 from torch.nn import functional
 
@@ -17,11 +18,14 @@ from common.codecs.base import Aside, Support
 from common.rpc import split_pb2 as pb
 from common.schedule import Phase
 
-_RELUS = {nn.ReLU, nn.ReLU6, functional.relu, functional.relu6, functional.relu_, "relu", "relu_"}
+_RELUS = {
+    nn.ReLU, nn.ReLU6, functional.relu, functional.relu6, functional.relu_, torch.relu, torch.relu_, "relu", "relu_",
+}  # fmt: skip
 # What hands zeros on and lets no gradient through to places that a ReLU before them has shut.
 _HANDING_ON = {
     nn.Identity, nn.Flatten, nn.MaxPool1d, nn.MaxPool2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
-    functional.max_pool1d, functional.max_pool2d, "flatten", "view", "reshape", "contiguous",
+    functional.max_pool1d, functional.max_pool2d, torch.flatten, torch.reshape, "flatten", "view", "reshape",
+    "contiguous",
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def principal_components(activations: Iterable[Tensor], sensitivity: Tensor | No
         products = products + points @ points.T
     mean = total / count
     covariance, root = products / count - torch.outer(mean, mean), torch.eye(len(mean), dtype=torch.float64)
-    if sensitivity is not None:
+    if sensitivity is not None and sensitivity.trace() > 0:  # else it is so faint that it says nothing
         root = _root(sensitivity.double())
     _, vectors = torch.linalg.eigh(root @ covariance @ root)
     components = vectors.flip(1).T @ root

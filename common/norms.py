@@ -28,6 +28,7 @@ class Norms(nn.Module):
         self.widths = tuple(widths)
         self.width: int | None = None  # whose set the layers have now; None: not set yet
         for width in self.widths:
+            self.register_buffer(self._key(width, "begun"), torch.tensor(False))
             for name, value in self._used.items():
                 self.register_buffer(self._key(width, name), value.clone())
 
@@ -39,11 +40,12 @@ class Norms(nn.Module):
     def switch(self, width: int) -> None:
         """Put away what the layers have learnt of the width until now, and give them the set of this one.
 
-        A width without a set (all channels, while they are ranked) goes on from what the layers have, for itself.
+        A width without a set (all channels, while they are ranked), or whose set has not begun, goes on from what the
+        layers have, for itself: in a phase that is not the first they have learnt much.
         """
         self.put_away()
         self.width = width if width in self.widths else None
-        if self.width is not None:
+        if self.width is not None and self.get_buffer(self._key(self.width, "begun")):
             for name, value in self._used.items():
                 value.copy_(self.get_buffer(self._key(width, name)))
 
@@ -51,12 +53,15 @@ class Norms(nn.Module):
     def put_away(self) -> None:
         """Copy what the layers have into the set of the present width."""
         if self.width is not None:
-            for name, value in self._used.items():
-                self.get_buffer(self._key(self.width, name)).copy_(value)
+            self._put(self.width)
 
     @torch.no_grad()
     def start(self) -> None:
         """Let every set be what the layers have: the statistics of a run that this one goes on from."""
         for width in self.widths:
-            for name, value in self._used.items():
-                self.get_buffer(self._key(width, name)).copy_(value)
+            self._put(width)
+
+    def _put(self, width: int) -> None:
+        self.get_buffer(self._key(width, "begun")).fill_(True)
+        for name, value in self._used.items():
+            self.get_buffer(self._key(width, name)).copy_(value)

@@ -21,7 +21,8 @@ _PICTURES = 4
 
 def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tuple[int, ...]) -> None:
     """ModelError where head and tail, which have the model's tensors, do not compute what it does for `shape` (no
-    batch), in training or in evaluation. Statistics, modes and the random state stay as they are.
+    batch), in training or in evaluation, or do not learn what it does. Statistics, modes and the random state stay as
+    they are.
 
     What the whole cannot compute at all is not this function's to say.
     """
@@ -32,6 +33,23 @@ def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tupl
     before = [value.clone() for value in statistics]
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(_PICTURES, *shape, generator=generator)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def joined(inputs: Tensor) -> Tensor:
+        return tail(head(inputs).float())
+
+    def slopes(forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Gradients of some sum of the outputs: a hook on a block of layers may have changed them."""
+        _put_back(statistics, before)
+        torch.manual_seed(0)
+        with torch.enable_grad():
+            output = forward(pictures.clone())
+            weighed = (output * torch.linspace(0.5, 1.5, output.numel()).view_as(output)).sum()
+        found = torch.autograd.grad(weighed, learning, allow_unused=True)
+        return [
+            torch.zeros_like(parameter) if slope is None else slope
+            for parameter, slope in zip(learning, found, strict=True)
+        ]
 
     def twice(forward: Callable[[Tensor], Tensor], training: bool) -> list[Tensor]:
         """What it gives two times in a row: a counter, or a generator of its own, shows by the second."""
@@ -50,15 +68,22 @@ def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tupl
                     continue
                 if not all(isinstance(output, Tensor) for output in expected):
                     continue
-                _compare(expected, lambda: twice(lambda inputs: tail(head(inputs).float()), training), training)  # noqa: B023
+                when = "in training" if training else "in evaluation"
+                _compare(expected, lambda: twice(joined, training), when)  # noqa: B023
+            for part in parts:
+                part.train()
+            try:
+                expected = slopes(whole)
+            except Exception:  # noqa: BLE001 -- as above, or nothing of it learns
+                return
+            _compare(expected, lambda: slopes(joined), "backward")
     finally:
         _put_back(statistics, before)
         for module, mode in modes.items():
             module.training = mode
 
 
-def _compare(expected: list[Tensor], halves: Callable[[], list[Tensor]], training: bool) -> None:
-    when = "in training" if training else "in evaluation"
+def _compare(expected: list[Tensor], halves: Callable[[], list[Tensor]], when: str) -> None:
     try:
         found = halves()
     except Exception as error:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from common import halves
 from common.bottleneck import LinearEncoder
 from common.importance import principal_components
 from device_client import batches
@@ -26,8 +27,15 @@ def rotate(trainer: Trainer) -> None:
     encoder = trainer.head.bottleneck
     assert isinstance(encoder, LinearEncoder)
     encoder.resize(trainer.channels)
-    trainer.head.eval()
     count = min(trainer.recipe.bottleneck.principal_pictures, len(trainer.data.train))
+    # Where batch norm has no statistics yet, and is to learn some, what is sent is normalised by those of its batch.
+    schedule, recipe = trainer.recipe.schedule, trainer.recipe
+    fresh = not (recipe.model.init or recipe.local.epochs or (schedule.phases and schedule.phases[0].views))
+    if fresh:
+        count = max(trainer.batch, count - count % trainer.batch)  # whole batches
+        halves.reseed(recipe.seed, 0, "head")
+    trainer.head.train(fresh)
+    buffers = [buffer.clone() for buffer in trainer.head.buffers()]
     # Some of all classes: a folder lists one after the other.
     chosen = batches.order(trainer.recipe.seed, 0, len(trainer.data.train))[:count]
     part = Part(trainer.data.train.pictures[chosen], trainer.data.train.labels[chosen])
@@ -36,6 +44,8 @@ def rotate(trainer: Trainer) -> None:
     if told is not None:
         trainer.felt = torch.from_numpy(told.copy())
     components, mean = principal_components(sent, trainer.felt)
+    for buffer, value in zip(trainer.head.buffers(), buffers, strict=True):
+        buffer.copy_(value)
     trainer.felt = None
     encoder.rotate(components, mean)
     trainer.basis = np.concatenate([components.numpy(), mean.numpy()[None]])

@@ -15,13 +15,21 @@ from common import optim
 from common.halves import Head
 from common.processor import fits
 from common.recipe import Recipe
+from common.schedule import STORE, Phase
 from device_client import batches
 from device_client.data import Part
 
 
-def training_batch(recipe: Recipe, part: Part, step: int, batch: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Pictures [B, *input] and labels [B] of a step: a function of (seed, step)."""
-    chosen = batches.indices(recipe.seed, step, len(part), batch)
+def training_batch(
+    recipe: Recipe, part: Part, step: int, batch: int, phase: Phase | None = None
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Pictures [B, *input] and labels [B] of a step: a function of (seed, step) and of where a phase that sends each
+    picture once a view has begun, for its epochs are its own."""
+    ordered = step
+    if phase and phase.kind == STORE:
+        epoch = batches.steps_per_epoch(len(part), batch)
+        ordered += -phase.from_step % epoch
+    chosen = batches.indices(recipe.seed, ordered, len(part), batch)
     pictures = batches.augment(part.pictures[chosen], recipe.seed, step, recipe.data.crop, recipe.data.flip)
     return torch.from_numpy(batches.normalise(pictures, recipe.data.mean, recipe.data.std)), part.labels[chosen]
 

@@ -223,7 +223,7 @@ class Trainer:
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""
         clock, step, phase = time.perf_counter, self.step, self.phase
-        inputs, labels = training_batch(self.recipe, self.data.train, step, self.batch)
+        inputs, labels = training_batch(self.recipe, self.data.train, step, self.batch, phase)
         self.head.bottleneck.resize(phase.width_at(self.recipe.seed, step))
         halves.reseed(self.recipe.seed, step, "head")
         begun = clock()

@@ -99,7 +99,7 @@ class Training:
         self.halves.tail.resize(phase.width, phase.order)
         if phase.kind != RECALL and self.store:
             self._outlived[self.store.path] = self.step
-            self.close()
+            self._close_store()
         if phase.kind == STORE and self.coordinator.recalls:
             self.store = Store(self.folder, phase, self.sent_shape, self.recipe.seed, self.store_limit)
 
@@ -151,6 +151,9 @@ class Training:
         """Drop what was kept and what only learning needs: whoever serves the run for months has no use for it."""
         self._optimiser.zero_grad()
         self._optimiser.state.clear()
+        self._close_store()
+
+    def _close_store(self) -> None:
         if self.store:
             self.store.close()
             self.store = None

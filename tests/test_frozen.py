@@ -27,10 +27,12 @@ from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
 from common.wire import Place
-from device_client.data import load
+from device_client.data import Dataset, Part, load
+from device_client.inputs import training_batch
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
 from edge_server.store import Store
+from edge_server.training import Training
 from tests.conftest import Run, train
 
 PER_EPOCH = 1438 // 32
@@ -79,6 +81,31 @@ def test_a_frozen_head_is_the_one_it_started_as(tmp_path: Path) -> None:
     trained = safetensors.torch.load_file(run.path / "device" / "head.safetensors")
     for name, value in halves.build(parse(text)).head.state_dict().items():
         assert torch.equal(trained[name], value), name
+
+
+def test_leaving_a_recall_forgets_nothing(few: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the optimiser remembers is of no phase: with AdamW the loss tripled where it was lost."""
+    remembered: list[tuple[int, int]] = []
+    switch = Training.switch
+
+    def watched(training: Training, phase: Phase) -> None:
+        before = len(training._optimiser.state)
+        switch(training, phase)
+        remembered.append((before, len(training._optimiser.state)))
+
+    monkeypatch.setattr(Training, "switch", watched)
+    phases = "phases = [{ width = 0, epochs = 2, views = 1 }, [0, 0.5]]"
+    inprocess.train(recipe_text("fixed", schedule=phases), few)
+    assert len(remembered) == 3 and remembered[-1][0] > 0
+    assert all(before == after for before, after in remembered)
+
+
+def test_a_view_has_each_picture_once_wherever_its_phase_begins() -> None:
+    part = Part(np.zeros((100, 1, 16, 16), np.uint8), np.arange(100))
+    phase = Phase(1, 25, 0, "fp32", "fp32", 0.1, 0, 100, kind=schedule.STORE)
+    drawn = [training_batch(parse(recipe_text()), part, step, 10, phase)[1] for step in range(25, 45)]
+    first, second = np.concatenate(drawn[:10]), np.concatenate(drawn[10:])
+    assert sorted(first) == sorted(second) == list(range(100)) and list(first) != list(second)
 
 
 def test_what_an_entry_comes_to() -> None:

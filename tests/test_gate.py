@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -62,11 +64,24 @@ class Tail(nn.Module):
         return self.last(self.conv(x))
 
 
+class Called(nn.Module):
+    def __init__(self, *functions: Any) -> None:
+        super().__init__()
+        self.functions = functions
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for function in self.functions:
+            x = function(x)
+        return x
+
+
 @pytest.mark.parametrize(
     ("last", "gated"),
     [
         (nn.ReLU(), True),
         (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.1), nn.Flatten()), True),
+        (Called(torch.relu, torch.flatten), True),
+        (Called(torch.relu_, torch.sigmoid), False),
         (nn.LeakyReLU(), False),
         (nn.GELU(), False),
         (nn.Sequential(nn.ReLU(), nn.AvgPool2d(2)), False),

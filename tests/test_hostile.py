@@ -149,7 +149,7 @@ ESCAPED = frame.compress(b"\xff" * (COUNT // 2 + COUNT))  # all symbols are esca
 )
 def test_forged_payloads(data: bytes, words: str) -> None:
     with pytest.raises(CodecError, match=words):
-        codec("step:12").decode(data, SHAPE)
+        codec("context:12").decode(data, SHAPE)
 
 
 def test_a_shape_with_a_million_sides_is_refused_unmultiplied() -> None:

@@ -23,6 +23,7 @@ from common.importance import principal_components
 from common.recipe import parse
 from common.run import RunFolder
 from device_client import batches
+from device_client.basis import rotate
 from device_client.cli import cli
 from device_client.data import Dataset, Part, load
 from device_client.inputs import training_batch
@@ -65,6 +66,24 @@ def test_a_head_that_learnt_alone_is_worth_much(digits: Dataset, tmp_path: Path)
     assert "local" not in drawn
     assert alone["accuracy"] > drawn["accuracy"] + 0.03
     assert not list((tmp_path / "alone" / "device").glob("local*")), "what it went on from is not needed any more"
+
+
+def test_components_are_of_what_a_head_that_has_learnt_nothing_will_send(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Normalised by the batch, as in its first steps: batch norm has no statistics yet, and gets none by looking."""
+    trainer = _trainer(tmp_path, _text(0, "phases = [[4, 1]]", "principal"), digits)
+    monkeypatch.setattr(trainer.remote, "send_basis", lambda basis: None)
+    before = [buffer.clone() for buffer in trainer.head.buffers()]
+    rotate(trainer)
+    assert all(torch.equal(one, other) for one, other in zip(before, trainer.head.buffers(), strict=True))
+    trainer.head.train()
+    inputs, _ = training_batch(trainer.recipe, digits.train, 3, 128)
+    with torch.no_grad():
+        sent = trainer.head(inputs).transpose(0, 1).flatten(1)
+    spread = sent.cov().diagonal()
+    best = torch.linalg.eigvalsh(sent.cov()).flip(0)
+    assert spread[:4].sum() > 0.9 * best[:4].sum(), (spread[:4].sum(), best[:4].sum())
 
 
 def test_it_costs_no_byte_but_the_basis(digits: Dataset, tmp_path: Path) -> None:

@@ -85,6 +85,9 @@ def test_components_are_those_that_are_felt() -> None:
         if sensitivity is None:
             torch.testing.assert_close(components @ components.T, torch.eye(4), atol=1e-4, rtol=0)
     assert lost["weighted"] < 0.25 * lost["principal"]
+    # One that is so faint that it says nothing is left out.
+    faint, plain = (importance.principal_components([activation], given) for given in (0 * felt, None))
+    assert torch.equal(faint[0], plain[0])
 
 
 def test_a_run_notes_what_its_loss_feels(source: Path) -> None:

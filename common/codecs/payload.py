@@ -79,8 +79,9 @@ def encode(tensor: Tensor, aside: Aside, snr: float, by_context: bool) -> Buffer
     return payload if len(payload) < 4 * tensor.size else _raw(tensor)
 
 
-def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside) -> Tensor:
-    """The tensor of `shape` in `payload`; CodecError where it isn't one that these settings make."""
+def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside, by_context: bool) -> Tensor:
+    """The tensor of `shape` in `payload`; CodecError where it isn't one that these settings make. Without `by_context`
+    one that is coded so is refused: some hundred bytes of it may take a second."""
     count, support = math.prod(shape), _flat(aside.support, math.prod(shape))
     if len(payload) < HEADER.size:
         raise CodecError(f"{len(payload)} bytes are too few for a header")
@@ -93,7 +94,7 @@ def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside) -> Tensor:
             return np.zeros(shape, np.float32)
         raw = _UNCODED.decode(body, shape)
         return raw if support is None else np.where(support.reshape(shape), raw, np.float32(0))
-    if form & 3 not in (_PACKED, _CONTEXT) or flags & ~_SIGNED != _flags(aside):
+    if form & 3 not in (_PACKED, _CONTEXT)[: 1 + by_context] or flags & ~_SIGNED != _flags(aside):
         raise CodecError(f"form {form} is not what was agreed on: the two sides differ in dither or support")
     if flags & ~_SIGNED and not flags & _SIGNED or bool(flags & _SIGNED) == bool(level):
         raise CodecError(f"form {form} does not exist")

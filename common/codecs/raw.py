@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from common.codecs.base import (
     require_size,
 )
 
-_FP16_MAX = float(np.finfo(np.float16).max)
+_LARGEST = 15  # exponent of what the largest element becomes, at most
 
 
 def _range(tensor: np.ndarray) -> tuple[float, float]:
@@ -45,30 +46,33 @@ class Fp32:
 
 
 class Fp16:
-    """2 bytes an element, little endian; relative error up to 2^-11, values past 65504 are clamped there."""
+    """2 bytes an element, little endian, of the tensor times a power of two, which stands before them in a byte: from
+    2^-29 of the largest element on the relative error is at most 2^-11, at any scale."""
 
     name = "fp16"
-    exact_zeros = False  # what is below 2^-25 becomes zero too
+    exact_zeros = False  # what is below 2^-39 of the largest becomes zero too
 
     def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
         low, high = _range(tensor)
         require_finite(low, high)
-        if low < -_FP16_MAX or high > _FP16_MAX:
-            tensor = np.clip(tensor, -_FP16_MAX, _FP16_MAX)
+        # Gradients of a mean loss may lie where fp16 has few bits or none: the largest comes to 2^14 or more.
+        power = max(-127, min(126, _LARGEST - math.frexp(max(-low, high))[1]))
+        scaled = np.ascontiguousarray(tensor) * np.float32(2.0**power)
         # It converts ten times as fast as numpy, both round to nearest even; but for this codec alone it takes seconds.
         import torch
 
-        half = torch.from_numpy(np.ascontiguousarray(tensor)).half().numpy()
-        return half.astype("<f2", copy=False).data.cast("B") if half.size else b""
+        half = torch.from_numpy(scaled).half().numpy()
+        return struct.pack("<b", power) + half.astype("<f2", copy=False).tobytes()
 
     def decode(self, payload: Buffer, shape: tuple[int, ...], aside: Aside = NOTHING) -> Tensor:
         require_size(payload, self.bound(shape), self.name)
         import torch
 
-        half = np.frombuffer(payload, "<f2").astype(np.float16)
-        tensor = torch.from_numpy(half).float().numpy().reshape(shape)
+        (power,) = struct.unpack_from("<b", payload)
+        half = np.frombuffer(payload, "<f2", offset=1).astype(np.float16)
+        tensor = np.ldexp(torch.from_numpy(half).float().numpy(), -power).reshape(shape)
         require_decoded_finite(*_range(tensor), self.name)
         return tensor
 
     def bound(self, shape: tuple[int, ...]) -> int:
-        return 2 * math.prod(shape)
+        return 1 + 2 * math.prod(shape)

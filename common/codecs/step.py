@@ -1,7 +1,7 @@
 """Codecs `step`, `context` and `auto`: one step for the whole tensor, set by an SNR in dB, then entropy coding.
 
 `step` codes with zstd, `context` with a slower coder that looks at the neighbours, `auto` leaves the choice between
-the two to the sender (common/chooser.py). All three decode each other's payloads: which coder made one stands in it.
+the two to the sender (common/chooser.py). Which coder made a payload stands in it: all but `step` decode both.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Step:
 
     def decode(self, payload: Buffer, shape: tuple[int, ...], aside: Aside = NOTHING) -> Tensor:
         try:
-            tensor: Tensor = _payloads().decode(memoryview(payload), shape, self._told(aside))
+            tensor: Tensor = _payloads().decode(memoryview(payload), shape, self._told(aside), self.coder != "step")
         except CodecError as error:
             raise CodecError(f"{self.name}: {error}") from error
         return tensor
