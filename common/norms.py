@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _NormBase
 class Norms(nn.Module):
     """Keeps the sets of the norms in `layers`, as buffers that travel with the weights."""
 
+    begun: torch.Tensor  # which sets are more than what the layers had when they were made
+
     def __init__(self, layers: nn.Module, widths: Sequence[int]) -> None:
         super().__init__()
         self._used: dict[str, torch.Tensor] = {}
@@ -27,8 +29,9 @@ class Norms(nn.Module):
                 self._used[key] = value
         self.widths = tuple(widths)
         self.width: int | None = None  # whose set the layers have now; None: not set yet
+        # Asked at every step: it stays on the processor, wherever the layers are.
+        self.register_buffer("begun", torch.zeros(len(self.widths), dtype=torch.bool), persistent=bool(self.widths))
         for width in self.widths:
-            self.register_buffer(self._key(width, "begun"), torch.tensor(False))
             for name, value in self._used.items():
                 self.register_buffer(self._key(width, name), value.clone())
 
@@ -45,7 +48,7 @@ class Norms(nn.Module):
         """
         self.put_away()
         self.width = width if width in self.widths else None
-        if self.width is not None and self.get_buffer(self._key(self.width, "begun")):
+        if self.width is not None and self.begun[self.widths.index(self.width)]:
             for name, value in self._used.items():
                 value.copy_(self.get_buffer(self._key(width, name)))
 
@@ -62,6 +65,6 @@ class Norms(nn.Module):
             self._put(width)
 
     def _put(self, width: int) -> None:
-        self.get_buffer(self._key(width, "begun")).fill_(True)
+        self.begun[self.widths.index(width)] = True
         for name, value in self._used.items():
             self.get_buffer(self._key(width, name)).copy_(value)

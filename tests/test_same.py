@@ -78,6 +78,7 @@ class Turned(Net):
         return self.block(x)
 
 
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called")
 @pytest.mark.parametrize("make", [Branch, Draw, Count, Mode, hooked, Turned])
 def test_what_tracing_does_not_see_is_refused(make: Callable[[], Net]) -> None:
     """Each would be trained as another network, and nothing would say so."""
