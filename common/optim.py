@@ -24,13 +24,17 @@ class Optimiser:
     start of either side, several times that on a small device.
     """
 
-    def __init__(self, recipe: OptimiserRecipe, groups: Sequence[tuple[list[nn.Parameter], float]]) -> None:
-        """`groups`: parameters, and the weight decay that they have in common."""
+    def __init__(
+        self, recipe: OptimiserRecipe, groups: Sequence[tuple[list[nn.Parameter], float]],
+        opening: Sequence[nn.Parameter] = (),
+    ) -> None:  # fmt: skip
+        """`groups`: parameters, and the weight decay that they have in common; `opening`: those of whose channels more
+        and more are sent, without decay."""
         self.lr = recipe.lr
-        self.parameters = [parameter for parameters, _ in groups for parameter in parameters]
+        self.parameters = [*(parameter for parameters, _ in groups for parameter in parameters), *opening]
         # What it remembers of a parameter, from its first step on.
         self.state: defaultdict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
-        self._recipe, self._groups = recipe, groups
+        self._recipe, self._groups, self._opening = recipe, groups, opening
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -39,11 +43,15 @@ class Optimiser:
     @torch.no_grad()
     def step(self) -> None:
         """Move each parameter that has a gradient."""
-        move = self._adamw if self._recipe.name == "adamw" else self._sgd
-        for parameters, weight_decay in self._groups:
+        adapts = self._recipe.name == "adamw"
+        move = self._adamw if adapts else self._sgd
+        for parameters, weight_decay in [*self._groups, *([] if adapts else [(self._opening, 0.0)])]:
             moving: list[torch.Tensor] = [parameter for parameter in parameters if parameter.grad is not None]
             if moving:
                 move(moving, [parameter.grad for parameter in moving if parameter.grad is not None], weight_decay)
+        for parameter in self._opening if adapts else ():
+            if parameter.grad is not None:
+                self._adam_by_element(parameter, parameter.grad)
 
     def _sgd(self, moving: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float) -> None:
         momentum = self._recipe.momentum
@@ -69,13 +77,27 @@ class Optimiser:
             eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
 
+    def _adam_by_element(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        """The same, each element by the steps in which it had a gradient. torch counts them for all of a parameter, so
+        that channels which are sent late begin as if they had stood still for long, at up to thrice the rate."""
+        state = self.state[parameter]
+        if not state:
+            state |= {name: torch.zeros_like(parameter) for name in ("steps", "exp_avg", "exp_avg_sq")}
+        moved = gradient != 0
+        steps = state["steps"].add_(moved)
+        for name, beta, value in (("exp_avg", 0.9, gradient), ("exp_avg_sq", 0.999, gradient.square())):
+            state[name].lerp_(value, (1 - beta) * moved)
+        mean = state["exp_avg"] / (1 - 0.9**steps).clamp_min(1e-9)
+        spread = (state["exp_avg_sq"] / (1 - 0.999**steps).clamp_min(1e-9)).sqrt_()
+        parameter.sub_(self.lr * moved * mean / (spread + 1e-8))
+
 
 def build(recipe: OptimiserRecipe, layers: nn.Module, bottleneck: nn.Module) -> Optimiser:
     """Optimiser over a half's layers and its part of the bottleneck.
 
     The bottleneck has no weight decay: it would shrink the channels that are not sent yet.
     """
-    return Optimiser(recipe, [(list(layers.parameters()), recipe.weight_decay), (list(bottleneck.parameters()), 0.0)])
+    return Optimiser(recipe, [(list(layers.parameters()), recipe.weight_decay)], list(bottleneck.parameters()))
 
 
 def learning_rate(recipe: OptimiserRecipe, step: int, phase: Phase) -> float:
