@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+from common import rules
 from common.codecs import codec
 from common.errors import CodecError, RecipeError
 from common.tables import build, demand, one_of
@@ -270,94 +271,13 @@ class Recipe:
         one_of("method", self.method, METHODS)
         one_of("precision", self.precision, ("fp32", "bf16"))
         demand(0 <= self.seed < 2**32, f"seed is {self.seed}; give 0 to 2^32 - 1")
-        channels = self.model.input[0]
-        demand(
-            self.data.crop < min(self.model.input[1:], default=65),
-            f"data.crop is {self.data.crop}; pictures of {list(self.model.input)} can be shifted by less than a side",
-        )
-        for name, values in (("mean", self.data.mean), ("std", self.data.std)):
-            demand(len(values) in (1, channels), f"data.{name} has {len(values)} numbers; give 1 or {channels}")
-        demand(
-            self.schedule.kind != "plateau" or self.data.validation > 0,
-            "a plateau schedule needs data.validation above 0: it is decided by the validation loss",
-        )
-        demand(
-            self.schedule.kind != "plateau" or not self.optimiser.restart,
-            "optimiser.restart is about schedule.phases, whose lengths are known; under a plateau the learning rate "
-            "falls once, over max_epochs: leave it out",
-        )
-        demand(
-            not self.local.epochs or self.data.batch > 1,
-            "local.epochs is above 0 and data.batch is 1: its classifier has batch norm, which needs 2 or more",
-        )
-        self._check_budget()
-        self._check_method()
+        rules.check(self)
 
     @property
     def codecs(self) -> set[str]:
         """All that its phases code with."""
         of_phases = {name for phase in self.schedule.phases for name in (phase.activation, phase.gradient)}
         return {self.codec.activation, self.codec.gradient} | (of_phases - {""})
-
-    def _check_budget(self) -> None:
-        if not self.schedule.budget_mb or not any("auto" in name for name in self.codecs):
-            return
-        given = dataclasses.asdict(self.codec)
-        lines = [f'{way} = "{name.replace("auto", "context")}"' for way, name in given.items() if "auto" in name]
-        instead = f"{' and '.join(lines)} in [codec]" if lines else "context for auto in schedule.phases"
-        raise RecipeError(
-            f'schedule.budget_mb needs bytes that are the same in each run, and codec "auto", the default, follows the '
-            f"link: write {instead}, or step for context"
-        )
-
-    def _check_method(self) -> None:
-        widths, kind = self.schedule.width_list, self.bottleneck.kind
-        demand(
-            kind != "none" or all(width == 0 for width in widths),
-            'bottleneck.kind "none" sends all channels; write width 0 in the schedule, or choose channels or linear',
-        )
-        demand(
-            self.optimiser.restart or not any(phase.lr for phase in self.schedule.phases),
-            "schedule.phases has an lr of its own, which needs optimiser.restart = true: without, the learning rate "
-            "falls once over the whole run",
-        )
-        demand(
-            kind != "none" or not self.schedule.nested,
-            'bottleneck.kind "none" sends all channels; nested widths need kind channels or linear',
-        )
-        if self.method == "plain":
-            raw = self.codec == _UNCODED and kind == "none"
-            raw = raw and not any(phase.activation or phase.gradient for phase in self.schedule.phases)
-            demand(not self.local.epochs, 'method "plain" is what others are compared with: local.epochs must be 0')
-            demand(raw, 'method "plain" compresses nothing: bottleneck.kind is "none" and both codecs are "fp32"')
-        if self.method in ("plain", "fixed"):
-            demand(len(set(widths)) == 1, f'method "{self.method}" has one width; the schedule has {list(widths)}')
-        if self.method == "prune":
-            demand(self.model.init != "", 'method "prune" starts from a trained network; set model.init')
-        # Width 0 means all channels, wider than any number.
-        sizes = [width or 2**31 for width in widths]
-        if self.method == "deprune":
-            demand(
-                sizes == sorted(sizes),
-                f'method "deprune" widens a bottleneck; the schedule has {list(widths)}: put the widths in rising '
-                f'order (0 is all), or take method "prune"',
-            )
-            # With all channels from the start it can still grow in the SNR of its codecs, phase by phase.
-            demand(
-                kind != "none" or len(widths) > 1,
-                'method "deprune" widens a bottleneck, and bottleneck.kind is "none": choose channels or linear, or '
-                "give phases with better and better codecs",
-            )
-        if self.method == "prune":
-            demand(
-                kind != "none",
-                'method "prune" narrows a bottleneck, and bottleneck.kind is "none": choose channels or linear',
-            )
-            demand(
-                sizes == sorted(sizes, reverse=True),
-                f'method "prune" narrows a bottleneck; the schedule has {list(widths)}: put the widths in falling '
-                f'order (0 is all), or take method "deprune"',
-            )
 
     @property
     def principal(self) -> bool:
