@@ -96,6 +96,7 @@ class Tail(nn.Module):
         """Be ready for `width` channels and to be written: what each width has learnt apart is in its own place."""
         self.resize(width, order)
         self.norms.put_away()
+        self.norms.complete()
 
     def forward(self, sent: Tensor) -> Tensor:
         activation = self.bottleneck(sent)
@@ -154,7 +155,7 @@ def build(
 ) -> Halves:  # fmt: skip
     """Both halves with the recipe's random weights (a function of its seed), the tail on `processor`; ModelError,
     CutError as models and partition raise them. The caller drops the half that it doesn't need. `compared`: and looks
-    whether they compute what the whole does, which takes eight passes of a few pictures."""
+    whether they compute what the whole does, which takes ten passes of a few pictures and two back."""
     with _seeded(recipe.seed), _naming("model.name"):
         whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
     with _naming("model.cut"):

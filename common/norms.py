@@ -58,12 +58,19 @@ class Norms(nn.Module):
         if self.width is not None:
             self._put(self.width)
 
+    def complete(self) -> None:
+        """Let sets that have not begun, for none of the steps drew their width, be what the layers have."""
+        for width, begun in zip(self.widths, self.begun.tolist(), strict=True):
+            if not begun:
+                self._put(width)
+
     @torch.no_grad()
     def start(self) -> None:
         """Let every set be what the layers have: the statistics of a run that this one goes on from."""
         for width in self.widths:
             self._put(width)
 
+    @torch.no_grad()
     def _put(self, width: int) -> None:
         self.begun[self.widths.index(width)] = True
         for name, value in self._used.items():

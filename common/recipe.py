@@ -81,7 +81,8 @@ class BottleneckRecipe:
     # direction in the run that `model.init` names, or where the head learnt alone (without either as principal), or
     # "auto": weighted with one of the two, else orthogonal.
     start: str = "auto"
-    principal_pictures: int = 1024  # linear, principal and weighted: pictures that the device takes the components of
+    # linear, principal and weighted: pictures that the device takes the components of; a batch at the least.
+    principal_pictures: int = 1024
     ranking_steps: int = 4  # channels: steps at full width before each phase, to measure what a channel is worth
 
     def __post_init__(self) -> None:

@@ -96,9 +96,9 @@ def ends_of(schedule: ScheduleRecipe, steps_per_epoch: int) -> list[int]:
 
 def courses(recipe: Recipe, steps_per_epoch: int) -> Iterator[tuple[str, int]]:
     """In how many steps the learning rate rises and falls, each time that it does, and what that is a part of."""
-    schedule, alone = recipe.schedule, steps_of(recipe.local.epochs, steps_per_epoch)
-    if alone:
-        yield "the head, alone,", alone
+    schedule = recipe.schedule
+    if recipe.local.epochs:
+        yield "the head, alone,", max(1, steps_of(recipe.local.epochs, steps_per_epoch))
     if schedule.kind == "plateau":
         yield "the run", schedule.max_epochs * steps_per_epoch
         return
@@ -107,7 +107,8 @@ def courses(recipe: Recipe, steps_per_epoch: int) -> Iterator[tuple[str, int]]:
         yield "the run", ends[-1]
         return
     for number, (start, end) in enumerate(pairwise((0, *ends)), 1):
-        yield f"phase {number} of {len(ends)}", end - start
+        if end > start:  # one that comes to no step is left out
+            yield f"phase {number} of {len(ends)}", end - start
 
 
 def planned(recipe: Recipe, channels: int, steps_per_epoch: int) -> tuple[list[Phase], int]:

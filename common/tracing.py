@@ -133,7 +133,7 @@ class _Recorder(fx.Interpreter):
         super().__init__(root, graph=graph)
         self._flops = flops
         self.seen: dict[str, tuple[tuple[int, ...] | None, torch.dtype | None, int]] = {}
-        self.sizes: dict[str, int | torch.Size] = {}
+        self.sizes: dict[str, int | float | torch.Size] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         count = 0
@@ -149,7 +149,7 @@ class _Recorder(fx.Interpreter):
             value.dtype if shaped else None,
             count,
         )
-        if type(value) in (int, torch.Size):
+        if type(value) in (int, float, torch.Size):
             self.sizes[n.name] = value
         return value
 
@@ -181,9 +181,9 @@ def run(root: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], flops: b
     return results
 
 
-def _sizes(found: Sequence[int | torch.Size]) -> tuple[int | None, ...]:
+def _sizes(found: Sequence[int | float | torch.Size]) -> tuple[int | None, ...]:
     """What a number or a shape comes to for any batch, of one for each batch size; () where that is not known."""
-    several = [(size,) if isinstance(size, int) else tuple(size) for size in found]
+    several = [tuple(size) if isinstance(size, torch.Size) else (size,) for size in found]
     if len(several) < len(_BATCHES) or len({len(sizes) for sizes in several}) > 1:
         return ()
     result: list[int | None] = []

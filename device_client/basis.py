@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common import halves
 from common.bottleneck import LinearEncoder
 from common.importance import principal_components
 from device_client import batches
 from device_client.data import Part
-from device_client.inputs import sent_batches
+from device_client.inputs import batches_of, computing, sent_batches
 
 if TYPE_CHECKING:
     from device_client.trainer import Trainer
@@ -39,7 +41,7 @@ def rotate(trainer: Trainer) -> None:
     # Some of all classes: a folder lists one after the other.
     chosen = batches.order(trainer.recipe.seed, 0, len(trainer.data.train))[:count]
     part = Part(trainer.data.train.pictures[chosen], trainer.data.train.labels[chosen])
-    sent = (torch.from_numpy(batch) for batch, _ in sent_batches(trainer.head, part, trainer.recipe))
+    sent = _sent_in_training(trainer, part) if fresh else _sent(trainer, part)
     told, trainer.remote.sensitivity = trainer.remote.sensitivity, None
     if told is not None:
         trainer.felt = torch.from_numpy(told.copy())
@@ -50,3 +52,14 @@ def rotate(trainer: Trainer) -> None:
     encoder.rotate(components, mean)
     trainer.basis = np.concatenate([components.numpy(), mean.numpy()[None]])
     trainer.remote.send_basis(trainer.basis)
+
+
+def _sent(trainer: Trainer, part: Part) -> Iterator[Tensor]:
+    return (torch.from_numpy(batch) for batch, _ in sent_batches(trainer.head, part, trainer.recipe))
+
+
+def _sent_in_training(trainer: Trainer, part: Part) -> Iterator[Tensor]:
+    """In batches as large as those of a step."""
+    for inputs, _ in batches_of(part, trainer.recipe, trainer.batch):
+        with computing(trainer.head, trainer.recipe, "a batch"):
+            yield trainer.head(inputs).cpu()

@@ -184,11 +184,12 @@ def train(
             _say(f"pictures are scaled to the model's {width}x{height}, not cropped; {loaded.scaled}.")
         if (batch := opened.recipe.data.batch) > len(loaded.train):
             _say(f"data.batch is {batch:,}, more than there are pictures: a step takes all {len(loaded.train):,}.")
-        views, rest = any(phase.views for phase in opened.recipe.schedule.phases), len(loaded.train) % batch
-        if views and 0.05 * len(loaded.train) < rest < len(loaded.train):
+        once = any(0 < phase.views <= 1 for phase in opened.recipe.schedule.phases) and not saved
+        rest = len(loaded.train) % batch
+        if once and 0.05 * len(loaded.train) < rest < len(loaded.train):
             _say(
                 f"data.batch is {batch:,}, so {rest:,} of {len(loaded.train):,} pictures are in no whole batch; a "
-                f"phase with views never learns from those."
+                f"phase with one view learns nothing from those."
             )
         for name, steps in () if saved else courses(opened.recipe, max(1, len(loaded.train) // batch)):
             if (warmup := opened.recipe.optimiser.warmup) > steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +105,8 @@ def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: floa
             rest = until - time.monotonic()
             if error.retry_after_s is None or (left <= 0 and rest <= 0):
                 raise
-            say(f"{error}; waiting, {f'{left} more tries' if left > 0 else f'gives up in {duration(rest)}'}")
+            until_then = "" if math.isinf(rest) else f", gives up in {duration(rest)}"
+            say(f"{error}; waiting{until_then if rest > 0 else f', {left} more tries'}")
             # Jitter, so that devices which were refused together do not come back together.
             time.sleep(error.retry_after_s * random.uniform(1.0, 1.5))
     raise AssertionError("count has no end")

@@ -72,7 +72,8 @@ def test_components_are_of_what_a_head_that_has_learnt_nothing_will_send(
     digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Normalised by the batch, as in its first steps: batch norm has no statistics yet, and gets none by looking."""
-    trainer = _trainer(tmp_path, _text(0, "phases = [[4, 1]]", "principal"), digits)
+    text = _text(0, "phases = [[4, 1]]", "principal", data="batch = 32\nevaluation_batch = 1")
+    trainer = _trainer(tmp_path, text, digits)
     monkeypatch.setattr(trainer.remote, "send_basis", lambda basis: None)
     before = [buffer.clone() for buffer in trainer.head.buffers()]
     rotate(trainer)

@@ -92,6 +92,12 @@ def test_a_width_begins_with_what_the_layers_have_learnt_before_it() -> None:
     again.load_state_dict(norms.state_dict())
     again.switch(4)
     assert next(iter(again._used.values())).item() == 40.0, "what has begun is known where it was read"
+    late = Norms(layers, (2, 4, 6))
+    late.switch(2)
+    mean.fill_(22.0)
+    late.put_away()
+    late.complete()
+    assert late.get_buffer("0_running_mean_at_6").item() == 22.0, "and what never has is as what has"
 
 
 def test_norms_whose_names_look_alike_are_kept_apart() -> None:

@@ -54,8 +54,8 @@ class Reckoned(nn.Module):
     """Reckons with the number of pictures, before and behind the cut."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, numbers = x.size(0) * 32, x.shape.numel()
-        y = x.relu().reshape(rows, -1) / numbers
+        rows, numbers, scale = x.size(0) * 32, x.shape.numel(), x.size(1) ** -0.5
+        y = x.relu().reshape(rows, -1) / numbers * scale
         y = torch.roll(y, x.size(0) // 5, 0)
         half = x.size(0) // 2
         y = y.reshape(x.size(0), -1)

@@ -94,7 +94,9 @@ def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside, by_context
             return np.zeros(shape, np.float32)
         raw = _UNCODED.decode(body, shape)
         return raw if support is None else np.where(support.reshape(shape), raw, np.float32(0))
-    if form & 3 not in (_PACKED, _CONTEXT)[: 1 + by_context] or flags & ~_SIGNED != _flags(aside):
+    if form & 3 == _CONTEXT and not by_context:
+        raise CodecError("the payload is coded by context, which this codec does not take")
+    if form & 3 not in (_PACKED, _CONTEXT) or flags & ~_SIGNED != _flags(aside):
         raise CodecError(f"form {form} is not what was agreed on: the two sides differ in dither or support")
     if flags & ~_SIGNED and not flags & _SIGNED or bool(flags & _SIGNED) == bool(level):
         raise CodecError(f"form {form} does not exist")

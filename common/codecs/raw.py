@@ -18,6 +18,7 @@ from common.codecs.base import (
 )
 
 _LARGEST = 15  # exponent of what the largest element becomes, at most
+_BELOW = np.float32(2**15 - 16)  # the largest number of fp16 below that
 
 
 def _range(tensor: np.ndarray) -> tuple[float, float]:
@@ -47,10 +48,10 @@ class Fp32:
 
 class Fp16:
     """2 bytes an element, little endian, of the tensor times a power of two, which stands before them in a byte: from
-    2^-29 of the largest element on the relative error is at most 2^-11, at any scale."""
+    2^-28 of the largest element on the relative error is at most 2^-11, at any scale."""
 
     name = "fp16"
-    exact_zeros = False  # what is below 2^-39 of the largest becomes zero too
+    exact_zeros = False  # what is below 2^-40 of the largest becomes zero too
 
     def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
         low, high = _range(tensor)
@@ -58,6 +59,8 @@ class Fp16:
         # Gradients of a mean loss may lie where fp16 has few bits or none: the largest comes to 2^14 or more.
         power = max(-127, min(126, _LARGEST - math.frexp(max(-low, high))[1]))
         scaled = np.ascontiguousarray(tensor) * np.float32(2.0**power)
+        if power < -112:  # rounded up, the largest of all would be more than float32 has
+            scaled = np.clip(scaled, -_BELOW, _BELOW)
         # It converts ten times as fast as numpy, both round to nearest even; but for this codec alone it takes seconds.
         import torch
 
@@ -70,7 +73,8 @@ class Fp16:
 
         (power,) = struct.unpack_from("<b", payload)
         half = np.frombuffer(payload, "<f2", offset=1).astype(np.float16)
-        tensor = np.ldexp(torch.from_numpy(half).float().numpy(), -power).reshape(shape)
+        with np.errstate(over="ignore"):  # of a forged power; it is looked at below
+            tensor = np.ldexp(torch.from_numpy(half).float().numpy(), -power).reshape(shape)
         require_decoded_finite(*_range(tensor), self.name)
         return tensor
 
