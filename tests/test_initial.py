@@ -150,14 +150,15 @@ def test_principal_components_are_of_all_classes(monkeypatch: pytest.MonkeyPatch
     order = np.argsort(digits.train.labels, kind="stable")
     sorted_ = Part(digits.train.pictures[order], digits.train.labels[order])
     seen: list[Part] = []
-    whole = basis.sent_batches
-    monkeypatch.setattr(
-        basis, "sent_batches", lambda head, part, recipe: seen.append(part) or whole(head, part, recipe)
-    )
+    for name in ("_sent", "_sent_in_training"):
+        whole = getattr(basis, name)
+        monkeypatch.setattr(basis, name, lambda trainer, part, whole=whole: seen.append(part) or whole(trainer, part))
     bottleneck = 'kind = "linear"\nstart = "principal"\nprincipal_pictures = 64'
-    text = recipe_text("fixed", bottleneck=bottleneck, schedule="phases = [[4, 0.1]]")
-    inprocess.train(text, Dataset(digits.classes, sorted_, digits.validation, digits.test, ()))
-    assert len(seen[0]) == 64 and len(set(seen[0].labels.tolist())) == 10
+    for phase in ("[4, 0.1]", "{ width = 4, epochs = 0.1, views = 0.1 }"):
+        text = recipe_text("fixed", bottleneck=bottleneck, schedule=f"phases = [{phase}]")
+        inprocess.train(text, Dataset(digits.classes, sorted_, digits.validation, digits.test, ()))
+    assert [len(part) for part in seen] == [64, 64]
+    assert all(len(set(part.labels.tolist())) == 10 for part in seen)
 
 
 def test_tied_weights_can_be_kept() -> None:
