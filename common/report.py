@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
@@ -88,11 +88,23 @@ def summarise(
         **({"local": outcome.local} if outcome.local else {}),
         "budget": round(recipe.schedule.budget_mb * 1e6) or None,
         "epochs_asked": sum(phase.epochs for phase in recipe.schedule.phases),
+        "phases_left_out": _left_out(recipe, cut[0], outcome.phases),
         "phases": [
             {"from_step": phase.from_step, "width": phase.width, "nested": list(phase.nested), "kind": phase.kind}
             for phase in outcome.phases
         ],
     }
+
+
+def _left_out(recipe: Recipe, channels: int, phases: Sequence[Phase]) -> int:
+    """How many of the last entries of the schedule never came, for a budget was spent before."""
+    codec = recipe.codec
+    asked = [
+        (entry.width or channels, entry.nested, entry.activation or codec.activation, entry.gradient or codec.gradient)
+        for entry in recipe.schedule.phases
+    ]
+    had = [(one.width, one.nested, one.activation_codec, one.gradient_codec) for one in phases if one.kind != RANK]
+    return max(0, sum(1 for _ in groupby(asked)) - sum(1 for _ in groupby(had)))
 
 
 def kernel_of(device: KernelBytes | None = None, server: KernelBytes | None = None) -> dict[str, int] | None:
@@ -183,7 +195,9 @@ def _spent(summary: dict[str, Any], spent: int) -> str:
     if spent <= budget and epochs >= 0.99 * asked:
         return f"{text}."
     if spent <= budget:
-        return f"{text}, which was enough for {epochs:.3g} of {asked:g} epochs."
+        left = summary["phases_left_out"]
+        last = f", without the last {_count(left, 'phase{}') if left > 1 else 'phase'}" if left else ""
+        return f"{text}, which was enough for {epochs:.3g} of {asked:g} epochs{last}."
     return (
         f"[yellow]Warning[/yellow]: {text}, which is too little for the head's weights, some steps and the test part."
     )

@@ -176,6 +176,15 @@ def test_a_run_spends_its_budget_and_no_more(digits: Dataset) -> None:
     assert "of a budget of 500.0 kB, which was enough for 5 of 12 epochs." in shown and "width 2 → 4." in shown
 
 
+def test_a_phase_that_was_left_out_is_said(digits: Dataset) -> None:
+    """Its test part alone would take most of the budget."""
+    summary = run(digits, "phases = [[2, 6], [32, 6]]\nbudget_mb = 0.35")
+    console = Console(file=io.StringIO(), width=120)
+    report.show(console, summary)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "of 12 epochs, without the last phase." in shown and "width 2." in shown, shown
+
+
 def test_evaluations_of_a_nested_phase_take_its_whole_width() -> None:
     """Its steps draw narrower ones too, and say nothing of that by themselves."""
     phases = "phases = [{ width = 8, epochs = 60, nested = [1, 2] }]\nbudget_mb = 3"
