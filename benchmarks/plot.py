@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,9 +14,16 @@ from matplotlib import pyplot as plt
 
 
 def main() -> None:
-    folder, target = Path(sys.argv[1]), Path(sys.argv[2])
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((folder / "summary.json").read_text())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished run, the device's")
+    parser.add_argument("target", type=Path)
+    options = parser.parse_args()
+    folder, target = options.run, options.target
+    try:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((folder / "summary.json").read_text())
+    except OSError as error:
+        parser.error(f"{folder} holds no finished run: {error.filename} cannot be read ({error.strerror})")
     steps = np.array([line["step"] for line in lines])
     accuracy = np.array([line["accuracy"] for line in lines])
     ours = np.cumsum([line["bytes"]["up"] + line["bytes"]["down"] for line in lines]) / 1e6

@@ -97,12 +97,12 @@ def summarise(
 
 
 def _left_out(recipe: Recipe, channels: int, phases: Sequence[Phase]) -> int:
-    """How many of the last entries of the schedule never came, for a budget was spent before."""
+    """How many of the last phases that were asked for never came: a budget was spent before, or the epochs over."""
     codec = recipe.codec
     asked = [
         (entry.width or channels, entry.nested, entry.activation or codec.activation, entry.gradient or codec.gradient)
         for entry in recipe.schedule.phases
-    ]
+    ] or [(width or channels, (), codec.activation, codec.gradient) for width in recipe.schedule.widths]
     had = [(one.width, one.nested, one.activation_codec, one.gradient_codec) for one in phases if one.kind != RANK]
     return max(0, sum(1 for _ in groupby(asked)) - sum(1 for _ in groupby(had)))
 
@@ -153,6 +153,9 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         )  # fmt: skip
     if summary["budget"]:
         console.print(_spent(summary, bytes_["up"]["message"] + bytes_["down"]["message"]), highlight=False)
+    elif left := summary["phases_left_out"]:
+        last = _count(left, "phase{}") if left > 1 else "phase"
+        console.print(f"The run ended before its last {last} began.", highlight=False)
     if parts := _told(summary["faults"]):
         console.print(f"On the way: {parts}; the result is that of an undisturbed run.", highlight=False)
     table = Table(title="Bytes on the link", title_justify="left", show_edge=False, pad_edge=False)

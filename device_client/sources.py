@@ -267,6 +267,11 @@ def _announced_bytes(archive: zipfile.ZipFile, key: str, path: Path) -> int:
     with archive.open(f"{key}.npy") as file:
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
+    if dtype.hasobject:
+        raise DataError(
+            f"{key} in {path} holds Python objects, which are not read; save numbers as such, and names as text:"
+            " .astype(str)"
+        )
     if key.endswith("_x") and (dtype != np.uint8 or len(shape) not in (3, 4)):
         raise DataError(
             f"{key} in {path} is {dtype} of shape {list(shape)}; save pictures as uint8 (0..255) of shape"

@@ -151,9 +151,9 @@ def predict(
         say(str(refused))
     paths = [path for path in paths if path in read]
     pictures = np.stack([read[path][0] for path in paths])
-    other = {path: read[path][1] for path in paths if read[path][1] != (width, height)}
+    other = [path for path in paths if read[path][1] != (width, height)]
     if other:
-        path, (wide, high) = next(iter(other.items()))
+        path, (wide, high) = other[0], read[other[0]][1]
         verb = "is" if len(other) == 1 else "are"
         what = f"{len(other):,} of {several(len(paths), 'picture')} {verb} scaled to the model's {width}x{height}"
         say(f"{what}, not cropped; {path} was {wide}x{high}.")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from benchmarks import pair
+from benchmarks import inprocess, pair
 from benchmarks.recipes import recipe_text
 from common import report
 from device_client import data
@@ -120,15 +120,16 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
         mistyped = pair.device("predict", address, "--run", tmp_path / "none", names[0], capture_output=True)
         answers = [
             pair.device(command, address, "--run", run, "--json", *what, capture_output=True)
-            for command, what in (("evaluate", ("--data", "digits")), ("predict", names))
+            for command, what in (("evaluate", ("--data", "digits")), ("predict", [*names, names[0]]))
         ]
         process.terminate()
         assert process.wait(timeout=15) == 0
     one, *each = [json.loads(line) for answer in answers for line in answer.stdout.splitlines()]
     assert one["accuracy"] == deprune_run.summary("device")["accuracy"] and one["width"] == 8, one
-    assert [(row["picture"], row["class"]) for row in each] == [(str(names[0]), "3"), (str(names[1]), "7")]
+    expected = [(str(names[0]), "3"), (str(names[1]), "7"), (str(names[0]), "3")]
+    assert [(row["picture"], row["class"]) for row in each] == expected
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4) for row in each)
-    assert "are scaled to the model's 16x16" in answers[1].stderr
+    assert "3 of 3 pictures are scaled to the model's 16x16" in answers[1].stderr
     assert f"{deprune_run.summary('device')['accuracy']:.2%}" in judged.stdout, judged.stdout + judged.stderr
     rows = {line.split()[0].rpartition("/")[2]: line.split() for line in named.stdout.splitlines() if "%" in line}
     assert (rows["3.png"][2], rows["7.png"][2]) == ("3", "7"), named.stdout + named.stderr
@@ -137,6 +138,14 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
     assert "1 of 3 pictures were left out" in partly.stderr, partly.stderr
     assert nothing.returncode == 1 and "none of 2 pictures can be read; the picture" in nothing.stderr, nothing.stderr
     assert mistyped.returncode == 1 and "holds no finished run; check --run" in mistyped.stderr.replace("\n", " ")
+
+
+def test_widths_that_never_came_are_said(few: data.Dataset) -> None:
+    schedule = 'kind = "plateau"\nwidths = [2, 4]\nmax_epochs = 2'
+    text = recipe_text("deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', schedule=schedule)
+    console = Console(record=True, width=200, file=io.StringIO())
+    report.show(console, inprocess.train(text, few))
+    assert "The run ended before its last phase began." in console.export_text()
 
 
 def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
