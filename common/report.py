@@ -15,7 +15,7 @@ from common.recipe import Recipe
 from common.schedule import RANK, Phase
 from common.tcp_info import KernelBytes
 from common.wire import label_type
-from common.words import duration, size
+from common.words import duration, several, size
 
 # What a plain run needs too, and so what the comparison is made on; weights, evaluation and control stand apart.
 _TRAINING = {"up": ("activation", "label"), "down": ("gradient",)}
@@ -137,8 +137,8 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     path = " → ".join("/".join(map(str, one)) for one in widths)
     console.print(
         f"\n[bold]{summary['accuracy']:.2%}[/bold] test accuracy "
-        f"(loss {summary['loss']:.3f}) after {_count(summary['steps'], 'step{}')}, "
-        f"{_count(summary['epochs'], 'epoch{}')}, in {duration(summary['wall_s'])}; "
+        f"(loss {summary['loss']:.3f}) after {several(summary['steps'], 'step')}, "
+        f"{several(summary['epochs'], 'epoch')}, in {duration(summary['wall_s'])}; "
         f"method {summary['method']}, width {path}.",
         highlight=False,
     )
@@ -148,14 +148,13 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         )
     if local := summary.get("local"):
         console.print(
-            f"Before, the head learnt alone for {_count(local['epochs'], 'epoch{}')}: its own classifier was right on "
+            f"Before, the head learnt alone for {several(local['epochs'], 'epoch')}: its own classifier was right on "
             f"{local['accuracy']:.2%} of the test pictures.", highlight=False,
         )  # fmt: skip
     if summary["budget"]:
         console.print(_spent(summary, bytes_["up"]["message"] + bytes_["down"]["message"]), highlight=False)
     elif left := summary["phases_left_out"]:
-        last = _count(left, "phase{}") if left > 1 else "phase"
-        console.print(f"The run ended before its last {last} began.", highlight=False)
+        console.print(f"The run ended before its {_last_phases(left)} began.", highlight=False)
     if parts := _told(summary["faults"]):
         console.print(f"On the way: {parts}; the result is that of an undisturbed run.", highlight=False)
     table = Table(title="Bytes on the link", title_justify="left", show_edge=False, pad_edge=False)
@@ -199,7 +198,7 @@ def _spent(summary: dict[str, Any], spent: int) -> str:
         return f"{text}."
     if spent <= budget:
         left = summary["phases_left_out"]
-        last = f", without the last {_count(left, 'phase{}') if left > 1 else 'phase'}" if left else ""
+        last = f", without the {_last_phases(left)}" if left else ""
         return f"{text}, which was enough for {epochs:.3g} of {asked:g} epochs{last}."
     return (
         f"[yellow]Warning[/yellow]: {text}, which is too little for the head's weights, some steps and the test part."
@@ -209,17 +208,15 @@ def _spent(summary: dict[str, Any], spent: int) -> str:
 def _told(faults: dict[str, int]) -> str:
     """What went wrong, in words; "" where nothing did."""
     words = {
-        "reconnects": "reconnect{}",
-        "resumed": "time{} resumed from a checkpoint",
-        "steps_again": "step{} made again",
+        "reconnects": ("reconnect", ""),
+        "resumed": ("time", " resumed from a checkpoint"),
+        "steps_again": ("step", " made again"),
     }
-    return ", ".join(_count(number, words[name]) for name, number in faults.items() if number)
+    return ", ".join(several(number, words[name][0]) + words[name][1] for name, number in faults.items() if number)
 
 
-def _count(number: float, noun: str) -> str:
-    """`number` of what `noun` says, where {} stands for the s of more than one."""
-    figure = f"{number:,}" if isinstance(number, int) else f"{number:g}"
-    return f"{figure} {noun.format('' if number == 1 else 's')}"
+def _last_phases(count: int) -> str:
+    return "last phase" if count == 1 else f"last {several(count, 'phase')}"
 
 
 def _cell(value: int | None) -> str:
