@@ -1,4 +1,5 @@
-"""What both commands begin and end with: a user's mistake is one sentence and an exit code, never a traceback."""
+"""What both commands have in common: how options are given to them, and what they begin and end with. A user's mistake
+is one sentence and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import io
 import os
 import signal
 import sys
+from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
@@ -54,6 +56,17 @@ def run(module: str) -> None:
         sys.exit(1)
     finally:
         _let_go_of_output()
+
+
+def with_options(options: list[Any]) -> Any:
+    """A decorator that gives a command these, in their order."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 def _let_go_of_output() -> None:

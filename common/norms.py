@@ -6,11 +6,25 @@ statistics of the wide ones (Yu et al., Slimmable Neural Networks, arXiv 1812.08
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+
+@contextlib.contextmanager
+def undisturbed(*modules: nn.Module) -> Iterator[None]:
+    """Put the modules' buffers, running statistics above all, back to what they are now when it is left."""
+    before = [{name: value.clone() for name, value in module.named_buffers()} for module in modules]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, values in zip(modules, before, strict=True):
+                for name, value in module.named_buffers():
+                    value.copy_(values[name])
 
 
 class Norms(nn.Module):

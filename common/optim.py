@@ -28,8 +28,8 @@ class Optimiser:
         self, recipe: OptimiserRecipe, groups: Sequence[tuple[list[nn.Parameter], float]],
         opening: Sequence[nn.Parameter] = (),
     ) -> None:  # fmt: skip
-        """`groups`: parameters, and the weight decay that they have in common; `opening`: those of whose channels more
-        and more are sent, without decay."""
+        """`groups`: parameters, and the weight decay that they have in common; `opening`: those that AdamW moves each
+        element by itself, without decay."""
         self.lr = recipe.lr
         self.parameters = [*(parameter for parameters, _ in groups for parameter in parameters), *opening]
         # What it remembers of a parameter, from its first step on.
@@ -43,13 +43,12 @@ class Optimiser:
     @torch.no_grad()
     def step(self) -> None:
         """Move each parameter that has a gradient."""
-        adapts = self._recipe.name == "adamw"
-        move = self._adamw if adapts else self._sgd
-        for parameters, weight_decay in [*self._groups, *([] if adapts else [(self._opening, 0.0)])]:
+        move = self._adamw if self._recipe.name == "adamw" else self._sgd
+        for parameters, weight_decay in self._groups:
             moving: list[torch.Tensor] = [parameter for parameter in parameters if parameter.grad is not None]
             if moving:
                 move(moving, [parameter.grad for parameter in moving if parameter.grad is not None], weight_decay)
-        for parameter in self._opening if adapts else ():
+        for parameter in self._opening:
             if parameter.grad is not None:
                 self._adam_by_element(parameter, parameter.grad)
 
@@ -97,7 +96,10 @@ def build(recipe: OptimiserRecipe, layers: nn.Module, bottleneck: nn.Module) -> 
 
     The bottleneck has no weight decay: it would shrink the channels that are not sent yet.
     """
-    return Optimiser(recipe, [(list(layers.parameters()), recipe.weight_decay)], list(bottleneck.parameters()))
+    decaying, opening = (list(layers.parameters()), recipe.weight_decay), list(bottleneck.parameters())
+    if recipe.name == "adamw":
+        return Optimiser(recipe, [decaying], opening)
+    return Optimiser(recipe, [decaying, (opening, 0.0)])
 
 
 def learning_rate(recipe: OptimiserRecipe, step: int, phase: Phase) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from common import halves
 from common.bottleneck import LinearEncoder
 from common.importance import principal_components
+from common.norms import undisturbed
 from device_client import batches
 from device_client.data import Part
 from device_client.inputs import batches_of, computing, sent_batches
@@ -37,7 +38,6 @@ def rotate(trainer: Trainer) -> None:
         count = max(trainer.batch, count - count % trainer.batch)  # whole batches
         halves.reseed(recipe.seed, 0, "head")
     trainer.head.train(fresh)
-    buffers = [buffer.clone() for buffer in trainer.head.buffers()]
     # Some of all classes: a folder lists one after the other.
     chosen = batches.order(trainer.recipe.seed, 0, len(trainer.data.train))[:count]
     part = Part(trainer.data.train.pictures[chosen], trainer.data.train.labels[chosen])
@@ -45,9 +45,8 @@ def rotate(trainer: Trainer) -> None:
     told, trainer.remote.sensitivity = trainer.remote.sensitivity, None
     if told is not None:
         trainer.felt = torch.from_numpy(told.copy())
-    components, mean = principal_components(sent, trainer.felt)
-    for buffer, value in zip(trainer.head.buffers(), buffers, strict=True):
-        buffer.copy_(value)
+    with undisturbed(trainer.head):
+        components, mean = principal_components(sent, trainer.felt)
     trainer.felt = None
     encoder.rotate(components, mean)
     trainer.basis = np.concatenate([components.numpy(), mean.numpy()[None]])

@@ -19,6 +19,7 @@ from rich.table import Table
 from common import checkpoint, report
 from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
+from common.cli import with_options
 from common.errors import AbsentError, AuthError, DataError, MismatchError, RunFolderError
 from common.meter import DOWN, UP
 from common.progress import Counting, Screen, note, warn
@@ -29,7 +30,7 @@ from common.tokens import exposed
 from common.words import several, size
 from device_client import data as data_module
 from device_client.connection import GIVE_UP_S
-from device_client.options import DATA, SHARED, TRAIN, USE, with_options
+from device_client.options import DATA, SHARED, TRAIN, USE
 from device_client.remote_tail import RemoteTail
 from device_client.sources import check_source
 
@@ -266,20 +267,20 @@ def predict(
         answers, classes = list(use.predict(remote, head, pictures, _say, wait)), remote.opened.classes
     finally:
         remote.close()
-    table = Table(show_edge=False, pad_edge=False)
-    for name in ("picture", "class"):
-        table.add_column(name, overflow="fold")
-    table.add_column("probability", justify="right")
-    for path, chances in answers:
-        best = int(chances.argmax())
-        if as_json:
+    if as_json:
+        for path, chances in answers:
             each = dict(zip(classes, chances.tolist(), strict=True))
-            click.echo(json.dumps({"picture": str(path), "class": classes[best], "probabilities": each}))
-        else:
-            table.add_row(escape(str(path)), escape(classes[best]), f"{chances[best]:.1%}")
-    if not console.is_terminal:
-        console.width = _LONG  # a line for each picture where a program reads them, however long a path is
-    if not as_json:
+            answer = {"picture": str(path), "class": classes[int(chances.argmax())], "probabilities": each}
+            click.echo(json.dumps(answer))
+    else:
+        table = Table(show_edge=False, pad_edge=False)
+        for name in ("picture", "class"):
+            table.add_column(name, overflow="fold")
+        table.add_column("probability", justify="right")
+        for path, chances in answers:
+            table.add_row(escape(str(path)), escape(classes[int(chances.argmax())]), f"{chances.max():.1%}")
+        if not console.is_terminal:
+            console.width = _LONG  # a line for each picture where a program reads them, however long a path is
         console.print(table)
     if missing := len(pictures) - len(answers):
         raise DataError(f"{missing:,} of {len(pictures):,} pictures were left out, for they cannot be read")

@@ -80,14 +80,3 @@ USE = [
     click.option("--json", "as_json", is_flag=True,
                  help="Print the answer as JSON, one a line, and all else to standard error."),
 ]  # fmt: skip
-
-
-def with_options(options: list[Any]) -> Any:
-    """A decorator that gives a command these, in their order."""
-
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate

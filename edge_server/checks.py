@@ -9,6 +9,7 @@ import torch
 
 from common.errors import ModelError
 from common.halves import Halves
+from common.norms import undisturbed
 from common.recipe import Recipe
 
 
@@ -34,10 +35,8 @@ def require_logits(model: str, classes: int, logits: object) -> None:
 def batch(recipe: Recipe, halves: Halves) -> None:
     """ModelError where the model cannot be trained with the recipe's batch: batch norm needs two numbers a channel."""
     pictures = min(2, recipe.data.batch)
-    layers = (halves.head, halves.tail)
-    before = [{name: value.clone() for name, value in half.named_buffers()} for half in layers]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), undisturbed(halves.head, halves.tail):
             halves.head.train(), halves.tail.train()
             halves.tail.layers(halves.tail.bottleneck(halves.head(torch.zeros(pictures, *recipe.model.input))))
     except ValueError as error:
@@ -47,9 +46,6 @@ def batch(recipe: Recipe, halves: Halves) -> None:
         ) from error
     finally:
         halves.head.eval(), halves.tail.eval()
-        for half, values in zip(layers, before, strict=True):
-            for name, value in half.named_buffers():
-                value.copy_(values[name])
 
 
 def wasteful(recipe: Recipe, halves: Halves) -> Iterator[str]:

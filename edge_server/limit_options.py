@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from common.cli import with_options
 from edge_server.limits import Limits
 
 _USUAL = Limits()
@@ -65,6 +66,4 @@ def limits(function: Callable[..., None]) -> Callable[..., None]:
         _limit("--store-limit", "store", _COUNT, "MB",
                "Disk that a phase may take for what its device sends with the head frozen.", _MB),
     ]  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return with_options(options)(function)
