@@ -31,6 +31,10 @@ def warn(console: Console, sentence: str) -> None:
     console.print(f"[yellow]Warning[/yellow]: {escape(sentence)}", highlight=False)
 
 
+def warn_unencrypted(console: Console) -> None:
+    console.print("[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link.")
+
+
 class _Losing:
     """A file whose writes may fail; all else is the file's."""
 

@@ -6,11 +6,12 @@ lines that start with # are left out.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from common.errors import AuthError
@@ -64,13 +65,12 @@ def own(path: Path | None) -> str:
     return next(iter(tokens.values()), "")
 
 
-def exposed(path: Path) -> str:
-    """A warning where others on this machine can read a secret; else ""."""
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-    except OSError:
-        return ""
-    return f"{path} is secret, but others can read it (mode {mode:o}): chmod 600 {path}" if mode & 0o077 else ""
+def exposed(*secrets: Path | None) -> Iterator[str]:
+    """A warning for each of these files that others on this machine can read; None is none."""
+    for path in filter(None, secrets):
+        with contextlib.suppress(OSError):
+            if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+                yield f"{path} is secret, but others can read it (mode {mode:o}): chmod 600 {path}"
 
 
 class Known:

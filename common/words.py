@@ -20,8 +20,11 @@ def several(count: float, what: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    if math.isinf(seconds):
-        return "any time"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def gives_up(seconds: float) -> str:
+    """gives up in 9:41; never gives up"""
+    return "never gives up" if math.isinf(seconds) else f"gives up in {duration(seconds)}"

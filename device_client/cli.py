@@ -22,15 +22,15 @@ from common.checkpoint import Checkpoints
 from common.cli import with_options
 from common.errors import AbsentError, AuthError, DataError, MismatchError, RunFolderError
 from common.meter import DOWN, UP
-from common.progress import Counting, Screen, note, warn
+from common.progress import Counting, Screen, note, warn, warn_unencrypted
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
-from common.schedule import courses
 from common.tokens import exposed
 from common.words import several, size
 from device_client import data as data_module
 from device_client.connection import GIVE_UP_S
 from device_client.options import DATA, SHARED, TRAIN, USE
+from device_client.remarks import remarks
 from device_client.remote_tail import RemoteTail
 from device_client.sources import check_source
 
@@ -58,10 +58,8 @@ def _connect(
         raise click.UsageError(str(error)) from error
     host, _ = parse_address(server)
     if not reached.tls_ca and not is_loopback(host):
-        console.print(
-            "[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link."
-        )
-    for warning in filter(None, (exposed(path) for path in (reached.tls_key, reached.token_file) if path)):
+        warn_unencrypted(console)
+    for warning in exposed(reached.tls_key, reached.token_file):
         warn(console, warning)
     remote = RemoteTail(server, reached, give_up_s=give_up_s, stalled_s=stalled_s)
     remote.say = _say
@@ -180,23 +178,8 @@ def train(
             f"{len(loaded.train):,} training and {len(loaded.test):,} test pictures in {len(loaded.classes)} classes.",
             highlight=False,
         )
-        if loaded.scaled and source != "digits":
-            _, height, width = opened.recipe.model.input
-            _say(f"pictures are scaled to the model's {width}x{height}, not cropped; {loaded.scaled}.")
-        if (batch := opened.recipe.data.batch) > len(loaded.train):
-            _say(f"data.batch is {batch:,}, more than there are pictures: a step takes all {len(loaded.train):,}.")
-        once = any(0 < phase.views <= 1 for phase in opened.recipe.schedule.phases) and not saved
-        rest = len(loaded.train) % batch
-        if once and 0.05 * len(loaded.train) < rest < len(loaded.train):
-            _say(
-                f"data.batch is {batch:,}, so {rest:,} of {len(loaded.train):,} pictures are in no whole batch; a "
-                f"phase with one view learns nothing from those."
-            )
-        for name, steps in () if saved else courses(opened.recipe, max(1, len(loaded.train) // batch)):
-            if (warmup := opened.recipe.optimiser.warmup) > steps:
-                _say(
-                    f"optimiser.warmup is {warmup:,} steps, and {name} has {steps:,}: it never learns at its full rate."
-                )
+        for remark in remarks(opened.recipe, loaded, begun=bool(saved)):
+            _say(f"{remark}.")
         init = RunFolder(head_path) if head_path else None
         if init and not saved and not opened.init_run_id:
             _say(f"--head {head_path} is not needed: the server has the weights that this run begins with.")

@@ -6,7 +6,6 @@ go on. What crosses the stream is remote_tail.py's matter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +42,7 @@ from common.rpc_errors import from_rpc, was_sent
 from common.schedule import Phase
 from common.tcp_info import Kernel, KernelBytes, find_server
 from common.wire import Place
-from common.words import duration
+from common.words import gives_up
 from device_client.link import CURABLE, Came, Stream, Trouble
 
 GIVE_UP_S = 600.0
@@ -142,7 +141,7 @@ class Connection:
                         raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
                     raise
                 if not told:
-                    self.say(f"{error}; waiting for {'' if math.isinf(wait_s) else 'up to '}{duration(wait_s)}")
+                    self.say(f"{error}; waiting, {gives_up(wait_s)}")
                     told = True
                 trouble.wait(error, lambda text: None)
                 self._connect()

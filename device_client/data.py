@@ -128,6 +128,8 @@ def load(
             raise DataError(f"none of the {len(chosen):,} {name} pictures of {source} can be read: {some(unreadable)}")
     empty = Part(np.empty((0, *input_shape), dtype=np.uint8), np.empty(0, dtype=np.int64))
     train_part, validation_part, test_part = (read.get(name, empty) for name in ("train", "validation", "test"))
+    if source == "digits":  # whose size no user can be mistaken in
+        scaled = ""
     return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled, opened.left_out)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import random
 import threading
@@ -30,7 +29,7 @@ from common.pulse import STALLED_S, Pulse
 from common.rpc import split_pb2 as pb
 from common.rpc_errors import from_rpc
 from common.tcp_info import TcpSocket, find_server
-from common.words import duration, several
+from common.words import duration, gives_up, several
 
 # What a new connection may cure: a lost link, a server that is being replaced or is still busy with the old stream,
 # certificates that are being exchanged, a fault of the server's own, and bytes that were damaged on the way, which may
@@ -158,7 +157,5 @@ class Trouble:
         # What to do about it is told once.
         reason = str(error).partition(";")[0] if str(error) == self._told else str(error)
         self._told = str(error)
-        left = self.give_up_s - spent
-        until = "" if math.isinf(left) else f"; gives up in {duration(left)}"
-        say(f"reconnecting, attempt {self._attempts} ({reason}){until}")
+        say(f"reconnecting, attempt {self._attempts} ({reason}); {gives_up(self.give_up_s - spent)}")
         time.sleep(min(pause, max(0.0, self.give_up_s - spent)))

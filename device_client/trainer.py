@@ -25,7 +25,7 @@ from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, Manifest, RunFolder, metrics_line
 from common.schedule import RECALL, Phase
-from common.words import duration, several
+from common.words import duration, gives_up, several
 from device_client.basis import rotate
 from device_client.data import Dataset, Part
 from device_client.inputs import computing, sent_batches, training_batch
@@ -374,7 +374,7 @@ class Trainer:
                         f"{error}; the run has made all its steps and is not finished: make room, and start it again "
                         f"with the same --run to go on from its newest checkpoint"
                     ) from error
-                warn(self.console, f"{error}; trying again, gives up in {duration(left)}")
+                warn(self.console, f"{error}; trying again, {gives_up(left)}")
                 time.sleep(min(_ROOM_S, left))
 
     @property

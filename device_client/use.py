@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
-from common.words import duration, several
+from common.words import gives_up, several
 from device_client.batches import Pictures
 from device_client.data import Dataset, Part, load_picture
 from device_client.inputs import sent_batches
@@ -105,8 +104,7 @@ def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: floa
             rest = until - time.monotonic()
             if error.retry_after_s is None or (left <= 0 and rest <= 0):
                 raise
-            until_then = "" if math.isinf(rest) else f", gives up in {duration(rest)}"
-            say(f"{error}; waiting{until_then if rest > 0 else f', {left} more tries'}")
+            say(f"{error}; waiting, {gives_up(rest) if rest > 0 else f'{left} more tries'}")
             # Jitter, so that devices which were refused together do not come back together.
             time.sleep(error.retry_after_s * random.uniform(1.0, 1.5))
     raise AssertionError("count has no end")

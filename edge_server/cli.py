@@ -18,7 +18,7 @@ from common import recipe as recipes
 from common.channel import ServerTls
 from common.checkpoint import EVERY
 from common.errors import ModelError
-from common.progress import Screen, note, warn
+from common.progress import Screen, note, warn, warn_unencrypted
 from common.run import RunFolder
 from common.tokens import exposed
 from common.words import size
@@ -110,7 +110,7 @@ def serve(
         raise click.UsageError("--tls-cert and --tls-key go together")
     if tls_client_ca and not tls_cert:
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
-    for warning in filter(None, (exposed(path) for path in (tls_key, token_file) if path)):
+    for warning in exposed(tls_key, token_file):
         warn(console, warning)
     console.may_be_lost = True
     folder = RunFolder(run_path)
@@ -144,9 +144,7 @@ def serve(
     server = Server(host, listen, tls, insecure, token_file)
     address = f"{listen.rpartition(':')[0]}:{server.port}"
     if insecure and not tls_cert:
-        console.print(
-            "[bold red]Not encrypted[/bold red]: anyone on the way can read and change what crosses the link."
-        )
+        warn_unencrypted(console)
     doing = f"serving run {host.run_id} in {run_path}"
     if host.run:
         doing = f"waiting for a device to train {parsed.name}"

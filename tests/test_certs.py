@@ -82,7 +82,7 @@ def test_a_clock_that_is_behind_is_named_and_waited_for(tmp_path: Path, monkeypa
         remote.open(trains=True)
     with pytest.raises((ClockError, LinkError)):
         remote.open(trains=True, wait_s=0.5)
-    assert "waiting for up to 0:00" in said[0] or "waiting for up to 0:01" in said[0]
+    assert "waiting, gives up in 0:00" in said[0] or "waiting, gives up in 0:01" in said[0]
     monkeypatch.setattr(certs, "_CLOCKS_BEHIND", timedelta(days=1))
     certs.make(tmp_path / "sound", ["localhost"], (), renew=False)
     assert Access(tls_ca=tmp_path / "sound" / "ca.pem").clock == ""

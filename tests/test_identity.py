@@ -319,10 +319,11 @@ def test_tokens_are_compared_with_every_one(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_secrets_that_others_can_read(tmp_path: Path) -> None:
     path = token_file(tmp_path / "token", alice=TOKENS["alice"])
-    assert tokens.exposed(path) == ""
+    assert list(tokens.exposed(path, None, tmp_path / "missing")) == []
     for mode in (0o640, 0o604):
         path.chmod(mode)
-        assert f"mode {mode:o}" in tokens.exposed(path)
+        (warning,) = tokens.exposed(None, path)
+        assert f"mode {mode:o}" in warning
     result = CliRunner().invoke(device_cli.cli, ["predict", "127.0.0.1:9", "--token-file", str(path), "x.png"])
     assert "others can read it" in result.output
 

@@ -209,4 +209,4 @@ def test_a_device_may_never_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
     trouble = Trouble(math.inf)
     for _ in range(100):
         trouble.wait(LinkError("lost"), said.append)
-    assert said[-1] == "reconnecting, attempt 100 (lost)"
+    assert said[-1] == "reconnecting, attempt 100 (lost); never gives up"
