@@ -57,7 +57,8 @@ class DataRecipe:
     batch: int = 128  # pictures a step
     crop: int = 0  # random crop after padding by so many pixels; 0 switches it off
     flip: bool = False  # random horizontal flip
-    mean: tuple[float, ...] = (0.5,)  # subtracted from pixels in 0..1; one number, or one a channel
+    # Subtracted from pixels in 0..1, or from numbers as they are; one number, or one a channel.
+    mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.25,)  # then divided by
     validation: float = 0.0  # share of the training pictures held out; a plateau schedule needs some
     # Pictures a batch when judging: a matter of speed, but for a little that codecs make of it, which round what

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from common.draw import AUGMENT, ORDER, generator, shifted
 from common.errors import DataError
 
-Pictures = NDArray[np.uint8]
+Pictures = NDArray[np.uint8 | np.float32]  # pixels, or numbers as they are
 
 
 def steps_per_epoch(samples: int, batch: int) -> int:
@@ -47,7 +47,7 @@ def indices(seed: int, step: int, samples: int, batch: int) -> NDArray[np.int64]
 def augment(pictures: Pictures, seed: int, step: int, crop: int, flip: bool) -> Pictures:
     """Each picture moved by up to `crop` pixels each way and, with `flip`, mirrored left to right half of the time.
 
-    Takes and returns uint8 [B,C,H,W]. What a shift uncovers is the picture reflected at its edge (edge pixels not
+    Takes and returns [B,C,H,W]. What a shift uncovers is the picture reflected at its edge (edge pixels not
     repeated), which has no black bars for the network to learn. `crop` 0 means no shift. Raises DataError where
     `crop` is negative or leaves nothing to reflect (not below H and W).
     """
@@ -59,8 +59,15 @@ def augment(pictures: Pictures, seed: int, step: int, crop: int, flip: bool) -> 
     return shifted(pictures, generator(seed, AUGMENT, step), crop, flip)
 
 
+def together(pictures: Sequence[Pictures]) -> Pictures:
+    """Pictures [C,H,W] as one batch; beside numbers, pixels are the numbers that `normalise` takes them for."""
+    if len({picture.dtype for picture in pictures}) > 1:
+        pictures = [picture / np.float32(255) if picture.dtype == np.uint8 else picture for picture in pictures]
+    return np.stack(pictures)
+
+
 def normalise(pictures: Pictures, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
-    """(x/255 - mean) / std as contiguous float32 [B,C,H,W], from uint8 [B,C,H,W]; mean and std on a scale of 0..1.
+    """(x - mean) / std as contiguous float32 [B,C,H,W]; x is pixels, uint8 [B,C,H,W], as 0..1, or float32 as it is.
 
     Both have one value for all channels or one for each. Raises DataError for another length, or a std not above 0.
     """
@@ -72,7 +79,7 @@ def normalise(pictures: Pictures, mean: Sequence[float], std: Sequence[float]) -
             )
     if not all(value > 0 for value in std):
         raise DataError(f"every std must be above 0, not {tuple(std)}")
-    scale = 1 / (255 * np.asarray(std, dtype=np.float64))
+    scale = 1 / ((255 if pictures.dtype == np.uint8 else 1) * np.asarray(std, dtype=np.float64))
     offset = -np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)
     # `out`, because numpy would otherwise keep the memory order of an input that is not contiguous.
     result = np.empty(pictures.shape, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Reads the device's own pictures into memory: `digits`, `folder:PATH` or `npz:PATH`, as uint8 at the model's size.
+"""Reads the device's own pictures into memory: `digits`, `folder:PATH` or `npz:PATH`, at the model's size.
 
 `load` is called once before a run or an evaluation, `load_picture` for a prediction. Which pictures are wanted,
 whether they fit in memory and which cannot be read is decided here, for all sources alike.
@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from common.draw import SPLIT, generator
 from common.errors import DataError
+from device_client.arrays import npy
 from device_client.batches import Pictures
-from device_client.pictures import MODES, Shape, bombs_are_errors, decode, reason
-from device_client.sources import Side, check_memory, open_source, some
+from device_client.pictures import Shape, bombs_are_errors, decode, reason, require_channels
+from device_client.sides import Side, check_memory, some
+from device_client.sources import open_source
 
 Progress = Callable[[int, int], None]
 
@@ -31,7 +33,7 @@ _CHUNK, _LARGE_CHUNK = 256, 4
 
 @dataclass(frozen=True)
 class Part:
-    """Pictures uint8 [N,C,H,W] and labels int64 [N], each label an index into the data set's classes."""
+    """Pictures uint8 [N,C,H,W], or numbers float32 [N,C,H,W], and labels int64 [N], indices into the set's classes."""
 
     pictures: Pictures
     labels: NDArray[np.int64]
@@ -66,7 +68,7 @@ def load(
     known: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Dataset:
-    """The pictures of SOURCE, resized (not cropped) to `input_shape` = (C,H,W), and their labels.
+    """The pictures of SOURCE, resized (not cropped) to `input_shape` = (C,H,W), and their labels; numbers as they are.
 
     `limit` keeps that many training pictures, drawn by `seed` from all classes; `validation` (0 up to 1) is the
     fraction of those that is held out, by `seed` too. Test pictures are never limited. Only `parts` are read: for
@@ -76,8 +78,6 @@ def load(
     Raises DataError, in one sentence with what to do, for a source that is missing, malformed or larger than half
     of the free memory, and for pictures that cannot be read, unless `skip_unreadable` leaves those out.
     """
-    if input_shape[0] not in MODES:
-        raise DataError(f"pictures have 1 or 3 channels and the model wants {input_shape[0]}; choose another model")
     if not 0 <= validation < 1:
         raise DataError(f"validation is the fraction of pictures to hold out, from 0 up to 1, not {validation}")
     if limit is not None and limit < 1:
@@ -103,7 +103,7 @@ def load(
     total = sum(len(chosen) for _, chosen in wanted.values())
     fewer = "pass --limit to train on fewer pictures, or " if "train" in parts else ""
     check_memory(
-        total * math.prod(input_shape),
+        sum(len(chosen) * np.dtype(side.dtype).itemsize for side, chosen in wanted.values()) * math.prod(input_shape),
         f"{total:,} pictures of {'x'.join(map(str, input_shape))}",
         f"{fewer}choose a model with a smaller input",
     )
@@ -134,10 +134,11 @@ def load(
 
 
 def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> tuple[Pictures, tuple[int, int]]:
-    """One picture file as uint8 [C,H,W], treated as `load` treats those of a folder, and the width and height that it
-    had; raises DataError."""
-    if input_shape[0] not in MODES:
-        raise DataError(f"pictures have 1 or 3 channels and the model wants {input_shape[0]}; choose another model")
+    """One picture file as uint8 [C,H,W], treated as `load` treats those of a folder, or numbers in an .npy file as
+    float32 [C,H,W]; and the width and height that it had. Raises DataError."""
+    if Path(path).suffix.lower() == ".npy":
+        return npy(Path(path), input_shape)
+    require_channels(input_shape)
     try:
         with bombs_are_errors():
             return decode(Path(path), input_shape)
@@ -164,7 +165,7 @@ def _read(
 ) -> tuple[Part, list[str], str]:
     """The chosen pictures, without those that cannot be read; "name (reason)" of each of those; the first that had
     another size than the model's, and which."""
-    pictures = np.empty((len(chosen), *shape), dtype=np.uint8)
+    pictures: Pictures = np.empty((len(chosen), *shape), side.dtype)
     failed: dict[int, str] = {}
     others: dict[int, tuple[int, int, int]] = {}  # by chunk its first of another size: row, width, height
     size, stopped = _CHUNK if side.threads == 1 else _LARGE_CHUNK, threading.Event()

@@ -1,4 +1,4 @@
-"""Reads one picture into uint8 [C,H,W] at the model's size, whatever the format; called by sources.py and data.py."""
+"""Reads one picture into uint8 [C,H,W] at the model's size, whatever the format; called by the sources and data.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from common.errors import DataError
 from device_client.batches import Pictures
 
 Shape = tuple[int, int, int]
@@ -20,6 +21,11 @@ MODES = {1: "L", 3: "RGB"}
 # Where a file may say how it is to be turned: EXIF, the same as ImageMagick puts it into a PNG, or XMP.
 _TURNS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 _LYING = 5  # from this orientation on width and height are exchanged
+
+
+def require_channels(shape: Shape) -> None:
+    if shape[0] not in MODES:
+        raise DataError(f"pictures have 1 or 3 channels and the model wants {shape[0]}; choose another model")
 
 
 @cache

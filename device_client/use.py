@@ -23,11 +23,11 @@ from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
 from common.words import gives_up, several
-from device_client.batches import Pictures
+from device_client.batches import Pictures, together
 from device_client.data import Dataset, Part, load_picture
 from device_client.inputs import sent_batches
 from device_client.remote_tail import RemoteTail
-from device_client.sources import check_memory
+from device_client.sides import check_memory
 
 T = TypeVar("T")
 
@@ -134,7 +134,12 @@ def predict(
     opened = remote.opened
     recipe: Recipe = opened.recipe
     channels, height, width = recipe.model.input
-    check_memory(2 * len(paths) * channels * height * width, several(len(paths), "picture"), "give fewer at a time")
+    bytes_a_value = 4 if any(path.suffix.lower() == ".npy" for path in paths) else 1
+    check_memory(
+        2 * bytes_a_value * len(paths) * channels * height * width,
+        several(len(paths), "picture"),
+        "give fewer at a time",
+    )
     read: dict[Path, tuple[Pictures, tuple[int, int]]] = {}
     unreadable: list[DataError] = []
     for path in dict.fromkeys(paths):
@@ -148,7 +153,7 @@ def predict(
     for refused in unreadable:
         say(str(refused))
     paths = [path for path in paths if path in read]
-    pictures = np.stack([read[path][0] for path in paths])
+    pictures = together([read[path][0] for path in paths])
     other = [path for path in paths if read[path][1] != (width, height)]
     if other:
         path, (wide, high) = other[0], read[other[0]][1]

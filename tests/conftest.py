@@ -42,7 +42,9 @@ class Run:
         return [json.loads(line) for line in (self.path / side / "metrics.jsonl").read_text().splitlines()]
 
 
-def train(path: Path, text: str, *, server: tuple[object, ...] = (), device: tuple[object, ...] = ()) -> Run:
+def train(
+    path: Path, text: str, *, server: tuple[object, ...] = (), device: tuple[object, ...] = (), data: str = "digits"
+) -> Run:
     """Train the recipe in `text` with both processes, one thread each; fails with both outputs."""
     path.mkdir(parents=True, exist_ok=True)
     recipe, log = path / "recipe.toml", path / "server.log"
@@ -50,7 +52,7 @@ def train(path: Path, text: str, *, server: tuple[object, ...] = (), device: tup
     arguments = (recipe, "--run", path / "server", "--once", "--threads", 1, *server)
     with pair.server(*arguments, log=log) as (process, address):
         done = pair.device(
-            "train", address, "--data", "digits", "--run", path / "device", "--threads", 1, *device, capture_output=True
+            "train", address, "--data", data, "--run", path / "device", "--threads", 1, *device, capture_output=True
         )
         assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
         assert process.wait(timeout=30) == 0, log.read_text()

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError
-from device_client import data, sources
+from device_client import data, folders, sides
 from device_client.data import load, load_picture
 from tests.pictures import COLOURS, GRAY, RGB, refused, save, save_npz
 
@@ -66,7 +66,7 @@ def test_folder_reads_every_picture_with_its_label(folder):
 @pytest.mark.parametrize("threads_from", [0, 10**9])
 def test_order_does_not_depend_on_threads(folder, monkeypatch, threads_from):
     monkeypatch.setattr(data, "_CHUNK", 3)
-    monkeypatch.setattr(sources, "_THREADS_FROM", threads_from)
+    monkeypatch.setattr(folders, "_THREADS_FROM", threads_from)
     found = load(f"folder:{folder}", RGB, 1, 0)
     assert found.train.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     assert found.train.pictures.mean((2, 3)).argmax(1).tolist() == found.train.labels.tolist()
@@ -149,7 +149,7 @@ def test_ctrl_c_does_not_wait_for_pictures_that_have_not_been_opened(threads: in
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
 
-    side = sources.Side(np.zeros(5000, np.int64), read, str, threads)
+    side = sides.Side(np.zeros(5000, np.int64), read, str, threads)
     with pytest.raises(KeyboardInterrupt):
         data._read(side, np.arange(5000), GRAY, interrupt)
     assert len(opened) < 300 if threads == 1 else len(opened) < 100
@@ -158,12 +158,12 @@ def test_ctrl_c_does_not_wait_for_pictures_that_have_not_been_opened(threads: in
 def test_large_pictures_are_read_by_no_more_threads_than_there_is_memory_for(tmp_path, monkeypatch):
     """Each thread has a whole one in memory: eight of twelve megapixels would be most of a small board's."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400), dtype=np.uint8)).save(tmp_path / "a.png")
-    monkeypatch.setattr(sources.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(folders.os, "cpu_count", lambda: 8)
     found = []
     for pictures in (100, 3, 0):  # that a quarter of the free memory has room for
-        free = 4 * pictures * 300 * 400 * sources._BYTES_A_PIXEL
-        monkeypatch.setattr(sources.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        found.append(sources._threads([tmp_path / "a.png"]))
+        free = 4 * pictures * 300 * 400 * folders._BYTES_A_PIXEL
+        monkeypatch.setattr(folders.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        found.append(folders._threads([tmp_path / "a.png"]))
     assert found == [8, 3, 1]
 
 
@@ -280,7 +280,7 @@ def test_folders_that_cannot_be_listed_are_refused(folder, monkeypatch):
     def scandir(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(sources.os, "scandir", scandir)  # and not chmod, which does not stop root
+    monkeypatch.setattr(folders.os, "scandir", scandir)  # and not chmod, which does not stop root
     refused(r"train cannot be listed \(Permission denied\); check", f"folder:{folder}", RGB, 1, 0)
 
 
@@ -302,12 +302,12 @@ def test_impossible_requests_are_refused(folder):
 def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):
     source = f"folder:{folder}"
     needed = 36 * 3 * 8 * 8
-    monkeypatch.setattr(sources.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed))
+    monkeypatch.setattr(sides.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed))
     load(source, RGB, 1, 0)
-    monkeypatch.setattr(sources.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed - 1))
+    monkeypatch.setattr(sides.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed - 1))
     refused("36 pictures of 3x8x8 need 0.0 GB .* pass --limit", source, RGB, 1, 0)
     load(source, RGB, 1, 0, limit=29)
-    monkeypatch.setattr(sources.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
+    monkeypatch.setattr(sides.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
     monkeypatch.setattr(data, "_read", lambda *_: pytest.fail("allocated before the check"))
     refused(
         "36 pictures of 3x20000x20000 need 43.2 GB .* 8.0 GB are free.*smaller input", source, (3, 20000, 20000), 1, 0
