@@ -24,7 +24,6 @@ Array = NDArray[Any]
 PARENTS = 6  # channels that each is predicted from
 PAD = 2  # places around a plane that its neighbours may lie in
 OUTSIDE = 1  # planes behind all others that stay empty: parents of the first channels
-_FULL = -1
 _NEAR = 6  # neighbours in the channel itself; in each parent there are five
 _AVERAGES = _NEAR + 5 * PARENTS  # where inputs begin that are averages
 _INPUTS = _AVERAGES + 4
@@ -33,6 +32,7 @@ _ZERO, _SIGN, _MORE, _AGAINST, _FIRST_BIT, _BITS = 0, 1, 1, 8, 15, 25  # numbers
 _CLASSES = 9  # magnitudes 1, 2, 3-4, 5-8, ... 129-256
 _MOST = 255 * 16  # predictions are in sixteenths
 _SURE = 255  # answers after which a probability moves no slower
+_WHOLE = 0xFFFFFFFF
 
 
 def _squash(x: int) -> int:
@@ -50,7 +50,8 @@ _RATES = np.array([655360 // (10 * answers + 16) for answers in range(_SURE + 1)
 _LOG = np.array([min(31, (number**3).bit_length()) for number in range(4096)], np.uint8)
 
 
-_inner = numba.njit(nogil=True)
+# An array that is handed to a function takes seven arguments, unless the function becomes part of its caller.
+_inner = numba.njit(nogil=True, forceinline=True, error_model="numpy")
 
 
 @_inner
@@ -87,31 +88,25 @@ def _learn(tables, weights, bases, question, stretched, probability, yes):
 
 
 @_inner
-def _pass_through(interval, data, probability, yes, decoding):
-    """Code an answer, or read it: a binary arithmetic coder (Witten, Neal, Cleary 1987) on `interval`: its low end, its
-    high end, the bits that are being read, bytes passed. Returns the answer, or _FULL where `data` is full."""
-    low, high = interval[0], interval[1]
-    middle = low + (((high - low) * np.uint64(probability)) >> np.uint64(12))
+def _pass_through(low, high, read, passed, data, probability, yes, decoding):
+    """Code an answer, or read it: a binary arithmetic coder (Witten, Neal, Cleary 1987). Its state: the interval's low
+    end, its high end, the bits that are being read, and bytes passed, which may be more than `data` has room for."""
+    middle = low + ((high - low) * probability >> 12)
     if decoding:
-        yes = 1 if interval[2] <= middle else 0
+        yes = 1 if read <= middle else 0
     if yes:
         high = middle
     else:
-        low = middle + np.uint64(1)
-    while (low ^ high) >> np.uint64(24) == 0:
-        at = interval[3]
+        low = middle + 1
+    while (low ^ high) >> 24 == 0:
         if decoding:
-            byte = np.uint64(data[at]) if at < len(data) else np.uint64(0)
-            interval[2] = (interval[2] << np.uint64(8) & np.uint64(0xFFFFFFFF)) | byte
-        else:
-            if at >= len(data):
-                return _FULL
-            data[at] = high >> np.uint64(24)
-        interval[3] = at + np.uint64(1)
-        low = low << np.uint64(8) & np.uint64(0xFFFFFFFF)
-        high = (high << np.uint64(8) & np.uint64(0xFFFFFFFF)) | np.uint64(255)
-    interval[0], interval[1] = low, high
-    return yes
+            read = (read << 8 & _WHOLE) | (np.int64(data[passed]) if passed < len(data) else 0)
+        elif passed < len(data):
+            data[passed] = high >> 24
+        passed += 1
+        low = low << 8 & _WHOLE
+        high = (high << 8 & _WHOLE) | 255
+    return yes, low, high, read, passed
 
 
 @_inner
@@ -126,9 +121,9 @@ def _class_of(magnitude):
 
 
 @_inner
-def _code_symbol(tables, weights, bases, stretched, interval, data, symbol, signed, decoding):
+def _code_symbol(tables, weights, bases, stretched, low, high, read, passed, data, symbol, signed, decoding):
     """Code `symbol`, steps away from zero, or read it: is it zero, its sign, how large a class its magnitude has, where
-    in the class. 1000 where `data` is full."""
+    in the class."""
     magnitude, negative = abs(symbol), 1 if symbol < 0 else 0
     wanted = _class_of(magnitude)
     klass, left, against, place = 0, -1, 0, 1
@@ -141,9 +136,7 @@ def _code_symbol(tables, weights, bases, stretched, interval, data, symbol, sign
         else:
             yes = 1 if wanted > klass else 0
         probability = _probability(tables, weights, bases, question, stretched)
-        yes = _pass_through(interval, data, probability, yes, decoding)
-        if yes == _FULL:
-            return 1000
+        yes, low, high, read, passed = _pass_through(low, high, read, passed, data, probability, yes, decoding)
         _learn(tables, weights, bases, question, stretched, probability, yes)
         if left >= 0:  # a bit of where in the class
             place = place << 1 | yes
@@ -173,7 +166,7 @@ def _code_symbol(tables, weights, bases, stretched, interval, data, symbol, sign
                 question = _FIRST_BIT + klass
                 continue
         question = _MORE + klass + against
-    return -magnitude if negative else magnitude
+    return -magnitude if negative else magnitude, low, high, read, passed
 
 
 @_inner
@@ -271,7 +264,7 @@ def _offsets(around, wrong, parents, channel, channels, size, across):
         around[first + 3], around[first + 4] = there - across, there + across
 
 
-@kept("i8(u1[::1], UniTuple(i8, 4), i8, u1[::1], u1[::1], u1[:, ::1], u1[::1], b1)")
+@kept("i8(u1[::1], UniTuple(i8, 4), i8, u1[::1], u1[::1], u1[:, ::1], u1[::1], b1)", error_model="numpy")
 def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
     """Code `symbols` (uint8, flat) of maps [C, B, H, W] into `data`, or decode them from it, those alone where `mask`
     is not 0. Bytes passed; -1 where `data` is too small, or holds what cannot be.
@@ -295,12 +288,11 @@ def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
     factors, inputs = np.zeros(_INPUTS, np.int32), np.zeros(_INPUTS, np.int32)
     factors[0] = factors[1] = 6400
     around, behind = np.zeros(_AVERAGES, np.int64), np.zeros(PARENTS, np.int64)
-    interval = np.zeros(4, np.uint64)
-    interval[1] = 0xFFFFFFFF
+    low, high, read, passed = 0, _WHOLE, 0, 0
     if decoding:
         for at in range(4):
-            interval[2] = interval[2] << np.uint64(8) | np.uint64(data[at] if at < len(data) else 0)
-        interval[3] = 4
+            read = read << 8 | (np.int64(data[at]) if at < len(data) else 0)
+        passed = 4
     at = -1
     for channel in range(channels):
         of_channel = np.int32(0)
@@ -351,7 +343,9 @@ def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
                         found = np.int64(symbols[np.uint64(at)]) - zero
                     if turned:
                         found = -found
-                    found = _code_symbol(tables, weights, bases, stretched, interval, data, found, signed, decoding)
+                    found, low, high, read, passed = _code_symbol(
+                        tables, weights, bases, stretched, low, high, read, passed, data, found, signed, decoding
+                    )
                     if turned:
                         found = -found
                     if not 0 <= found + zero <= 255:
@@ -370,11 +364,13 @@ def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
                         by_picture[picture] += np.int32(large - by_picture[picture]) >> np.int32(5)
                         of_channel += np.int32(large - of_channel) >> np.int32(8)
             _replicate(values, first, height, width)
+            if not decoding and passed > len(data):
+                return -1
     if not decoding:
         for _ in range(4):
-            if interval[3] >= len(data):
+            if passed >= len(data):
                 return -1
-            data[interval[3]] = interval[0] >> np.uint64(24)
-            interval[0] = interval[0] << np.uint64(8) & np.uint64(0xFFFFFFFF)
-            interval[3] += np.uint64(1)
-    return np.int64(interval[3])
+            data[passed] = low >> 24
+            low = low << 8 & _WHOLE
+            passed += 1
+    return passed
