@@ -13,7 +13,16 @@ MINUTES ?= 60
 # Of the demo: auto, step or context.
 CODEC ?= auto
 
-.PHONY: setup demo test lint bench-step bench-codec bench-effect bench-learning bench-ways bench-counters bench-checkpoint bench-limits bench-links bench-start fuzz faults soak clean
+.PHONY: help setup demo test lint wheel distclean bench-step bench-codec bench-effect bench-learning bench-ways bench-counters bench-checkpoint bench-limits bench-links bench-start fuzz faults soak clean
+
+help:
+	@echo 'make demo       sets up .venv, trains the bundled digits with both processes'
+	@echo 'make test       sets up .venv and passes the tests (JOBS=3)'
+	@echo 'make setup      sets up .venv alone; make lint; make wheel builds the package and tries it outside this folder'
+	@echo 'make faults     breaks a run on purpose, COUNT times; make soak for MINUTES; make fuzz for RUNS'
+	@echo 'make bench-…    step codec effect learning ways counters checkpoint limits links start: what makes the figures of'
+	@echo '                README.md and docs/, from SOURCE=folder:PATH where they want pictures; ARGS=… as each says above its rule'
+	@echo 'make clean      removes .venv and what was built; make distclean also runs, caches and corpora'
 
 setup: $(VENV)/.ready
 
@@ -84,5 +93,18 @@ fuzz: setup
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m fuzz.decode -runs=$(RUNS)
 
+# The wheel as a user gets it: in an environment of its own, beside the packages of .venv, from another folder.
+wheel: setup
+	rm -rf dist && $(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w dist .
+	rm -rf dist/venv && $(PYTHON) -m venv --without-pip dist/venv
+	$(BIN)/pip --python dist/venv install -q --disable-pip-version-check --no-deps dist/*.whl
+	cd dist && PYTHONPATH=$$(../$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && export PYTHONPATH && \
+	  venv/bin/python -c 'import common, pathlib; assert "dist" in pathlib.Path(common.__file__).parts, common.__file__' && \
+	  venv/bin/edge-server recipes && venv/bin/edge-server --version && venv/bin/device-client --version
+
 clean:
 	rm -rf $(VENV) common/rpc build dist *.egg-info
+
+distclean: clean
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis fuzz/corpus fuzz/compiled
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -9,14 +9,25 @@ import io
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
 def run(module: str) -> None:
-    """Run the command line `cli` of `module`; exit 1 on an error of ours, click's own code on wrong options, 130 on
-    Ctrl-C, which is what shells say of a process that it ended too."""
+    """Run the command line `cli` of `module`; exit with an error's own code, click's on wrong options, and on a signal
+    as shells say of a process that it ended: 130 on Ctrl-C, 143 on SIGTERM."""
+    _stand_in_for_what_is_closed()
+    # Where they would end the process at once they end it in order, and also as the first process of a container, whom
+    # no signal ends by itself. What serves or trains hears them its own way.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        Path.cwd()
+    except OSError:
+        sys.exit("Error: the folder that this was started in is not there any more; start it in another")
     # Libraries take a second to load, on a small device many. A Ctrl-C somewhere in them would be a traceback, so until
     # they are there it ends the process itself. Where it is ignored, as in a shell's background, it stays so.
     before = signal.getsignal(signal.SIGINT)
@@ -46,7 +57,7 @@ def run(module: str) -> None:
         sys.exit(130)
     except DepruneError as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]Error[/red]: {escape(str(error))}", highlight=False)
-        sys.exit(1)
+        sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is not None or error.errno not in _FULL:
             raise
@@ -67,6 +78,16 @@ def with_options(options: list[Any]) -> Any:
         return function
 
     return decorate
+
+
+def _stand_in_for_what_is_closed() -> None:
+    """Where input or output was closed before the start, the next file or connection would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def _let_go_of_output() -> None:

@@ -30,9 +30,13 @@ it without a traceback; how they cross the wire is rpc_errors.py's matter.
 
 from __future__ import annotations
 
+_MAY_PASS = 75  # EX_TEMPFAIL of sysexits.h: the same command may do later
+
 
 class DepruneError(Exception):
     """Base of every error meant for a person; `str()` is what they read."""
+
+    exit_code = 1  # what a command that ends with it exits with
 
 
 class RecipeError(DepruneError):
@@ -80,7 +84,7 @@ class AuthError(DepruneError):
 
 
 class ClockError(AuthError):
-    pass
+    exit_code = _MAY_PASS
 
 
 class ForbiddenError(DepruneError):
@@ -88,6 +92,8 @@ class ForbiddenError(DepruneError):
 
 
 class BusyError(DepruneError):
+    exit_code = _MAY_PASS
+
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         """`retry_after_s`: when it is worth trying again; None where the server cannot know."""
         super().__init__(message)
@@ -107,15 +113,15 @@ class DivergedError(DepruneError):
 
 
 class StoppedError(DepruneError):
-    pass
+    exit_code = _MAY_PASS
 
 
 class FaultError(DepruneError):
-    pass
+    exit_code = _MAY_PASS
 
 
 class LinkError(DepruneError):
-    pass
+    exit_code = _MAY_PASS
 
 
 class AbsentError(LinkError):

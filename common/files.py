@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
+from uuid import uuid4
 
 from common.errors import RunFolderError
 
 
-def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Temporary file, fsync, rename, fsync of the folder; RunFolderError, and nothing changed, where that fails."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Temporary file, fsync, rename, fsync of the folder; RunFolderError, and nothing changed, where that fails.
+
+    `mode`: of the file, less what the user's umask takes off.
+    """
+    beside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(mode)
-            Path(name).replace(path)
+            beside.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
-                Path(name).unlink()
+                beside.unlink()
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -124,6 +124,11 @@ class RunFolder:
     def claimed(self) -> Iterator[None]:
         """Keep other processes from training in this folder; RunFolderError where one does. Leaves nothing behind in a
         folder that was not made yet and stays empty."""
+        if self.path.is_symlink() and not self.path.exists():
+            target = self.path.readlink()
+            raise RunFolderError(
+                f"run folder {self.path} is a link to {target}, which is not there: is its disk mounted?"
+            )
         try:
             missing = [place for place in (self.path, *self.path.absolute().parents) if not place.exists()]
             self.path.mkdir(parents=True, exist_ok=True)

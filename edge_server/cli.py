@@ -22,8 +22,8 @@ from common.progress import Screen, note, warn, warn_unencrypted
 from common.run import RunFolder
 from common.tokens import exposed
 from common.words import size
+from edge_server import bundled, limit_options
 from edge_server import certs as certificates
-from edge_server import limit_options
 from edge_server.limits import Limits
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ def serve(
 ) -> None:  # fmt: skip
     """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the finished run in --run.
 
-    RECIPE is a TOML file that says what is trained and how: model and cut, codecs, schedule and optimiser. There are
-    some in recipes/; a run folder holds its own as recipe.toml.
+    RECIPE is a TOML file that says what is trained and how: model and cut, codecs, schedule and optimiser. Or the name
+    of one that comes along (edge-server recipes); a run folder holds its own as recipe.toml.
 
     A run in --run that was not finished goes on where its newest checkpoint was taken.
     """
@@ -115,7 +115,7 @@ def serve(
     console.may_be_lost = True
     folder = RunFolder(run_path)
     if recipe:
-        parsed, text = recipes.load(recipe)
+        parsed, text = recipes.load(bundled.path_of(recipe))
     import torch
 
     from common.optim import imitated
@@ -210,6 +210,23 @@ def certs(folder: Path, hosts: tuple[str, ...], devices: tuple[str, ...], renew:
             )  # fmt: skip
     if "ca" in made:
         console.print("Keep ca.key away from both: who has it can make certificates that server and devices trust.")
+
+
+@cli.command(name="recipes")
+@click.argument("name", required=False)
+def show_recipes(name: str | None) -> None:
+    """List the recipes that come along, or print that of NAME, to make one's own of it."""
+    if name:
+        click.echo(recipes.load(bundled.path_of(Path(name)))[1], nl=False)
+        return
+    table = Table(show_edge=False, pad_edge=False)
+    for title in ("recipe", "method", "model", "pictures", "classes"):
+        table.add_column(title, no_wrap=True)
+    for each in bundled.names():
+        recipe, _ = recipes.load(bundled.path_of(Path(each)))
+        model = recipe.model
+        table.add_row(each, recipe.method, model.name, "x".join(map(str, model.input)), str(model.classes))
+    console.print(table)
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -96,15 +98,26 @@ class Server:
 def _check_free(address: str) -> None:
     """Raise where nothing can listen on HOST:PORT: gRPC would print lines of its own before it says so."""
     host, port = parse_address(address)
+    failed: list[OSError] = []
+    places: list[Any] = []
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-            probe.listen(1)
+        places = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise DepruneError(f"cannot listen on {address}: {reason}; choose another --listen HOST:PORT") from error
+        failed.append(error)
+    for family, kind, protocol, _, place in places:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+                probe.listen(1)
+        except OSError as error:
+            failed.append(error)
+    # gRPC is content with one of a name's addresses: others may be none of this machine's, but not another server's.
+    taken = [error for error in failed if error.errno == errno.EADDRINUSE]
+    if taken or len(failed) >= max(1, len(places)):
+        cause = (taken or failed)[0]
+        reason = cause.strerror or str(cause)
+        raise DepruneError(f"cannot listen on {address}: {reason}; choose another --listen HOST:PORT") from cause
 
 
 def run(server: Server, once: bool, started: Callable[[], None]) -> str:

@@ -192,7 +192,7 @@ def test_classes_that_do_not_match(server: str, tmp_path: Path) -> None:
 
 def test_no_server_and_no_traceback(tmp_path: Path) -> None:
     done = pair.device("train", "127.0.0.1:9", "--data", "digits", "--run", tmp_path / "run", capture_output=True)
-    assert done.returncode == 1 and "no server answers at 127.0.0.1:9" in done.stderr
+    assert done.returncode == 75 and "no server answers at 127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -203,7 +203,7 @@ def test_another_program_answers(tmp_path: Path) -> None:
         address = f"127.0.0.1:{other.server_port}"
         done = pair.device("train", address, "--data", "digits", "--run", tmp_path / "d", capture_output=True)
         other.shutdown()
-    assert done.returncode == 1
+    assert done.returncode == 75
     assert f"what answers at {address} is no edge-server" in done.stderr.replace("\n", " ")
 
 

@@ -68,7 +68,9 @@ def codec(name: str) -> Codec:
 def load(*names: str, say: Callable[[str], None] = lambda text: None) -> None:
     """What codecs need before their first use, so that no step is held up by it; `say` is told where it takes long."""
     told = threading.Timer(
-        _PATIENCE_S, say, ["The codec's loops are being loaded; the first time on a machine they are compiled."]
+        _PATIENCE_S,
+        say,
+        ["The codec's loops are compiled, as the first time on a machine, or where they cannot be kept (README.md)."],
     )
     told.daemon = True
     told.start()
