@@ -1,0 +1,112 @@
+"""What is left of a run, in seconds and bytes, from what its steps took of late. Called by the trainer.
+
+Widths grow or shrink, so the mean of all steps says little of those to come. What a step sends goes with its width and
+codecs, and the time for that with the link's rate, which the kernel tells; the rest goes on whatever crosses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common import schedule
+from common.recipe import Recipe
+from common.room import bits
+from common.schedule import LEARN, RANK, RECALL, Phase
+from common.tcp_info import Flow
+
+_MEMORY = 32  # steps that a running mean looks back
+_AGAIN = 16  # steps after which the link is measured anew
+_FORWARD = 1 / 3  # of a step's computing, what judging as many pictures takes
+
+
+@dataclass(frozen=True)
+class Left:
+    seconds: float
+    bytes: float
+
+
+class Forecast:
+    """One run's, on the device."""
+
+    def __init__(
+        self, recipe: Recipe, channels: int, batch: int, parts: tuple[int, int, int], flow: Callable[[], Flow | None]
+    ) -> None:
+        """`batch`: pictures a step; `parts`: those trained on, of a validation, of the test; `flow`: what the
+        connection has sent so far, None where that is not known."""
+        samples, validation, test = parts
+        self._epoch = max(1, samples // batch)
+        self._validation, self._test = validation / batch, test / batch  # in steps' worth of pictures
+        self._phases, self._planned = schedule.planned(recipe, channels, self._epoch)
+        self._flow, self._before = flow, flow()
+        self._rate: float | None = None  # bytes a second
+        self._sends = 0  # since the link was measured
+        self._seen = -1  # steps of the present phase that were observed; the process's first waits for its set-up
+        self._index = -1
+        self._seconds = self._up = self._down = 0.0  # of a step of late
+        self._up_of_load = self._down_of_load = 0.0
+        self._computing: dict[str, float] = {}  # seconds by kind of step
+
+    def observe(self, phase: Phase, seconds: float, up: int, down: int) -> None:
+        """A step of `phase` took so many seconds, and so many bytes of messages."""
+        self._sends += bool(up)
+        if self._seen < 0:
+            self._seen = 0
+            return
+        if phase.index != self._index:
+            self._index, self._seen = phase.index, 0
+        self._seen += 1
+        share = 1 / min(self._seen, _MEMORY)
+        self._seconds += (seconds - self._seconds) * share
+        self._up += (up - self._up) * share
+        self._down += (down - self._down) * share
+        if self._sends >= _AGAIN or (self._rate is None and self._sends):
+            self._measure()
+        load_up, load_down = _load(phase)
+        if load_up:
+            self._up_of_load = self._up / load_up
+        if load_down:
+            self._down_of_load = self._down / load_down
+        crossing = (self._up + self._down) / self._rate if self._rate else 0.0
+        self._computing[phase.kind] = max(0.0, self._seconds - crossing)
+
+    def left(self, step: int, steps: int) -> Left | None:
+        """After `step` of `steps`; None as long as nothing is known."""
+        if not self._computing:
+            return None
+        # A budget may have made another length of the run, or a plateau: what comes when moves in proportion.
+        scale = steps / self._planned
+        ends = [*(phase.from_step * scale for phase in self._phases[1:]), steps]
+        seconds = sent = 0.0
+        for phase, end in zip(self._phases, ends, strict=True):
+            count = max(0.0, end - max(step, phase.from_step * scale))
+            up, down = self._bytes_of(phase)
+            sent += count * (up + down)
+            seconds += count * self._computing_of(phase)
+        last = self._phases[-1]
+        judged = self._test + self._validation * ((steps - step) // self._epoch)
+        sent += judged * self._up_of_load * _load(last)[0]
+        seconds += judged * self._computing_of(last) * _FORWARD
+        return Left(seconds + (sent / self._rate if self._rate else 0.0), sent)
+
+    def _bytes_of(self, phase: Phase) -> tuple[float, float]:
+        up, down = _load(phase)
+        return self._up_of_load * up, self._down_of_load * down
+
+    def _computing_of(self, phase: Phase) -> float:
+        """Of a kind that has not come yet, as the dearest of those that have."""
+        return self._computing.get(phase.kind, max(self._computing.values()))
+
+    def _measure(self) -> None:
+        now = self._flow()
+        if now and self._before and (rate := now.rate_since(self._before, self._sends)):
+            self._rate = rate
+        self._before, self._sends = now, 0
+
+
+def _load(phase: Phase) -> tuple[float, float]:
+    """What the bytes of a step go with, up and down: channels that cross, and bits that their codecs take."""
+    width = sum(phase.widths) / len(phase.widths)
+    up = 0.0 if phase.kind == RECALL else width * bits(phase.activation_codec)
+    down = width * bits(phase.gradient_codec) if phase.kind in (LEARN, RANK) else 0.0
+    return up, down

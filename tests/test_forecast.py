@@ -1,0 +1,96 @@
+"""What is left of a run: later phases cost what their widths and codecs make of the link, not what early ones did."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.recipes import recipe_text
+from common import recipe, schedule
+from common.room import bits
+from common.schedule import RECALL, STORE, Phase
+from common.tcp_info import Flow
+from device_client.forecast import Forecast
+
+BATCH, SAMPLES, TEST = 32, 3200, 640  # 100 steps an epoch
+EPOCH = SAMPLES // BATCH
+UNIT = 100.0  # bytes of a step for each channel and bit
+
+
+class Link:
+    """A run over a link of `rate` bytes a second, whose steps take `computing` seconds beside."""
+
+    def __init__(self, rate: float, computing: float) -> None:
+        self.rate, self.computing, self.delay = rate, computing, 0.05
+        self.flow = Flow(0, 0.0, self.delay)
+
+    def of(self, phase: Phase) -> tuple[float, float, float]:
+        """Seconds, and bytes up and down, of a step."""
+        width = sum(phase.widths) / len(phase.widths)
+        up = 0.0 if phase.kind == RECALL else width * bits(phase.activation_codec) * UNIT
+        down = 0.0 if phase.kind in (RECALL, STORE) else width * bits(phase.gradient_codec) * UNIT
+        return self.computing + (up + down) / self.rate, up, down
+
+    def step(self, phase: Phase) -> tuple[float, int, int]:
+        seconds, up, down = self.of(phase)
+        busy = self.flow.busy_s + up / self.rate + self.delay
+        self.flow = Flow(self.flow.acknowledged + int(up), busy, self.delay)
+        return seconds, int(up), int(down)
+
+    def judging(self, phase: Phase, pictures: int) -> tuple[float, float]:
+        up = self.of(phase)[1] * pictures / BATCH
+        return up / self.rate + self.computing / 3 * pictures / BATCH, up
+
+
+@pytest.mark.parametrize("rate, computing", [(50_000, 0.05), (50_000, 0.5), (1e9, 0.2)])
+@pytest.mark.parametrize(
+    "phases", ["[[4, 1], [8, 1], [16, 2]]", "[[16, 2], [4, 2]]", "[{ width = 8, epochs = 4, views = 1 }]"]
+)
+def test_what_is_left_is_known_from_the_first_steps_on(phases: str, rate: float, computing: float) -> None:
+    method = "prune" if phases.startswith("[[16") else "deprune"
+    model = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"'
+    text = recipe_text(
+        method, model=model + '\ninit = "run:none"' * (method == "prune"), bottleneck='kind = "linear"',
+        codec='activation = "step:20"\ngradient = "step:5"', schedule=f"phases = {phases}",
+    )  # fmt: skip
+    parsed = recipe.parse(text, "here")
+    link = Link(rate, computing)
+    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, TEST), lambda: link.flow)
+    planned, steps = schedule.planned(parsed, 32, EPOCH)
+    planned = [replace(phase, index=index) for index, phase in enumerate(planned)]  # as the coordinator does
+    each = [[phase for phase in planned if phase.from_step <= step][-1] for step in range(steps)]
+    for step, phase in enumerate(each[:-1]):
+        forecast.observe(phase, *link.step(phase))
+        left = forecast.left(step + 1, steps)
+        if step < 20:
+            continue
+        assert left
+        costs = [link.of(phase) for phase in each[step + 1 :]]
+        seconds, sent = link.judging(each[-1], TEST)
+        assert left.seconds == pytest.approx(seconds + sum(cost[0] for cost in costs), rel=0.1, abs=1)
+        assert left.bytes == pytest.approx(sent + sum(cost[1] + cost[2] for cost in costs), rel=0.05)
+
+
+def test_nothing_is_said_before_anything_is_known_and_a_link_that_is_not_told_of_counts_as_computing() -> None:
+    parsed = recipe.parse(recipe_text(schedule="phases = [[0, 1]]"), "here")
+    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
+    phase = schedule.planned(parsed, 32, EPOCH)[0][0]
+    assert forecast.left(0, EPOCH) is None
+    forecast.observe(phase, 60.0, 1000, 1000)  # in which all was set up
+    assert forecast.left(1, EPOCH) is None
+    forecast.observe(phase, 2.0, 1000, 1000)
+    left = forecast.left(2, EPOCH)
+    assert left and left.seconds == pytest.approx(2 * 98) and left.bytes == pytest.approx(2000 * 98)
+
+
+def test_a_run_that_a_budget_shortens_has_less_of_each_phase_left() -> None:
+    text = recipe_text("deprune", bottleneck='kind = "linear"', schedule="phases = [[4, 2], [8, 2]]")
+    parsed = recipe.parse(text, "here")
+    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
+    phase = schedule.planned(parsed, 32, EPOCH)[0][0]
+    for _ in range(3):
+        forecast.observe(phase, 1.0, 1000, 1000)
+    whole, half = forecast.left(3, 4 * EPOCH), forecast.left(3, 2 * EPOCH)
+    assert whole and half
+    assert whole.bytes == pytest.approx(2000 * (197 + 2 * 200)) and half.bytes == pytest.approx(2000 * (97 + 2 * 100))
