@@ -26,6 +26,7 @@ from common.rpc import split_pb2 as pb
 ROLES = ("control", "activation", "gradient", "label", "weights", "evaluation")
 UP, DOWN = "up", "down"
 MOST_SIDES = 8  # of a tensor's shape
+_NAMES = {pb.Role.Value(role.upper()): role for role in ROLES}
 
 
 @dataclass
@@ -50,8 +51,8 @@ def count_of(frame: pb.Frame) -> tuple[str, Count]:
         if tensor.dtype == "float32":
             # A shape with more sides is refused where it is looked at; their product would take minutes.
             raw = 4 * math.prod(tensor.shape) if len(tensor.shape) <= MOST_SIDES else 0
-    known = frame.role in pb.Role.values()  # wire.py refuses one that is not
-    return pb.Role.Name(frame.role).lower() if known else "control", Count(raw, data, frame.ByteSize())
+    # Counted before it is looked at: wire.py refuses a role that has no name here.
+    return _NAMES.get(frame.role, "control"), Count(raw, data, frame.ByteSize())
 
 
 class Meter:

@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
 from common import halves, wire
-from common.errors import DepruneError, FrameError, TooLargeError, VersionError
+from common.errors import CodecError, DepruneError, FrameError, TooLargeError, VersionError
 from common.meter import Draft
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
@@ -137,6 +137,24 @@ def test_wrong_frames_are_refused_in_words(server: str, name: str, words: str) -
     error = answer(server, broken(name))
     assert isinstance(error, TooLargeError if name == "size" else FrameError), error
     assert words in str(error)
+
+
+@pytest.mark.parametrize("role", [pb.ROLE_UNSPECIFIED, 99])
+def test_a_role_that_is_never_sent_is_refused(server: str, role: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the very first frame; a fault of the server's own would end what it is at work on."""
+    frame = wire.seal(pb.Frame(role=role, leave=pb.Leave()))
+    error = answer(server, [frame])
+    assert isinstance(error, CodecError), error
+    monkeypatch.setattr(wire, "seal", lambda frame: seal(frame, role))
+    error = answer(server, [])
+    assert isinstance(error, CodecError), error
+
+
+def seal(message: Any, role: int, honest: Callable[[Any], Any] = wire.seal) -> Any:
+    """As wire.seal, every frame with this role."""
+    if isinstance(message, pb.Frame):
+        message.role = role
+    return honest(message)
 
 
 def test_wrong_protocol_version(server: str) -> None:
