@@ -1,6 +1,7 @@
 """Which phase comes when: pure functions of the recipe's schedule, and the plateau's small state.
 
-Called by the server's coordinator, and for what is to be expected of a budget; the device is told.
+The server decides, and its device is told. Both sides reckon by the recipe what is to be expected: whether a budget has
+room for a run, and for the device's remarks and what its head learns alone, how many steps a course has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from common.recipe import PhaseRecipe, Recipe, ScheduleRecipe
 # What a step of a phase does; split.proto says it in full.
 LEARN, RANK, STORE, RECALL = "learn", "rank", "store", "recall"
 KINDS = (LEARN, RANK, STORE, RECALL)  # in the order of the protocol's numbers
+# Steps of a recall that a device asks for at once: none waits for a round trip, and Ctrl-C is soon heard. The device is
+# not told what its server allows, so no server may allow less.
+RECALLED = 64
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,13 @@ from common.errors import FrameError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_of
 from common.rpc import split_pb2 as pb
-from common.schedule import Phase
+from common.schedule import RECALLED, Phase
 from common.wire import Place
 from device_client.connection import Connection
 from device_client.link import Stream
 
 # Batches of an evaluation that are on their way at once: hides the link's delay, bounds the memory.
 _IN_FLIGHT = 3
-# Steps of a recall asked for at once: none waits for a round trip, and Ctrl-C is soon heard.
-_RECALLED = 64
 # How long a user who pressed Ctrl-C waits at most until the server has been told, which may be at work on all that was
 # asked of a recall; whoever presses it once more does not wait.
 _FAREWELL_S = 10.0
@@ -133,7 +131,7 @@ class RemoteTail(Connection):
     def recall(self, step: int, phase: Phase, kept: int = 0) -> StepResult:
         """One step that the server makes from what it has kept; asked for many at a time."""
 
-        ask = wire.seal(Place(pb.CONTROL, step, phase.index).frame(recall=pb.Recall(steps=_RECALLED), kept=kept))
+        ask = wire.seal(Place(pb.CONTROL, step, phase.index).frame(recall=pb.Recall(steps=RECALLED), kept=kept))
 
         def attempt() -> StepResult:
             if self._train is not self._asked_on:
@@ -141,7 +139,7 @@ class RemoteTail(Connection):
             if self._answered:
                 self._answered -= 1
             elif not self._asked:
-                self._ask, self._asked = Draft(self.meter), _RECALLED
+                self._ask, self._asked = Draft(self.meter), RECALLED
                 self._stream.send(self._ask.frame(UP, ask))
             with Draft(self.meter) as draft:
                 result = self._result(step, phase, draft)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from common.cli import with_options
+from common.schedule import RECALLED
 from edge_server.limits import Limits
 
 _USUAL = Limits()
@@ -61,7 +62,8 @@ def limits(function: Callable[..., None]) -> Callable[..., None]:
         _limit("--max-rate", "rate", _AMOUNT, "MB/S", "Bytes a second from one identity; more waits.", _MB),
         _limit("--max-queue", "queue", _COUNT, "N", "Devices that evaluate or predict at once; more try again later."),
         _limit("--max-elements", "elements", _COUNT, "N", "Elements of one tensor."),
-        _limit("--max-recall", "recall", _COUNT, "N", "Steps that a device may ask for at once with the head frozen."),
+        _limit("--max-recall", "recall", click.IntRange(RECALLED), "N",
+               f"Steps that a device may ask for at once with the head frozen; ours asks for {RECALLED}."),
         _limit("--idle-time", "idle_s", _AMOUNT, "SECONDS", "End the stream of a device that is silent for so long."),
         _limit("--store-limit", "store", _COUNT, "MB",
                "Disk that a phase may take for what its device sends with the head frozen.", _MB),

@@ -24,7 +24,7 @@ from common.errors import BusyError, FrameError, MismatchError, ModelError, Sess
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
-from common.schedule import Phase
+from common.schedule import RECALLED, Phase
 from common.wire import Place
 from device_client import remote_tail, use
 from device_client.data import load
@@ -158,14 +158,14 @@ def test_recalled_steps_and_cached_answers(monkeypatch: pytest.MonkeyPatch) -> N
 
     text = recipe_text("fixed", schedule="phases = [[0, 2], { width = 0, epochs = 8, views = 1 }]")
     pictures = load("digits", (1, 16, 16), 3, 0.0, limit=160)
-    monkeypatch.setattr(remote_tail, "_RECALLED", 16)
+    monkeypatch.setattr(remote_tail, "RECALLED", 16)
     inprocess.train(text, pictures, watch=watch, limits=Limits(recall=16))
     recalled = [(count, size) for kind, count, size in kept if kind == "recall"]
     assert len(recalled) > 20 and max(count for count, _ in recalled) == 16
     assert max(size for _, size in recalled) < 16 * 100
     assert {count for kind, count, _ in kept if kind != "recall"} == {1}
     assert max(size for _, _, size in kept) < 4 * 32 * 32 * 8 * 8 + 500
-    monkeypatch.setattr(remote_tail, "_RECALLED", 17)
+    monkeypatch.setattr(remote_tail, "RECALLED", 17)
     with pytest.raises(FrameError, match="Recall of 17 steps came; the server makes 16 at once"):
         inprocess.train(text, pictures, limits=Limits(recall=16))
 
@@ -221,15 +221,18 @@ def test_options_fill_in_the_limits() -> None:
     assert run(serve, []).exit_code == 0 and made == [Limits()]
     given = {
         "--max-rate": 0.5, "--store-limit": 10, "--max-sessions": 5, "--max-sessions-each": 2, "--max-calls": 0.1,
-        "--max-queue": 3, "--max-elements": 7, "--max-recall": 8, "--idle-time": 9.5,
+        "--max-queue": 3, "--max-elements": 7, "--max-recall": 80, "--idle-time": 9.5,
     }  # fmt: skip
     assert run(serve, [str(word) for pair_of in given.items() for word in pair_of]).exit_code == 0
     expected = Limits(
-        rate=500_000, store=10_000_000, sessions=5, sessions_each=2, calls_a_second=0.1, queue=3, elements=7, recall=8,
+        rate=500_000, store=10_000_000, sessions=5, sessions_each=2, calls_a_second=0.1, queue=3, elements=7, recall=80,
         idle_s=9.5,
     )  # fmt: skip
     assert made[-1] == expected
     assert run(serve, ["--max-queue", "0"]).exit_code == 2
+    # Below what every device asks for no run with `views` could end.
+    assert run(serve, ["--max-recall", str(RECALLED - 1)]).exit_code == 2
+    assert run(serve, ["--max-recall", str(RECALLED)]).exit_code == 0
     page = (Path(__file__).parent.parent / "docs" / "limits.md").read_text()
     for option in serve.params:
         assert f"`{option.opts[0]}`" in page, "every option is on the page"
