@@ -219,7 +219,7 @@ def certs(folder: Path, hosts: tuple[str, ...], devices: tuple[str, ...], renew:
 def cuts(model: str, input_text: str, classes: int) -> None:
     """List every legal cut of MODEL, a built-in name or PACKAGE.MODULE:FACTORY."""
     sides = input_text.lower().split("x")
-    if len(sides) != 3 or not all(side.isdigit() and int(side) > 0 for side in sides):
+    if len(sides) != 3 or not all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
         raise ModelError(f"--input {input_text!r} is not CxHxW, such as 3x32x32")
     shape = (int(sides[0]), int(sides[1]), int(sides[2]))
     if turned := recipes.channels_first(shape):

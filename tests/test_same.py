@@ -149,4 +149,6 @@ def test_the_list_of_cuts_says_it_too() -> None:
     """Before a recipe is written. And channels come first, in a recipe as here."""
     said = failed(server_cli.cli, "cuts", "tests.test_same:root_hooked", "--input", "3x8x8")
     assert said.startswith("cut in two it does not compute in evaluation what it does as a whole")
+    for sides in ("3x32x3²", "3x32x٣", "3x32x0", "3x32"):
+        assert f"'{sides}' is not CxHxW" in failed(server_cli.cli, "cuts", "tiny", "--input", sides)
     assert failed(server_cli.cli, "cuts", "tiny", "--input", "32x48x3").endswith("channels come first: 3x32x48")
