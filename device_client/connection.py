@@ -212,7 +212,9 @@ class Connection:
                     raise
                 trouble = trouble or Trouble(self.give_up_s)
                 unknown = isinstance(error, SessionError)
-                trouble.wait(error, self.say, self._came.frames > 0)
+                # What came counts for the attempt that brought it, not for later ones that open no stream.
+                moved, self._came = self._came.frames > 0, Came()
+                trouble.wait(error, self.say, moved)
 
     def _head_weights(self, again: bool) -> bytes:
         request = pb.HeadRequest(session=self.opened.session)

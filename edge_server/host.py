@@ -75,7 +75,9 @@ class Host:
         self.stopping = False
         # Set when the run's device knows that the run is finished.
         self.ended = threading.Event()
-        self.finished_at: float | None = None  # on the clock of time.monotonic()
+        # Since when, on the clock of time.monotonic(), the device of the run that was trained here is waited for, to
+        # hear of the end; inf while it judges. None where none was trained to the end.
+        self.finished_at: float | None = None
 
     @classmethod
     def to_train(
@@ -195,7 +197,8 @@ class Host:
                 )
             if self.run:
                 self.run.check_owner(session.identity)
-            self.finished_at = time.monotonic()  # its own device has not heard of the end, and judges once more
+                if self.finished_at != math.inf:  # its own device has not heard of the end, and judges once more
+                    self.finished_at = time.monotonic()
             return 0
         assert self.run
         if not run_id:
@@ -225,11 +228,13 @@ class Host:
     @contextmanager
     def telling(self) -> Iterator[None]:
         """The run's own device is back to hear of the end; a server that only waits for that stays until it has."""
-        self.finished_at = math.inf
+        if self.run:
+            self.finished_at = math.inf
         try:
             yield
         finally:
-            self.finished_at = time.monotonic()
+            if self.run:
+                self.finished_at = time.monotonic()
         self.ended.set()
 
     @contextmanager

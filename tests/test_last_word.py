@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from rich.console import Console
 
 from benchmarks.recipes import recipe_text
 from common import run
@@ -64,6 +67,25 @@ def test_a_device_that_dies_over_the_last_word_comes_back_to_hear_it(
     assert host.ended.is_set()
     assert whole and summary and summary["accuracy"] == whole["accuracy"]
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_only_a_server_that_trained_the_run_waits_for_its_device(few: Dataset, tmp_path: Path) -> None:
+    """One that has served from its start has nothing to announce; and a device that is judging for the last time is not
+    given a new minute, nor let go, by another visit of its own."""
+    trained = server_of(tmp_path, CASES["nested widths"])
+    assert leg(tmp_path, CASES["nested widths"], few, lives=trained)
+    assert trained.finished_at
+    with trained.telling():
+        trained.open(True, trained.run_id, (), "", "")
+        assert trained.finished_at == math.inf
+    since = trained.finished_at
+    trained.open(True, trained.run_id, (), "", "")
+    assert since <= trained.finished_at < math.inf
+    served = Host.to_serve(RunFolder(tmp_path / "server"), Console(file=io.StringIO()), ())
+    served.open(True, served.run_id, (), "", "")
+    with served.telling():
+        pass
+    assert served.finished_at is None
 
 
 def test_a_full_disk_at_the_end_is_waited_for(few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

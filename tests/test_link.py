@@ -157,6 +157,25 @@ def test_a_certificate_that_is_being_exchanged_ends_no_run(monkeypatch: pytest.M
     remote.close()
 
 
+def test_weights_that_came_in_part_once_do_not_keep_a_device_trying_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame of the head came, the link broke, and from then on there is no server: it counts once."""
+    remote = RemoteTail("127.0.0.1:1", give_up_s=60)
+    remote.opened = Mock(phase=None)
+    moved: list[bool] = []
+    monkeypatch.setattr(Trouble, "wait", lambda _self, _error, _say, came: moved.append(came))
+
+    def in_part(again: bool) -> bytes:
+        remote._came.frames += not again
+        raise LinkError("lost")
+
+    monkeypatch.setattr(remote, "_head_weights", in_part)
+    monkeypatch.setattr(remote, "_connect", Mock(side_effect=[LinkError("gone"), LinkError("gone"), KeyboardInterrupt]))
+    with pytest.raises(KeyboardInterrupt):
+        remote.head_weights()
+    assert moved == [True, False, False]
+    remote.close()
+
+
 def test_what_was_never_sent_is_not_counted_as_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """No server listens yet: there is no connection that a handshake could have crossed."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
