@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EVERY = 200  # steps between two checkpoints, by default
 # Of what the two sides write into one: raised where another release would read it otherwise.
-_FORMAT = 2
+_FORMAT = 3
 _KEPT = 2
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
 

@@ -197,7 +197,7 @@ class RunFolder:
         other = TAIL if half == HEAD else HEAD
         saved = self.unfinished()
         if saved:
-            theirs = saved["state"].get("half", half) == other
+            theirs = saved["state"]["half"] == other
         else:  # a server may hold both, where the head was published
             there = [name for name in (half, other) if (self.path / f"{name}.safetensors").is_file()]
             theirs = there == [other]

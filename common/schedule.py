@@ -57,8 +57,8 @@ class Phase:
 
 
 def phase_from(table: Mapping[str, Any]) -> Phase:
-    """The phase that asdict() made `table` of, its lists read from JSON; TypeError where it is none."""
-    return Phase(**{**table, "order": tuple(table.get("order", ())), "nested": tuple(table.get("nested", ()))})
+    """The phase that asdict() made `table` of, its lists read from JSON; KeyError or TypeError where it is none."""
+    return Phase(**{**table, "order": tuple(table["order"]), "nested": tuple(table["nested"])})
 
 
 def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int) -> list[Phase]:

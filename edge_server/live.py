@@ -322,8 +322,9 @@ class LiveRun:
         training.halves.tail.settle(training.phase.width, training.phase.order)
         self.folder.write_half("tail", training.halves.tail, manifest)
         outcome = report.Outcome(
-            self.run_id, training.test.accuracy, training.test.mean_loss, training.step, training.trained,
-            training.epochs, training.elapsed_s, training.busy_s, tuple(training.coordinator.phases), self.faults,
+            self.run_id, training.test.accuracy, training.test.mean_loss, training.step,
+            training.step * training.batch, training.epochs, training.elapsed_s, training.busy_s,
+            tuple(training.coordinator.phases), self.faults,
         )  # fmt: skip
         kernel = report.kernel_of(server=self.kernel.read())
         summary = report.summarise(self.recipe, training.halves.cut, outcome, self.meter, kernel, "server")

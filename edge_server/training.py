@@ -44,13 +44,11 @@ class Training:
     store_limit: int  # bytes that it may have
     step: int = 0  # the next to come
     rotated: bool = False  # the device's basis has come, where one is wanted
-    trained: int = 0  # pictures trained on so far
     wall_s: float = 0.0  # taken by the run before this process
     busy_s: float = 0.0  # spent computing
     test: Judgement | None = None
     evaluated: set[tuple[int, bool]] = field(default_factory=set)  # (step, on the test part) of those made so far
     store: Store | None = None
-    stored: int = 0  # steps kept in the run so far
     # Answers to the steps since the device last asked for some: what it may have missed when its stream broke.
     answers: list[list[pb.Frame]] = field(default_factory=list)
     # Held while the tail computes: an evaluation waits for the step before it to be applied.
@@ -140,7 +138,6 @@ class Training:
         """Store what a step of a STORE phase brought; StoreError without room."""
         assert self.store
         self.store.add(payload, labels)
-        self.stored += 1
 
     def recall(self) -> tuple[np.ndarray, np.ndarray]:
         """What the next step of a RECALL phase learns from: activation [B, width, ...] and labels [B]."""
@@ -196,7 +193,6 @@ class Training:
             self._optimiser.step()
         decision = self.coordinator.after_step(self.step)
         self.step += 1
-        self.trained += self.batch
         if decision.phase:
             self.switch(decision.phase)
         return decision
@@ -235,8 +231,7 @@ class Training:
             tensors |= {f"store.{name}": value for name, value in self.store.index().items()}
         return tensors, {
             "classes": self.classes, "samples": self.samples, "beside": asdict(self.beside),
-            "rotated": self.rotated, "trained": self.trained,
-            "stored": self.stored, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
+            "rotated": self.rotated, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
             "outlived": {path.name: last for path, last in self._outlived.items()},
             "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,
             "evaluated": sorted(self.evaluated), "test": asdict(self.test) if self.test else None,
@@ -250,11 +245,10 @@ class Training:
         weights.fill(self.halves.tail, part(kept.tensors, "tail"), source)
         optim.restore(self._optimiser, part(kept.tensors, "optimiser"), source)
         self.step, self.rotated = kept.step, state["rotated"]
-        self.trained, self.stored = state["trained"], state["stored"]
         self.wall_s, self.busy_s = state["wall_s"], state["busy_s"]
         self.evaluated = {(step, on_test) for step, on_test in state["evaluated"]}
         self.test = Judgement(**state["test"]) if state["test"] else None
-        self._outlived = {self.folder / name: last for name, last in state.get("outlived", {}).items()}
+        self._outlived = {self.folder / name: last for name, last in state["outlived"].items()}
         step, phase_then = state["validated"]
         self._validated = step, phase_from(phase_then)
         self.halves.tail.resize(self.phase.width, self.phase.order)
