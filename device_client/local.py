@@ -25,7 +25,7 @@ from common.errors import DataError, DivergedError, MismatchError, ModelError, R
 from common.halves import MOST_FELT, reseed
 from common.processor import fits
 from common.progress import Live, warn
-from common.schedule import Phase, steps_of
+from common.schedule import Phase, steps_of, steps_per_epoch
 from common.words import several
 from device_client.inputs import batches_of, computing, training_batch
 
@@ -75,7 +75,7 @@ class Local:
             torch.manual_seed(self.recipe.seed)
             self.classifier = Classifier(trainer.channels, len(trainer.cut) - 1, self.recipe.model.classes)
         self.classifier.to(trainer.processor)
-        self.per_epoch = len(trainer.data.train) // trainer.batch
+        self.per_epoch = steps_per_epoch(len(trainer.data.train), trainer.batch)
         self.steps = max(1, steps_of(self.recipe.local.epochs, self.per_epoch))
         self.lr = self.recipe.local.lr or self.recipe.optimiser.lr
         self.course = Phase(0, 0, trainer.channels, "fp32", "fp32", self.lr, 0, self.steps)

@@ -24,7 +24,7 @@ from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, Manifest, RunFolder, metrics_line
-from common.schedule import RECALL, Phase
+from common.schedule import RECALL, Phase, steps_per_epoch
 from common.words import duration, gives_up, several
 from device_client.basis import rotate
 from device_client.data import Dataset, Part
@@ -351,7 +351,7 @@ class Trainer:
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
         outcome = report.Outcome(
             self.opened.run_id, verdict.accuracy, verdict.loss, self.step, samples,
-            round(self.step / (len(self.data.train) // self.batch), 4), self.elapsed_s, self.busy_s,
+            round(self.step / steps_per_epoch(len(self.data.train), self.batch), 4), self.elapsed_s, self.busy_s,
             tuple(self.phases), self.remote.faults, self.local,
         )  # fmt: skip
         kernel = report.kernel_of(device=self.remote.kernel.read())

@@ -35,6 +35,7 @@ from common.report import Faults
 from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import TAIL, Manifest, RunFolder
+from common.schedule import steps_per_epoch
 from common.tcp_info import Kernel, KernelBytes
 from edge_server.budget import Beside, Budget
 from edge_server.coordinator import Coordinator, Decision
@@ -191,7 +192,7 @@ class LiveRun:
     def _new(self, samples: int, classes: tuple[str, ...], beside: Beside) -> Training:
         halves = halves_module.build(self.recipe, self._allowed, self._processor)
         batch, budget = min(samples, self.recipe.data.batch), None
-        epoch = max(1, samples // batch)
+        epoch = steps_per_epoch(samples, batch)
         if self.recipe.schedule.budget_mb:
             budget = Budget(self.recipe, halves.channels, epoch, batch, beside)
         known = self.initial.known if self.initial else ()  # else a checkpoint knows

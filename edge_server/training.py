@@ -21,7 +21,7 @@ from common.halves import Halves, reseed
 from common.processor import fits
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
-from common.schedule import RANK, RECALL, STORE, Phase, phase_from
+from common.schedule import RANK, RECALL, STORE, Phase, phase_from, steps_per_epoch
 from edge_server.budget import Beside
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.judging import Judgement
@@ -82,7 +82,7 @@ class Training:
 
     @property
     def epochs(self) -> float:
-        return round(self.step / max(1, self.samples // self.batch), 4)
+        return round(self.step / steps_per_epoch(self.samples, self.batch), 4)
 
     def rotate(self, basis: np.ndarray) -> None:
         """Start from the device's principal components: `basis` [w + 1, w], components as rows, then the mean."""
