@@ -64,11 +64,14 @@ class Meter:
         self._books = {way: {role: Count() for role in ROLES} for way in (UP, DOWN)}
         self._again = {UP: 0, DOWN: 0}
 
-    def frame(self, way: str, frame: pb.Frame) -> pb.Frame:
-        """Count `frame` going `way` ("up" from the device, "down" to it) and hand it on."""
+    def frame(self, way: str, frame: pb.Frame, again: bool = False) -> pb.Frame:
+        """Count `frame` going `way` ("up" from the device, "down" to it) and hand it on; `again`: sent for a fault."""
         role, count = count_of(frame)
         with self._lock:
-            self._books[way][role].add(count)
+            if again:
+                self._again[way] += count.message
+            else:
+                self._books[way][role].add(count)
         return frame
 
     def control(self, way: str, message: Any, again: bool = False) -> None:
@@ -78,12 +81,6 @@ class Meter:
                 self._again[way] += message.ByteSize()
             else:
                 self._books[way]["control"].message += message.ByteSize()
-
-    def again(self, way: str, frame: pb.Frame) -> pb.Frame:
-        """Count `frame` as sent because of a fault, and hand it on."""
-        with self._lock:
-            self._again[way] += frame.ByteSize()
-        return frame
 
     def settle(self, counts: Mapping[tuple[str, str], Count], done: bool) -> None:
         """Count what a Draft holds, by way and role."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -149,6 +149,19 @@ def unpack_bytes(first: pb.Frame, more: NextFrame, place: Place, size: int) -> b
 def announced(frame: pb.Frame) -> tuple[int, ...]:
     """The shape that a payload's first frame declares: a claim, to be checked before it is believed."""
     return tuple(frame.part.tensor.shape)
+
+
+def announced_first(frame: pb.Frame) -> int:
+    """The first side of that shape: a batch's pictures, or bytes; 0 where it has none."""
+    return next(iter(frame.part.tensor.shape), 0)
+
+
+def body(frame: pb.Frame, kind: str) -> Any:
+    """The message of a frame, which is to be of this `kind`, a field of Frame's body; else FrameError."""
+    came = frame.WhichOneof("body")
+    if came != kind:
+        raise FrameError(f"{kind} was expected, {came} came")
+    return getattr(frame, kind)
 
 
 def _collect(

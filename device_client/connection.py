@@ -299,15 +299,13 @@ class Connection:
         frame = wire.seal(Place(pb.CONTROL, 0, 0).frame(begin=begin))
         with Draft(self.meter) as draft:
             stream.send(draft.frame(UP, frame))
-            answer = stream.receive(draft)
-            if not answer.HasField("ready"):
-                raise FrameError(f"Ready was expected, {answer.WhichOneof('body')} came")
-            self.sensitivity = self._felt(stream, draft) if answer.ready.sensitivity_follows else None
+            ready: pb.Ready = wire.body(stream.receive(draft), "ready")
+            self.sensitivity = self._felt(stream, draft) if ready.sensitivity_follows else None
             # The books have the first of a run; where this one is not, they have it already.
             if not self._joined:
                 draft.keep()
-        self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
-        self.opened = replace(self.opened, run_id=answer.ready.run_id)
+        self._joined, self._ready, self._answered = True, ready, ready.answered
+        self.opened = replace(self.opened, run_id=ready.run_id)
         self._came.frames = 0  # that it may begin is nothing of what is to come
         self._find_connection()
         self._bring_basis()
@@ -323,8 +321,8 @@ class Connection:
     def _bring_basis(self) -> None:
         """Send the basis where the server has not got it and this stream has not brought it."""
         if self._ready.basis_wanted and self._basis and self._basis_on is not self._train:
-            self._basis_booked = self._send(self._basis, self._basis_booked)
-            self._basis_on = self._train
+            self._send(self._basis, self._basis_booked)
+            self._basis_booked, self._basis_on = True, self._train
 
     def _open_stream(self, call: Callable[..., Any]) -> Stream:
         stream = Stream(call, self.server, self._stalled_s, watched=self._channel is not None)
@@ -351,11 +349,10 @@ class Connection:
             )
         return not reply.finished
 
-    def _send(self, frames: Sequence[pb.Frame], booked: bool) -> bool:
-        """Send frames, which the books have once; True."""
+    def _send(self, frames: Sequence[pb.Frame], booked: bool) -> None:
+        """Send frames, which the books have once: already, where they are `booked`."""
         for frame in frames:
-            self._stream.send((self.meter.again if booked else self.meter.frame)(UP, frame))
-        return True
+            self._stream.send(self.meter.frame(UP, frame, again=booked))
 
     @property
     def _stream(self) -> Stream:

@@ -91,7 +91,8 @@ class RemoteTail(Connection):
                         self.meter.frame(UP, frame)
                     booked = True
             else:
-                booked = self._send(frames, booked)
+                self._send(frames, booked)
+                booked = True
             with Draft(self.meter) as draft:
                 gradient = None if phase.frozen else self._gradient(step, phase, sent.shape, aside, draft)
                 result = self._result(step, phase, draft)
@@ -120,9 +121,7 @@ class RemoteTail(Connection):
     def _result(self, step: int, phase: Phase, draft: Draft) -> StepResult:
         frame = self._stream.receive(draft)
         wire.check_place(frame, Place(pb.CONTROL, step, phase.index))
-        if not frame.HasField("done"):
-            raise FrameError(f"StepDone was expected, {frame.WhichOneof('body')} came")
-        done = frame.done
+        done: pb.StepDone = wire.body(frame, "done")
         following = phase_of(done.next) if done.HasField("next") else None
         if following and following.from_step != step + 1:
             raise FrameError(f"a phase from step {following.from_step} was announced at step {step}")
@@ -177,8 +176,8 @@ class RemoteTail(Connection):
                         self._stream.send(frame)
                 if self.opened.finished:  # it was said before, and its answer lost
                     draft.frame(DOWN, wire.seal(place.frame(goodbye=pb.Goodbye())))
-                elif not (answer := self._stream.receive(draft)).HasField("goodbye"):
-                    raise FrameError(f"Goodbye was expected, {answer.WhichOneof('body')} came")
+                else:
+                    wire.body(self._stream.receive(draft), "goodbye")
                 draft.keep()
 
         self._steadily(step, attempt)
@@ -190,7 +189,7 @@ class RemoteTail(Connection):
         """Tell the server that the run rests at `step`; the link may be gone already."""
         if self._train:
             leave = Place(pb.CONTROL, step, phase.index).frame(leave=pb.Leave(finished=False, reason=reason))
-            self._train.send(self.meter.again(UP, wire.seal(leave)))
+            self._train.send(self.meter.frame(UP, wire.seal(leave), again=True))
             self._train.close()
             self._train.drain(_FAREWELL_S)
 
@@ -223,10 +222,12 @@ class RemoteTail(Connection):
             nonlocal done, judged
             frame = stream.receive(draft)
             wire.check_place(frame, Place(pb.EVALUATION, done, phase.index))
-            if not frame.HasField("judged") or frame.judged.count != waiting.pop(0):
-                raise FrameError(f"Judged of evaluation batch {done} was expected, {frame.WhichOneof('body')} came")
+            count_of_batch = wire.body(frame, "judged").count
+            if count_of_batch != waiting[0]:
+                raise FrameError(f"{count_of_batch} pictures of batch {done} were judged, {waiting[0]} were sent")
+            del waiting[0]
             done += 1
-            judged += frame.judged.count
+            judged += count_of_batch
             self.progress(judged, count)
 
         for sent, labels in batches:
@@ -281,6 +282,5 @@ class RemoteTail(Connection):
         stream.send(draft.frame(UP, wire.seal(place.frame(leave=pb.Leave(finished=True)))))
         frame = stream.receive(draft)
         wire.check_place(frame, place)
-        if not frame.HasField("verdict"):
-            raise FrameError(f"a Verdict was expected, {frame.WhichOneof('body')} came")
-        return frame.verdict
+        verdict: pb.Verdict = wire.body(frame, "verdict")
+        return verdict

@@ -354,8 +354,8 @@ class Trainer:
             round(self.step / steps_per_epoch(len(self.data.train), self.batch), 4), self.elapsed_s, self.busy_s,
             tuple(self.phases), self.remote.faults, self.local,
         )  # fmt: skip
-        kernel = report.kernel_of(device=self.remote.kernel.read())
-        summary = report.summarise(self.recipe, self.cut, outcome, self.remote.meter, kernel, "device")
+        meter, kernel = self.remote.meter, self.remote.kernel.read()
+        summary = report.summarise(self.recipe, self.cut, outcome, meter, kernel, "device")
         self.folder.write_summary(summary)
         self.folder.close()
         self.checkpoints.clear()  # what the run could go on from is not needed any more

@@ -327,8 +327,8 @@ class LiveRun:
             training.step * training.batch, training.epochs, training.elapsed_s, training.busy_s,
             tuple(training.coordinator.phases), self.faults,
         )  # fmt: skip
-        kernel = report.kernel_of(server=self.kernel.read())
-        summary = report.summarise(self.recipe, training.halves.cut, outcome, self.meter, kernel, "server")
+        cut, kernel = training.halves.cut, self.kernel.read()
+        summary = report.summarise(self.recipe, cut, outcome, self.meter, kernel, "server")
         training.close()
         self.folder.write_summary(summary)
         self.folder.close()

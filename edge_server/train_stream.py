@@ -50,10 +50,9 @@ class TrainStream:
             sensitivity_follows=bool(felt), from_request=len(answers) == len(training.answers) > 0, run_id=run.run_id,
         )  # fmt: skip
         first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *felt]
-        count = meter.frame if begun else meter.again
-        count(UP, receive.first)
+        meter.frame(UP, receive.first, again=not begun)
         for out in first:
-            count(DOWN, out)
+            meter.frame(DOWN, out, again=not begun)
         if begun:  # a device that has heard Ready must find the run again
             self._keep()
         what = f"The device is connected again, at step {receive.begin.step:,}."
@@ -68,7 +67,7 @@ class TrainStream:
             yield from first
             for answer in answers:
                 for out in answer:
-                    yield meter.again(DOWN, out)
+                    yield meter.frame(DOWN, out, again=True)
             if wanted:
                 training.rotate(self._basis())
                 receive.draft.keep()
@@ -240,7 +239,7 @@ class TrainStream:
         """The published head, if `frame` starts one, and the end of the run."""
         receive, training, head = self.receive, self.training, b""
         if not frame.HasField("leave"):
-            size = wire.announced(frame)[0] if wire.announced(frame) else 0
+            size = wire.announced_first(frame)
             most = weights.room(training.halves.head)
             if size > most:
                 raise TooLargeError(f"a head of {size:,} bytes came; one of this model takes up to {most:,}")
