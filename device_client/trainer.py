@@ -17,13 +17,14 @@ from common.codecs import NOTHING
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
 from common.inherit import adopt
 from common.meter import DOWN, UP
+from common.metrics import metrics_line
 from common.phase_message import phase_of
 from common.processor import fits
 from common.progress import Counting, Live, warn
 from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
-from common.run import HEAD, Manifest, RunFolder, metrics_line
+from common.run import HEAD, Manifest, RunFolder
 from common.schedule import RECALL, Phase, steps_per_epoch
 from common.words import duration, gives_up, several
 from device_client.basis import rotate
@@ -304,7 +305,7 @@ class Trainer:
         if self.step in self.checkpoints.written and not anew:
             return
         try:
-            self.folder.settle()
+            self.folder.sync()
             self.checkpoints.write(self.step, *state_of(self))
             checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
         except RunFolderError as error:

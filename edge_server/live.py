@@ -286,7 +286,7 @@ class LiveRun:
             if taken.step in self.checkpoints.written and not anew:
                 return
             try:
-                self.folder.settle()
+                self.folder.sync()
                 self.checkpoints.write(taken.step, taken.tensors, taken.state)
                 training.forget_stores(min(self.checkpoints.written))
             except RunFolderError as error:

@@ -21,7 +21,8 @@ from common.rpc import split_pb2_grpc
 from edge_server.health import Health
 from edge_server.host import Host
 from edge_server.identity import Guard
-from edge_server.servicer import SERVICE, Door, Servicer
+from edge_server.interceptor import Door
+from edge_server.servicer import SERVICE, Servicer
 
 # A device gets this long to be told that the server stops, with the answer to its step where one is under way.
 _GRACE_S = 5.0

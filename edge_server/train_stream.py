@@ -17,10 +17,10 @@ from common.chooser import Chooser
 from common.codecs import codec
 from common.errors import BusyError, FrameError, RunFolderError, StoppedError, TooLargeError, printable
 from common.meter import DOWN, UP, Draft
+from common.metrics import metrics_line
 from common.phase_message import phase_message
 from common.progress import Live, warn
 from common.rpc import split_pb2 as pb
-from common.run import metrics_line
 from common.schedule import RECALL, Phase
 from common.wire import Place
 from common.words import several
