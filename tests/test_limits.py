@@ -20,6 +20,7 @@ from rich.console import Console
 from benchmarks import inprocess, pair
 from benchmarks.recipes import PHASE, recipe_text
 from common import wire
+from common.cli import with_options
 from common.errors import BusyError, FrameError, MismatchError, ModelError, SessionError, StoreError, TooLargeError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
@@ -29,9 +30,10 @@ from common.wire import Place
 from device_client import remote_tail, use
 from device_client.data import load
 from device_client.remote_tail import RemoteTail
-from edge_server import incoming, limit_options
+from edge_server import incoming
 from edge_server.host import Host
 from edge_server.limits import Limits
+from edge_server.options import LIMITS, Grouped
 from edge_server.servicer import Servicer
 from edge_server.sessions import _GRACE_S, Session
 from edge_server.store import Store
@@ -212,8 +214,8 @@ def test_a_device_that_is_held_up_is_let_go_where_its_stream_ends(monkeypatch: p
 def test_options_fill_in_the_limits() -> None:
     made: list[Limits] = []
 
-    @click.command(cls=limit_options.Grouped)
-    @limit_options.limits
+    @click.command(cls=Grouped)
+    @with_options(LIMITS)
     def serve(**limits: Any) -> None:
         made.append(Limits(**limits))
 
