@@ -76,6 +76,11 @@ class Trainer:
     def phase(self) -> Phase:
         return self.phases[-1]
 
+    @property
+    def begun(self) -> bool:
+        """Whether the run has: from then on it has a first phase, and goes on by checkpoints."""
+        return bool(self.phases)
+
     def prepare(self, allowed: tuple[str, ...], init: RunFolder | None) -> None:
         """Build the head and fill it: from where the run was left, or with its first weights."""
         codecs.load(*self.recipe.codecs, say=self.console.print)
@@ -129,7 +134,7 @@ class Trainer:
 
     def run(self, publish: bool) -> dict[str, Any]:
         """All that is left of the run; the summary."""
-        if self.recipe.schedule.budget_mb and not self.phases:  # the server would say so once the head has learnt alone
+        if self.recipe.schedule.budget_mb and not self.begun:  # the server would say so once the head has learnt alone
             weighs = self.opened.head_size + self._published(publish)
             require_room(self.recipe, self.cut, len(self.data.train), len(self.data.test), weighs)
         self.learn_alone()
@@ -154,7 +159,7 @@ class Trainer:
 
     def learn_alone(self) -> None:
         """Let the head learn without the server, where the recipe says so and the run has not begun."""
-        if self.phases or not self.recipe.local.epochs:
+        if self.begun or not self.recipe.local.epochs:
             return
         alone = Local(self)
         self.local = alone.learn()
@@ -173,7 +178,7 @@ class Trainer:
         ready = self.remote.begin(
             len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.channels
         )
-        if not self.phases:
+        if not self.begun:
             self.opened = self.remote.opened  # which the beginning has given its id
             self.checkpoints.run_id = self.opened.run_id
             if ready.basis_wanted:
@@ -381,7 +386,7 @@ class Trainer:
     @property
     def where(self) -> str:
         """Words for the step that it stands at; none before the run has begun."""
-        return f" at step {self.step}" if self.phases else ""
+        return f" at step {self.step}" if self.begun else ""
 
     @property
     def elapsed_s(self) -> float:

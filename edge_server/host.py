@@ -91,9 +91,10 @@ class Host:
         if overwrite:
             saved = None
         halves = halves_module.build(recipe, allowed, compared=True)
-        checks.sizes(recipe, halves, host.limits.elements)
-        checks.output(recipe, halves)
-        checks.batch(recipe, halves)
+        checks.require_elements(recipe, halves, host.limits.elements)
+        checks.require_schedule(recipe, halves)
+        checks.require_output(recipe, halves)
+        checks.require_batch(recipe, halves)
         if saved and saved["digest"] != recipe.digest():
             raise RunFolderError(
                 f"{folder.path} holds an unfinished run of another recipe; choose another --run, or pass --overwrite"
@@ -134,7 +135,7 @@ class Host:
         recipe, text, manifest = folder.read()
         host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed, processor)
-        checks.sizes(recipe, halves, host.limits.elements)
+        checks.require_elements(recipe, halves, host.limits.elements)
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"
         host._serve(halves, manifest, published.read_bytes() if published.is_file() else b"")

@@ -249,15 +249,17 @@ class LiveRun:
         self.checkpoints.forget_after(step)
         self.keep(anew=True)  # the same but for what the fault cost: a second one before the next must not forget it
 
-    def keep(self, decision: Decision | None = None, anew: bool = False) -> None:
-        """Write a checkpoint if one is due after `decision`, or without one. `anew`: in place of the one that there is.
+    def keep(self, anew: bool = False) -> None:
+        """Write a checkpoint of where the run stands, unless there is one. `anew`: in its place.
 
         Called with `training.lock` held, or where nothing else can use the training.
         """
-        self.write(self.taken(decision, anew), anew)
+        if snapshot := self.snapshot(anew=anew):
+            self.write(snapshot, anew)
 
-    def taken(self, decision: Decision | None = None, anew: bool = False) -> Checkpoint | None:
-        """What `keep` would write, as it is now; None where none is due. Called as `keep`."""
+    def snapshot(self, decision: Decision | None = None, anew: bool = False) -> Checkpoint | None:
+        """A checkpoint of the run as it is now, to be written; None where none is due after `decision`, or, without
+        one, where there is one already and it is not to be made `anew`. Called as `keep`."""
         training = self.training
         assert training
         turn = decision is None or bool(decision.phase) or decision.then != pb.STEP
@@ -276,21 +278,19 @@ class LiveRun:
             return None
         return Checkpoint(training.step, tensors, state | books)
 
-    def write(self, taken: Checkpoint | None, anew: bool = False) -> None:
-        """Write what was taken, unless a newer one of the same step has come before it; a full disk is told, and that
-        is all."""
+    def write(self, snapshot: Checkpoint, anew: bool = False) -> None:
+        """Write it, unless a newer one of the same step has come before it; a full disk is told, and that is all."""
         training = self.training
-        if taken is None or training is None:
-            return
+        assert training
         with self._writing:
-            if taken.step in self.checkpoints.written and not anew:
+            if snapshot.step in self.checkpoints.written and not anew:
                 return
             try:
                 self.folder.sync()
-                self.checkpoints.write(taken.step, taken.tensors, taken.state)
+                self.checkpoints.write(snapshot.step, snapshot.tensors, snapshot.state)
                 training.forget_stores(min(self.checkpoints.written))
             except RunFolderError as error:
-                self._unkept(taken.step, error)
+                self._unkept(snapshot.step, error)
 
     def _unkept(self, step: int, error: Exception) -> None:
         warn(self.console, f"no checkpoint of step {step}: {error}; the run goes on")

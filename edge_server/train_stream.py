@@ -154,11 +154,12 @@ class TrainStream:
             }  # fmt: skip
             self._log(phase, loss, correct, seconds, live)
             # Taken before an evaluation can begin, which the device may ask for as soon as it has its answer.
-            taken = run.taken(decision)
+            snapshot = run.snapshot(decision)
         try:
             yield from frames
         finally:  # also where the stream has ended meanwhile
-            run.write(taken)
+            if snapshot:
+                run.write(snapshot)
 
     def _keep(self, anew: bool = False) -> None:
         with self.training.lock:
@@ -198,11 +199,12 @@ class TrainStream:
                 run.meter.frame(DOWN, done)
                 seconds = {"decode": decoded - started, "tail": clock() - decoded}
                 self._log(phase, loss, correct, seconds, live)
-                taken = run.taken(decision)
+                snapshot = run.snapshot(decision)
             try:
                 yield done
             finally:
-                run.write(taken)
+                if snapshot:
+                    run.write(snapshot)
             if decision.phase or decision.then != pb.STEP:
                 return
 

@@ -16,6 +16,7 @@ from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from edge_server.host import Host
+from edge_server.live import LiveRun
 from edge_server.sessions import Session
 
 
@@ -27,6 +28,13 @@ def begun(host: Host, step: int = 0, run_id: str = "", kept: tuple[int, ...] = (
     stream.cancel.side_effect = lambda part=host.run.part: threading.Thread(target=part, args=(stream,)).start()
     host.begin(session, pb.Begin(samples=64, classes=CLASSES, step=step), stream)
     return session, stream
+
+
+def applied(run: LiveRun) -> None:
+    """Apply the step that was learnt, and keep a checkpoint where one is due after it."""
+    assert run.training
+    if snapshot := run.snapshot(run.training.apply()):
+        run.write(snapshot)
 
 
 @pytest.fixture
@@ -42,7 +50,7 @@ def host(tmp_path: Path) -> Host:
     assert training
     for _ in range(8):
         training.learn(*BATCH)
-        host.run.keep(training.apply())
+        applied(host.run)
     return host
 
 
@@ -100,7 +108,7 @@ def test_a_run_that_went_on_meanwhile_is_not_put_where_it_cannot_be(host: Host) 
     assert told == 0
     for _ in range(7):  # checkpoints of steps 10 and 15 take the place of the first
         run.training.learn(*BATCH)
-        run.keep(run.training.apply())
+        applied(run)
     with pytest.raises(SessionError, match="the run has gone on from step 0 meanwhile; open another session"):
         host.begin(late, pb.Begin(samples=64, classes=CLASSES, step=0), Mock())
 
@@ -123,7 +131,7 @@ def test_a_device_that_stayed_while_its_server_was_replaced_can_still_be_replace
     assert run.training
     for _ in range(3):
         run.training.learn(*BATCH)
-        run.keep(run.training.apply())
+        applied(run)
     assert run.step == 11 and run.checkpoints.written >= {5, 8, 10}
     # The device died before it kept one of step 10.
     assert other.open(True, run.run_id, (0, 5), "")[1] == 5
@@ -136,7 +144,7 @@ def test_what_was_taken_for_a_checkpoint_does_not_change(host: Host) -> None:
     """It is written while the next thing may happen to the network already."""
     run = host.run
     assert run and run.training
-    taken = run.taken()
+    taken = run.snapshot()
     assert taken
     before = {name: value.clone() for name, value in taken.tensors.items()}
     run.training.learn(*BATCH)
