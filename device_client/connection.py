@@ -100,7 +100,7 @@ class Connection:
         self._basis_on: Stream | None = None
         self._basis_booked = False
         self._channels = 0  # of the cut
-        self.sensitivity: np.ndarray | None = None  # [C, C], by which the basis is to be weighted
+        self._sensitivity: np.ndarray | None = None  # [C, C], came with Ready; by which the basis is to be weighted
         self._answered = 0  # answers still to come to steps that were sent on an earlier stream
         self._wait_s = 0.0  # on streams before this one
 
@@ -230,8 +230,9 @@ class Connection:
     def begin(
         self, samples: int, classes: tuple[str, ...], step: int = 0, judged: tuple[int, int] = (0, 0), head: int = 0,
         channels: int = 0,
-    ) -> pb.Ready:  # fmt: skip
-        """Start the training stream at `step`: whether a basis is wanted, the phase.
+    ) -> tuple[pb.Ready, np.ndarray | None]:  # fmt: skip
+        """Start the training stream at `step`: the server's answer, whether a basis is wanted and the phase, and the
+        sensitivity [C, C] by which the basis is to be weighted, where it told one.
 
         `judged`: how many pictures each validation has, and the test at the end. `head`: bytes of the trained head,
         where it is to be published. `channels` of the cut, and so of the sensitivity that may come.
@@ -241,8 +242,10 @@ class Connection:
         self._channels = channels
         self._begun = pb.Begin(samples=samples, classes=classes, validation=judged[0], test=judged[1], head=head)
         if self.opened.finished:
-            return pb.Ready()
-        return self._steadily(step, lambda: self._ready)
+            return pb.Ready(), None
+        answer = self._steadily(step, lambda: (self._ready, self._sensitivity))
+        self._sensitivity = None  # megabytes, where there are many channels
+        return answer
 
     def _steadily(self, step: int, attempt: Callable[[], T]) -> T:
         """What `attempt` comes to, over new connections until it succeeds; the device stands at `step`."""
@@ -300,7 +303,7 @@ class Connection:
         with Draft(self.meter) as draft:
             stream.send(draft.frame(UP, frame))
             ready: pb.Ready = wire.body(stream.receive(draft), "ready")
-            self.sensitivity = self._felt(stream, draft) if ready.sensitivity_follows else None
+            self._sensitivity = self._receive_sensitivity(stream, draft) if ready.sensitivity_follows else None
             # The books have the first of a run; where this one is not, they have it already.
             if not self._joined:
                 draft.keep()
@@ -310,13 +313,13 @@ class Connection:
         self._find_connection()
         self._bring_basis()
 
-    def _felt(self, stream: Stream, draft: Draft) -> np.ndarray:
-        """What the server says that the loss feels of each direction [C, C]."""
+    def _receive_sensitivity(self, stream: Stream, draft: Draft) -> np.ndarray:
+        """What the server has noted of the run before [C, C]."""
         receive = partial(stream.receive, draft)
-        felt = wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self._channels, self._channels), "fp32")
-        if not np.allclose(felt, felt.T) or not felt.trace() > 0:
+        came = wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self._channels, self._channels), "fp32")
+        if not np.allclose(came, came.T) or not came.trace() > 0:
             raise FrameError("the sensitivity that came is not symmetric and positive: nothing can be weighted by it")
-        return felt
+        return came
 
     def _bring_basis(self) -> None:
         """Send the basis where the server has not got it and this stream has not brought it."""

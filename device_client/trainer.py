@@ -27,7 +27,7 @@ from common.rpc import split_pb2 as pb
 from common.run import HEAD, Manifest, RunFolder
 from common.schedule import RECALL, Phase, steps_per_epoch
 from common.words import duration, gives_up, several
-from device_client.basis import rotate
+from device_client.basis import principal_basis
 from device_client.data import Dataset, Part
 from device_client.inputs import computing, sent_batches, training_batch
 from device_client.link import CURABLE
@@ -65,7 +65,7 @@ class Trainer:
         self.step, self.then = 0, pb.STEP
         self.basis: np.ndarray | None = None  # [w + 1, w], where the bottleneck starts from principal components
         self.local: dict[str, Any] | None = None  # what the head has learnt alone, for the summary
-        self.felt: torch.Tensor | None = None  # [C, C], what its classifier felt of each direction
+        self.sensitivity: torch.Tensor | None = None  # [C, C], of that classifier's loss, until the basis is made
         self.busy_s = 0.0  # spent computing in training steps
         self.stopping = False  # set by whoever wants the run to rest after the present step
         self.resting = False  # it does: between two steps, so that a checkpoint can be kept
@@ -164,7 +164,7 @@ class Trainer:
         alone = Local(self)
         self.local = alone.learn()
         if self.recipe.weighted:
-            self.felt = alone.sensitivity()
+            self.sensitivity = alone.sensitivity()
         self.console.print(
             f"The head has learnt alone; its own classifier is right on {self.local['accuracy']:.2%} of the test "
             f"pictures. Now the server takes over from it.", highlight=False,
@@ -174,18 +174,7 @@ class Trainer:
 
     def fit(self, publish: bool) -> None:
         """Train from the present step to the last; `publish`: the head is to be, at the end."""
-        judged = len(self.data.validation), len(self.data.test)
-        ready = self.remote.begin(
-            len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.channels
-        )
-        if not self.begun:
-            self.opened = self.remote.opened  # which the beginning has given its id
-            self.checkpoints.run_id = self.opened.run_id
-            if ready.basis_wanted:
-                rotate(self)
-            self._switch(phase_of(ready.phase))
-            self.keep()
-            self.remote.meter.lap()
+        self._begin(publish)
         planned = self.phase.steps
         with Live(self.console, planned, self.step) as live:
             self.remote.say = live.waiting
@@ -193,6 +182,24 @@ class Trainer:
                 self._loop(live, planned)
             finally:
                 self.remote.say = self._say
+
+    def _begin(self, publish: bool) -> None:
+        """Start the run's stream, and the run where it has not begun: its bottleneck, its first phase."""
+        judged = len(self.data.validation), len(self.data.test)
+        ready, told = self.remote.begin(
+            len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.channels
+        )
+        if not self.begun:
+            self.opened = self.remote.opened  # which the beginning has given its id
+            self.checkpoints.run_id = self.opened.run_id
+            if ready.basis_wanted:
+                weighted_by = self.sensitivity if told is None else torch.from_numpy(told.copy())
+                self.basis = principal_basis(self.head, self.data.train, self.recipe, self.batch, weighted_by)
+                self.sensitivity = None
+                self.remote.send_basis(self.basis)
+            self._switch(phase_of(ready.phase))
+            self.keep()
+            self.remote.meter.lap()
 
     def _published(self, publish: bool) -> int:
         """Bytes of the head that are given to the server at the end."""

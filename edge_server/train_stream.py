@@ -44,12 +44,13 @@ class TrainStream:
         run, receive, training, meter = self.run, self.receive, self.training, self.run.meter
         answers = training.answered_from(receive.begin.step)
         wanted = training.recipe.principal and not training.rotated
-        felt = self._felt() if wanted else []
+        sensitivity = self._sensitivity() if wanted else []
         ready = pb.Ready(
             basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers),
-            sensitivity_follows=bool(felt), from_request=len(answers) == len(training.answers) > 0, run_id=run.run_id,
+            sensitivity_follows=bool(sensitivity), from_request=len(answers) == len(training.answers) > 0,
+            run_id=run.run_id,
         )  # fmt: skip
-        first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *felt]
+        first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *sensitivity]
         meter.frame(UP, receive.first, again=not begun)
         for out in first:
             meter.frame(DOWN, out, again=not begun)
@@ -91,10 +92,10 @@ class TrainStream:
                 else:
                     yield from self._step(frame, chooser, live)
 
-    def _felt(self) -> list[pb.Frame]:
+    def _sensitivity(self) -> list[pb.Frame]:
         """The sensitivity, where components are to be weighted by it and the run that this one starts from had one.
 
-        A device whose head learnt alone has felt a newer one itself.
+        A device whose head learnt alone has a newer one of its own.
         """
         sensitivity, recipe = self.training.halves.tail.sensitivity, self.training.recipe
         if not recipe.weighted or recipe.local.epochs or not sensitivity.any():

@@ -27,7 +27,7 @@ from edge_server.coordinator import Coordinator, Decision
 from edge_server.judging import Judgement
 from edge_server.store import Store
 
-FELT_EVERY = 8  # steps: what the loss feels changes slowly
+_NOTED_EVERY = 8  # steps: the sensitivity changes slowly
 
 
 @dataclass
@@ -176,8 +176,9 @@ class Training:
                 )
             self._optimiser.zero_grad()
             loss.backward()
-            if activation.grad is not None and self.step % FELT_EVERY == 0 and sent.shape[1] == self.phase.width:
-                self.halves.tail.feel(activation.grad)  # of nested widths the widest alone: it has all directions
+            if activation.grad is not None and self.step % _NOTED_EVERY == 0 and sent.shape[1] == self.phase.width:
+                # Of nested widths the widest alone: it has all directions.
+                self.halves.tail.note_sensitivity(activation.grad)
         correct = int((logits.argmax(1) == truth).sum())
         if activation.grad is None:
             return None, loss.item(), correct
