@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from common import bottleneck, importance, models
+from common.equivalence import require_same
 from common.errors import ModelError
 from common.gate import Gate, rectified
 from common.norms import Norms
 from common.partition import cut_shape, split
 from common.recipe import Recipe
-from common.same import require_same
 
 
 class Head(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from common.errors import CutError, ModelError
-from common.traced import changes_in_place
+from common.fx_tracer import changes_in_place
 from common.tracing import Result, named_state, run, show, state_of, trace
 
 _LISTED = 12

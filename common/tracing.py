@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import ModelError
-from common.traced import traced
+from common.fx_tracer import traced
 
 # Tracing freezes the `training` flag of these, while their modules follow train() and eval().
 _DROPOUTS: dict[Any, type[nn.Module]] = {

@@ -43,7 +43,7 @@ from common.schedule import Phase
 from common.tcp_info import Kernel, KernelBytes, find_server
 from common.wire import Place
 from common.words import gives_up
-from device_client.link import CURABLE, Came, Stream, Trouble
+from device_client.link import CURABLE, Backoff, Came, Stream
 
 GIVE_UP_S = 600.0
 
@@ -127,7 +127,7 @@ class Connection:
         request = pb.OpenRequest(
             protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN if trains else pb.USE, run_id=run_id, kept=kept
         )
-        trouble, told = Trouble(wait_s), False
+        backoff, told = Backoff(wait_s), False
         while True:
             try:
                 reply = self._handshake(request, again=trains and bool(run_id))
@@ -143,7 +143,7 @@ class Connection:
                 if not told:
                     self.say(f"{error}; waiting, {gives_up(wait_s)}")
                     told = True
-                trouble.wait(error, lambda text: None)
+                backoff.wait(error, lambda text: None)
                 self._connect()
         parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
         if parsed.digest() != reply.digest:
@@ -198,23 +198,23 @@ class Connection:
 
     def head_weights(self) -> bytes:
         """safetensors bytes of the head, as the server hands them out."""
-        trouble: Trouble | None = None
+        backoff: Backoff | None = None
         unknown = False
         while True:
             try:
-                if trouble:
+                if backoff:
                     self._connect()
                 if unknown:
                     self._reopen(0)
-                return self._head_weights(again=trouble is not None)
+                return self._head_weights(again=backoff is not None)
             except CURABLE as error:
                 if self._channel is None or self.opened.phase:  # a finished run is used: its user tries again
                     raise
-                trouble = trouble or Trouble(self.give_up_s)
+                backoff = backoff or Backoff(self.give_up_s)
                 unknown = isinstance(error, SessionError)
                 # What came counts for the attempt that brought it, not for later ones that open no stream.
                 moved, self._came = self._came.frames > 0, Came()
-                trouble.wait(error, self.say, moved)
+                backoff.wait(error, self.say, moved)
 
     def _head_weights(self, again: bool) -> bytes:
         request = pb.HeadRequest(session=self.opened.session)
@@ -249,17 +249,17 @@ class Connection:
 
     def _steadily(self, step: int, attempt: Callable[[], T]) -> T:
         """What `attempt` comes to, over new connections until it succeeds; the device stands at `step`."""
-        trouble: Trouble | None = None
+        backoff: Backoff | None = None
         unknown = False
         try:
             while True:
                 try:
-                    if trouble:  # here, for certificates that are being exchanged may not fit for a moment either
+                    if backoff:  # here, for certificates that are being exchanged may not fit for a moment either
                         self._connect()
                     if self.opened.finished and unknown:
                         self._reopen(step)
                     elif self._train is None and not self.opened.finished:
-                        self._join(step, again=trouble is not None)
+                        self._join(step, again=backoff is not None)
                     return attempt()
                 except CURABLE as error:
                     moved = self._came.frames > 0
@@ -267,9 +267,9 @@ class Connection:
                     unknown = isinstance(error, SessionError)
                     if self._channel is None or self._begun is None:
                         raise
-                    trouble = trouble or Trouble(self.give_up_s)
+                    backoff = backoff or Backoff(self.give_up_s)
                     self.offline = True
-                    trouble.wait(error, self.say, moved)
+                    backoff.wait(error, self.say, moved)
         finally:
             self.offline = False
 

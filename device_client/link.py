@@ -122,7 +122,7 @@ class Stream:
 
 
 @dataclass
-class Trouble:
+class Backoff:
     """A stretch of failed attempts at one thing; ends with the first that succeeds, or after `give_up_s` seconds in
     which nothing has moved."""
 

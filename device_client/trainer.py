@@ -20,7 +20,7 @@ from common.meter import DOWN, UP
 from common.metrics import metrics_line
 from common.phase_message import phase_of
 from common.processor import fits
-from common.progress import Counting, Live, warn
+from common.progress import Counting, StepProgress, warn
 from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
@@ -176,7 +176,7 @@ class Trainer:
         """Train from the present step to the last; `publish`: the head is to be, at the end."""
         self._begin(publish)
         planned = self.phase.steps
-        with Live(self.console, planned, self.step) as live:
+        with StepProgress(self.console, planned, self.step) as live:
             self.remote.say = live.waiting
             try:
                 self._loop(live, planned)
@@ -205,7 +205,7 @@ class Trainer:
         """Bytes of the head that are given to the server at the end."""
         return len(weights.to_bytes(self.head)) if publish else 0
 
-    def _loop(self, live: Live, planned: int) -> None:
+    def _loop(self, live: StepProgress, planned: int) -> None:
         """Step after step; `planned`: how many the run was to have."""
         told = planned
         while self.then != pb.FINISH:
@@ -344,7 +344,7 @@ class Trainer:
         """What is done in place of steps, where no bar shows it."""
         self.console.print(text, highlight=False, markup=False)
 
-    def _validate(self, live: Live) -> None:
+    def _validate(self, live: StepProgress) -> None:
         """Judge the validation part, and take in what that decides."""
         verdict = self._judge(self.data.validation, pb.VALIDATION)
         live.say(f"step {self.step}: validation loss {verdict.loss:.4f}, accuracy {verdict.accuracy:.2%}")

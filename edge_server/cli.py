@@ -173,8 +173,8 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     import torch
 
     from common import models
+    from common.equivalence import require_same
     from common.partition import describe_cuts, split
-    from common.same import require_same
     from edge_server import checks
 
     # Naming it on one's own command line is the permission.

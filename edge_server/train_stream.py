@@ -19,7 +19,7 @@ from common.errors import BusyError, FrameError, RunFolderError, StoppedError, T
 from common.meter import DOWN, UP, Draft
 from common.metrics import metrics_line
 from common.phase_message import phase_message
-from common.progress import Live, warn
+from common.progress import StepProgress, warn
 from common.rpc import split_pb2 as pb
 from common.schedule import RECALL, Phase
 from common.wire import Place
@@ -64,7 +64,7 @@ class TrainStream:
                 f"{training.samples:,} pictures an epoch."
             )
         run.console.print(what, highlight=False)
-        with Live(run.console, training.coordinator.steps, training.step) as live:
+        with StepProgress(run.console, training.coordinator.steps, training.step) as live:
             yield from first
             for answer in answers:
                 for out in answer:
@@ -112,7 +112,7 @@ class TrainStream:
             )
         return wire.unpack(frame, receive, place, shape, "fp32")
 
-    def _step(self, frame: pb.Frame, chooser: Chooser, live: Live) -> Iterator[pb.Frame]:
+    def _step(self, frame: pb.Frame, chooser: Chooser, live: StepProgress) -> Iterator[pb.Frame]:
         """One step: labels and activation in, gradient and StepDone out."""
         run, receive, training = self.run, self.receive, self.training
         phase, step = training.phase, training.step
@@ -171,7 +171,7 @@ class TrainStream:
         if training.step >= training.coordinator.steps:
             raise FrameError(f"the run has {training.coordinator.steps} steps and all are done; Leave was expected")
 
-    def _recall(self, frame: pb.Frame, live: Live) -> Iterator[pb.Frame]:
+    def _recall(self, frame: pb.Frame, live: StepProgress) -> Iterator[pb.Frame]:
         """Steps on what was kept: a StepDone each, until so many are done or something else comes next."""
         run, training = self.run, self.training
         self._check_step()
@@ -216,7 +216,7 @@ class TrainStream:
         done.kept = self.run.checkpoints.news(step, self.run.every)
         return wire.seal(Place(pb.CONTROL, step, phase.index).frame(done=done))
 
-    def _log(self, phase: Phase, loss: float, correct: int, seconds: dict[str, float], live: Live) -> None:
+    def _log(self, phase: Phase, loss: float, correct: int, seconds: dict[str, float], live: StepProgress) -> None:
         """The line of the step that was just applied, in metrics.jsonl and on the operator's screen."""
         run, training = self.run, self.training
         accuracy, width = correct / training.batch, phase.width_at(training.recipe.seed, training.step - 1)

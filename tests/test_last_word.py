@@ -22,7 +22,7 @@ from common.rpc import split_pb2 as pb
 from common.run import HEAD, TAIL, RunFolder
 from device_client import trainer
 from device_client.data import Dataset, Part, load
-from device_client.link import Stream, Trouble
+from device_client.link import Backoff, Stream
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
 from edge_server.train_stream import TrainStream
@@ -170,7 +170,7 @@ def test_a_stop_between_a_request_and_its_first_step_counts_for_both_sides_alike
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainStream, "_recall", stopped)
-        patch.setattr(Trouble, "wait", lambda _self, error, _say: _raise(error))
+        patch.setattr(Backoff, "wait", lambda _self, error, _say: _raise(error))
         with pytest.raises(StoppedError):
             leg(tmp_path, text, few, None, host)
     assert host.run

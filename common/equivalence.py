@@ -1,7 +1,7 @@
 """Whether a model's halves do what the whole does; the server asks once, before it waits for a device.
 
 A graph is what forward did while it was traced. What it is known not to do again is refused there, by name
-(traced.py); running both finds the rest: hooks, draws and counters of the model's own, branches on what a tensor is.
+(fx_tracer.py); running both finds the rest: hooks, draws and counters of the model's own, branches on what a tensor is.
 """
 
 from __future__ import annotations
