@@ -21,7 +21,7 @@ from common.errors import ModelError
 from common.progress import Screen, note, warn, warn_unencrypted
 from common.run import RunFolder
 from common.tokens import exposed
-from common.words import size
+from common.words import by, size
 from edge_server import certs as certificates
 from edge_server.limits import Limits
 from edge_server.options import LIMITS, SERVE, Grouped
@@ -169,7 +169,7 @@ def cuts(model: str, input_text: str, classes: int) -> None:
         raise ModelError(f"--input {input_text!r} is not CxHxW, such as 3x32x32")
     shape = (int(sides[0]), int(sides[1]), int(sides[2]))
     if turned := recipes.channels_first(shape):
-        raise ModelError(f"--input is {input_text}; channels come first: {'x'.join(map(str, turned))}")
+        raise ModelError(f"--input is {input_text}; channels come first: {by(turned)}")
     import torch
 
     from common import models
@@ -191,6 +191,6 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     for info in cuts_of:
         flops = f"{info.head_flops / 1e6:.2f} + {info.tail_flops / 1e6:.2f}"
         params = f"{info.head_params:,} + {info.tail_params:,}"
-        table.add_row(info.name, "x".join(map(str, info.shape)), size(info.bytes), flops, params)
+        table.add_row(info.name, by(info.shape), size(info.bytes), flops, params)
     # As wide as it needs to be: a name that is cut or broken cannot be copied into a recipe.
     Console(width=max(console.width, 160)).print(table)
