@@ -123,9 +123,8 @@ class Host:
 
     @classmethod
     def to_serve(
-        cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits | None = None,
-        processor: torch.device = halves_module.CPU,
-    ) -> Host:  # fmt: skip
+        cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits, processor: torch.device
+    ) -> Host:
         """A host that serves the finished run in `folder`, with the tail on `processor`."""
         if saved := folder.left_by(TAIL):
             raise RunFolderError(
@@ -170,18 +169,16 @@ class Host:
 
     # Sessions
 
-    def open(
-        self, trains: bool, run_id: str, kept: Sequence[int], identity: str, caller: str = ""
-    ) -> tuple[Session, int]:
+    def open(self, trains: bool, run_id: str, kept: Sequence[int], identity: str, caller: str) -> tuple[Session, int]:
         """A new session of `identity`'s, and the step that it goes on from (0 unless it takes up a run).
 
-        `caller`: whose share of the server it takes, if that is not the identity's.
+        `caller`: whose share of the server it takes: the identity's, or an address's where none is asked for.
         BusyError without room, ForbiddenError where the run is another's, MismatchError where the device's half is of
         another run or cannot go on.
         """
         if self.stopping:
             raise StoppedError("the server is being stopped; try again later")
-        session, step = Session(secrets.token_hex(16), trains, identity, caller or identity), 0
+        session, step = Session(secrets.token_hex(16), trains, identity, caller), 0
         if trains:
             step = self._open_training(session, run_id, kept)
         else:

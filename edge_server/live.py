@@ -183,9 +183,9 @@ class LiveRun:
         if self.training:  # begun by a device that made no step and is gone
             self.training.close()
         self.folder.start(self.text)
-        self.checkpoints.clear()
         # An id of its own: whoever began the run before, and made no step of it, is not taken for this device.
-        self.run_id = self.checkpoints.run_id = secrets.token_hex(8)
+        self.run_id = secrets.token_hex(8)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, self.run_id, self.recipe.digest())
         training.switch(training.phase)
         self.training, self.owner, self._data = training, identity, (samples, classes)
 

@@ -36,9 +36,8 @@ class Server:
     """A host behind an address; `port` is known once it is started."""
 
     def __init__(
-        self, host: Host, address: str, tls: ServerTls | None = None, insecure: bool = False,
-        token_file: Path | None = None,
-    ) -> None:  # fmt: skip
+        self, host: Host, address: str, tls: ServerTls | None, insecure: bool, token_file: Path | None
+    ) -> None:
         name, _ = parse_address(address)
         if not (tls or insecure or is_loopback(name)):
             raise DepruneError(

@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks.recipes import recipe_text
 from common import run
 from common.errors import BusyError, DataError, LinkError, MismatchError, RolledBackError, RunFolderError, StoppedError
+from common.halves import CPU
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, TAIL, RunFolder
 from device_client import trainer
@@ -25,6 +26,7 @@ from device_client.data import Dataset, Part, load
 from device_client.link import Backoff, Stream
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
+from edge_server.limits import Limits
 from edge_server.train_stream import TrainStream
 from tests.test_resume import CASES, _Killed, assert_same_end, leg, server_of
 
@@ -81,7 +83,7 @@ def test_only_a_server_that_trained_the_run_waits_for_its_device(few: Dataset, t
     since = trained.finished_at
     trained.open(True, trained.run_id, (), "", "")
     assert since <= trained.finished_at < math.inf
-    served = Host.to_serve(RunFolder(tmp_path / "server"), Console(file=io.StringIO()), ())
+    served = Host.to_serve(RunFolder(tmp_path / "server"), Console(file=io.StringIO()), (), Limits(), CPU)
     served.open(True, served.run_id, (), "", "")
     with served.telling():
         pass
@@ -125,7 +127,7 @@ def test_a_device_with_other_pictures_takes_nothing_from_the_run(few: Dataset, t
     assert run
     assert leg(tmp_path, text, few, 0, host) is None
     stands = run.training, sorted(run.checkpoints.written)
-    session, step = host.open(True, run.run_id, [0], "")
+    session, step = host.open(True, run.run_id, [0], "", "")
     stream = Mock()
     with pytest.raises(MismatchError, match="came back with 300 pictures of 10 classes; the run began with 320 of 10"):
         host.begin(session, pb.Begin(samples=300, classes=few.classes, step=step), stream)
