@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 
 from common import wire
+from common.channel import Access
 from common.chooser import Chooser
 from common.codecs import NOTHING, Aside, codec
 from common.errors import FrameError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_of
+from common.pulse import STALLED_S
 from common.rpc import split_pb2 as pb
 from common.schedule import RECALLED, Phase
 from common.wire import Place
-from device_client.connection import Connection
+from device_client.connection import GIVE_UP_S, Connection
 from device_client.link import Stream
 
 # Batches of an evaluation that are on their way at once: hides the link's delay, bounds the memory.
@@ -47,9 +49,12 @@ class StepResult:
 class RemoteTail(Connection):
     """The tail behind a connection; a step, an evaluation or a farewell is done once, however often the link breaks."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self, server: str, access: Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S,
+        stalled_s: float = STALLED_S,
+    ) -> None:  # fmt: skip
         """As Connection."""
-        super().__init__(*arguments, **options)
+        super().__init__(server, access, stub, give_up_s, stalled_s)
         # Told how many pictures of an evaluation have been judged, of how many; set by whoever shows it.
         self.progress: Callable[[int, int], None] = lambda judged, count: None
         self._chooser = Chooser(self.kernel.flow)
@@ -79,7 +84,7 @@ class RemoteTail(Connection):
         frames = list(wire.pack_labels(Place(pb.LABEL, step, phase.index), labels, self.opened.recipe.model.classes))
         frames += self._pack(Place(pb.ACTIVATION, step, phase.index), sent, phase)
         frames[0].kept = kept
-        frames[0] = wire.seal(frames[0])
+        wire.seal(frames[0])
         encoded, booked = clock(), False
 
         def attempt() -> tuple[np.ndarray | None, StepResult]:

@@ -59,7 +59,7 @@ class Training:
         tail = self.halves.tail
         self._optimiser = optim.build(self.recipe.optimiser, tail.layers, tail.bottleneck)
         self._started = time.monotonic()
-        self._validated = -1, self.phase  # step of the newest evaluation, and the phase that it was made in
+        self._judged_in = -1, self.phase  # step of the newest validation, and the phase that it was made in
         self._outlived: dict[Path, int] = {}  # stores that only checkpoints up to this step still need
         tail.train()
 
@@ -200,9 +200,11 @@ class Training:
 
     def phase_of_evaluation(self, index: int) -> Phase:
         """The phase that an evaluation is made in: this one, or the one before a validation whose verdict was lost."""
-        for step, phase in ((self.step, self.phase), self._validated):
-            if (step, phase.index) == (self.step, index):
-                return phase
+        if index == self.phase.index:
+            return self.phase
+        step, before = self._judged_in
+        if (step, before.index) == (self.step, index):
+            return before
         raise FrameError(f"an evaluation in phase {index} was asked for; the run is in phase {self.phase.index}")
 
     def judged(self, result: Judgement, on_test: bool) -> Decision:
@@ -211,8 +213,8 @@ class Training:
         if on_test:
             self.test = result
             return Decision(pb.STEP)
-        if self._validated[0] != self.step:
-            self._validated = self.step, self.phase
+        if self._judged_in[0] != self.step:
+            self._judged_in = self.step, self.phase
         before = self.phase
         decision = self.coordinator.after_validation(self.step - 1, result.mean_loss)
         if self.phase is not before:
@@ -236,7 +238,7 @@ class Training:
             "outlived": {path.name: last for path, last in self._outlived.items()},
             "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,
             "evaluated": sorted(self.evaluated), "test": asdict(self.test) if self.test else None,
-            "validated": [self._validated[0], asdict(self._validated[1])],
+            "judged_in": [self._judged_in[0], asdict(self._judged_in[1])],
         }  # fmt: skip
 
     def restore(self, kept: Checkpoint) -> None:
@@ -250,8 +252,8 @@ class Training:
         self.evaluated = {(step, on_test) for step, on_test in state["evaluated"]}
         self.test = Judgement(**state["test"]) if state["test"] else None
         self._outlived = {self.folder / name: last for name, last in state["outlived"].items()}
-        step, phase_then = state["validated"]
-        self._validated = step, phase_from(phase_then)
+        step, phase_then = state["judged_in"]
+        self._judged_in = step, phase_from(phase_then)
         self.halves.tail.resize(self.phase.width, self.phase.order)
         if state["store"]:
             phase = phase_from(state["store"])
