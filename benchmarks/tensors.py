@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import inprocess
-from common.schedule import Phase
+from common.schedule import Phase, steps_per_epoch
 from device_client.data import Dataset, Part
 from device_client.remote_tail import RemoteTail
 
@@ -87,8 +87,7 @@ class _Recorder(RemoteTail):
 def record(data: Dataset, cut: str, width: int, batch: int) -> dict[int, dict[str, np.ndarray]]:
     """Train LATE steps and a little, and return what was kept on the way."""
     kept: dict[int, dict[str, np.ndarray]] = {}
-    per_epoch = len(data.train) // batch
-    epochs = round((LATE + 1) / per_epoch, 6)
+    epochs = round((LATE + 1) / steps_per_epoch(len(data.train), batch), 6)
     few = Part(data.test.pictures[:256], data.test.labels[:256])
     short = dataclasses.replace(data, test=few)
     recipe = RECIPE.format(

@@ -35,7 +35,6 @@ _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 _SHARED: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MESSAGE_BYTES),
-    # A dead link is found within 20 s, on either side, also while a step is being computed.
     ("grpc.keepalive_time_ms", _PING_EVERY_MS),
     ("grpc.keepalive_timeout_ms", _PATIENCE_MS),
     ("grpc.http2.ping_timeout_ms", _PATIENCE_MS),
@@ -67,7 +66,7 @@ def parse_address(address: str) -> tuple[str, int]:
     if address.startswith(("http://", "https://")):
         raise DepruneError(f"{address!r} is a web page's address; give HOST:PORT, such as 127.0.0.1:50051")
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit():
+    if not separator or not host or not (port.isascii() and port.isdecimal()):
         raise DepruneError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise DepruneError(f"{address!r} has an IPv6 address without brackets; write [{host}]:{port}")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EVERY = 200  # steps between two checkpoints, by default
 # Of what the two sides write into one: raised where another release would read it otherwise.
-_FORMAT = 2
+_FORMAT = 3
 _KEPT = 2
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
 
@@ -72,7 +72,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"{self.folder} cannot be made: {error.strerror}") from error
-        write_atomically(self._path(step), data)
+        write_atomically(path_in(self.folder, step), data)
         self.written.add(step)
         self._prune()
         memory.give_back()
@@ -82,12 +82,6 @@ class Checkpoints:
         if step in self.written and step > max(self.shared, default=-1):
             self.shared = {step}
             self._prune()
-
-    def steps(self) -> list[int]:
-        """Steps of all files here, sound or not, the oldest first."""
-        with contextlib.suppress(FileNotFoundError):
-            return sorted(int(found[1]) for path in self.folder.iterdir() if (found := _NAME.fullmatch(path.name)))
-        return []
 
     def news(self, step: int, every: int) -> int:
         """What the other side is told in `step`: itself, if a regular checkpoint was kept before it, else 0."""
@@ -102,7 +96,7 @@ class Checkpoints:
         with contextlib.suppress(FileNotFoundError):
             for path in self.folder.glob(".step-*"):
                 path.unlink()
-        for step in self.steps():
+        for step in steps_in(self.folder):
             try:
                 self.read(step)
                 good.append(step)
@@ -113,7 +107,7 @@ class Checkpoints:
 
     def read(self, step: int) -> Checkpoint:
         """RunFolderError where the file is damaged, or belongs to another run or recipe."""
-        path = self._path(step)
+        path = path_in(self.folder, step)
         head, tensors = read_file(path)
         if (head["run_id"], head["digest"], head["step"]) != (self.run_id, self.digest, step):
             raise RunFolderError(f"{path} is of another run, recipe or step; it is left alone")
@@ -125,23 +119,21 @@ class Checkpoints:
         The other side need not have a checkpoint of this very step: it may have stood there all the while. So none that
         is left is dropped before it has told of a newer one.
         """
-        for later in [other for other in self.steps() if other > step]:
-            self._path(later).unlink(missing_ok=True)
+        for later in [other for other in steps_in(self.folder) if other > step]:
+            path_in(self.folder, later).unlink(missing_ok=True)
             self.written.discard(later)
         self.shared = set(self.written)
 
     def clear(self) -> None:
-        """Remove all; the run is finished, or another starts here."""
+        """Remove all: the run is finished."""
         clear(self.folder)
         self.written.clear()
-
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:012}.safetensors"
+        self.shared.clear()
 
     def _prune(self) -> None:
         kept = {*sorted(self.written)[-_KEPT:], *self.shared}
         for step in self.written - kept:
-            self._path(step).unlink(missing_ok=True)
+            path_in(self.folder, step).unlink(missing_ok=True)
         self.written &= kept
 
 
@@ -162,9 +154,9 @@ def clear(folder: Path) -> None:
 
 def unsound(folder: Path) -> str:
     """Why the newest checkpoint in a folder cannot be used; "" where it can, or there is none."""
-    for path in _newest_first(folder)[:1]:
+    for step in steps_in(folder)[-1:]:
         try:
-            read_file(path)
+            read_file(path_in(folder, step))
         except RunFolderError as error:
             return str(error)
     return ""
@@ -172,16 +164,21 @@ def unsound(folder: Path) -> str:
 
 def newest(folder: Path) -> Mapping[str, Any] | None:
     """Head of the newest sound checkpoint in a folder ("run_id", "digest", "step", "state"); None without one."""
-    for path in _newest_first(folder):
+    for step in reversed(steps_in(folder)):
         with contextlib.suppress(RunFolderError):
-            return read_file(path)[0]
+            return read_file(path_in(folder, step))[0]
     return None
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def steps_in(folder: Path) -> list[int]:
+    """Steps of all checkpoints in a folder, sound or not, the oldest first."""
     with contextlib.suppress(FileNotFoundError):
-        return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+        return sorted(int(found[1]) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name)))
     return []
+
+
+def path_in(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:012}.safetensors"
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -33,9 +33,6 @@ def run(module: str) -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # gRPC asks name servers itself and knows neither a home network's .local names nor what else the system looks in;
-    # it reads this when it is imported.
-    os.environ.setdefault("GRPC_DNS_RESOLVER", "native")
     command = importlib.import_module(module).cli
     import click
     from rich.console import Console

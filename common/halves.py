@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from common import bottleneck, importance, models
+from common.equivalence import require_same
 from common.errors import ModelError
 from common.gate import Gate, rectified
 from common.norms import Norms
 from common.partition import cut_shape, split
 from common.recipe import Recipe
-from common.same import require_same
 
 
 class Head(nn.Module):
@@ -43,7 +43,9 @@ class Head(nn.Module):
 
 
 _MOST_MIXED = 4096  # channels: the bottleneck's matrix of more would take over 64 MB on either side
-MOST_FELT = 2048  # channels: the matrix of more would take over 16 MB on either side, whatever they are used for
+MOST_WEIGHTED = (
+    2048  # channels: the sensitivity of more would take over 16 MB on either side, whatever they are used for
+)
 
 
 class Tail(nn.Module):
@@ -56,8 +58,8 @@ class Tail(nn.Module):
         self.layers = layers
         self.bottleneck = decoder
         self.norms = Norms(layers, nested)
-        # What the loss has felt of late of each direction at the cut; for a run that starts from this one.
-        size = decoder.channels if decoder.channels <= MOST_FELT else 0
+        # The loss's sensitivity of late to each direction at the cut; for a run that starts from this one.
+        size = decoder.channels if decoder.channels <= MOST_WEIGHTED else 0
         self.register_buffer("sensitivity", torch.zeros(size, size, device=decoder.order.device))
 
     def resize(self, width: int, order: tuple[int, ...] = ()) -> None:
@@ -67,14 +69,14 @@ class Tail(nn.Module):
         self.bottleneck.resize(width, order)
 
     @torch.no_grad()
-    def feel(self, gradient: Tensor) -> None:
-        """Take in dLoss/dSent [B, width, ...] of a step; what is not sent stays as it was felt before."""
+    def note_sensitivity(self, gradient: Tensor) -> None:
+        """Take in dLoss/dSent [B, width, ...] of a step; that to what is not sent stays as it was."""
         if not len(self.sensitivity):
             return
         places = self.bottleneck.places(gradient.shape[1])
         here = places[:, None], places[None]
-        before, now = self.sensitivity[here], importance.feel(gradient)
-        # What was never felt is taken as it comes.
+        before, now = self.sensitivity[here], importance.sensitivity_of(gradient)
+        # The first of a direction is taken as it comes.
         self.sensitivity[here] = torch.where(before == 0, now, before.lerp(now, 0.1))
 
     @torch.no_grad()

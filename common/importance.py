@@ -1,6 +1,6 @@
-"""Which channels or directions at the cut count: by variance, by what the loss feels of them, by rank.
+"""Which channels or directions at the cut count: by variance, by the loss's sensitivity to them, by rank.
 
-Plain functions of tensors; both sides feel, the device takes components, the server ranks.
+Plain functions of tensors; both sides take the sensitivity, the device takes components, the server ranks.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# Of the sensitivity's mean, what every direction has: one that the loss never felt is not thrown away for nothing.
-_FELT_AT_LEAST = 0.01
+# Of the sensitivity's mean, what every direction has: one that has not mattered yet is not thrown away for nothing.
+_LEAST = 0.01
 
 
 def principal_components(activations: Iterable[Tensor], sensitivity: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Components [C, C] (rows, most important first) and mean [C] of activations [B, C, ...] over all else.
 
-    Orthonormal and by their variance; with a `sensitivity` S [C, C] (`feel`) those that keep x - x' small where it
-    counts, in (x - x')' S (x - x'): components of sqrt(S) x, as far apart as the loss feels them.
+    Orthonormal and by their variance; with a `sensitivity` S [C, C] those that keep x - x' small where it
+    counts, in (x - x')' S (x - x'): components of sqrt(S) x.
     Batch by batch: all of them at once would take gigabytes where maps are large.
     """
     count, total, products = 0, torch.zeros(()), torch.zeros(())
@@ -42,12 +42,12 @@ def _root(sensitivity: Tensor) -> Tensor:
     """Symmetric square root of a sensitivity whose mean is made 1."""
     values, vectors = torch.linalg.eigh(sensitivity)
     values = values.clamp_min(0)
-    values = values / values.mean() * (1 - _FELT_AT_LEAST) + _FELT_AT_LEAST
+    values = values / values.mean() * (1 - _LEAST) + _LEAST
     return vectors @ torch.diag(values.sqrt()) @ vectors.T
 
 
-def feel(gradient: Tensor) -> Tensor:
-    """What the loss feels of each direction of the sent channels [w, w], from dLoss/dSent [B, w, ...]: the mean of
+def sensitivity_of(gradient: Tensor) -> Tensor:
+    """The loss's sensitivity to each direction of the sent channels [w, w], from dLoss/dSent [B, w, ...]: the mean of
     g g' over pictures and places (the activation's empirical Fisher information; Hsu et al., arXiv 2207.00112, weight a
     factorisation by that of the weights)."""
     points = gradient.detach().transpose(0, 1).reshape(gradient.shape[1], -1)

@@ -26,6 +26,7 @@ from common.rpc import split_pb2 as pb
 ROLES = ("control", "activation", "gradient", "label", "weights", "evaluation")
 UP, DOWN = "up", "down"
 MOST_SIDES = 8  # of a tensor's shape
+_NAMES = {pb.Role.Value(role.upper()): role for role in ROLES}
 
 
 @dataclass
@@ -50,8 +51,8 @@ def count_of(frame: pb.Frame) -> tuple[str, Count]:
         if tensor.dtype == "float32":
             # A shape with more sides is refused where it is looked at; their product would take minutes.
             raw = 4 * math.prod(tensor.shape) if len(tensor.shape) <= MOST_SIDES else 0
-    known = frame.role in pb.Role.values()  # wire.py refuses one that is not
-    return pb.Role.Name(frame.role).lower() if known else "control", Count(raw, data, frame.ByteSize())
+    # Counted before it is looked at: wire.py refuses a role that has no name here.
+    return _NAMES.get(frame.role, "control"), Count(raw, data, frame.ByteSize())
 
 
 class Meter:
@@ -63,11 +64,14 @@ class Meter:
         self._books = {way: {role: Count() for role in ROLES} for way in (UP, DOWN)}
         self._again = {UP: 0, DOWN: 0}
 
-    def frame(self, way: str, frame: pb.Frame) -> pb.Frame:
-        """Count `frame` going `way` ("up" from the device, "down" to it) and hand it on."""
+    def frame(self, way: str, frame: pb.Frame, again: bool = False) -> pb.Frame:
+        """Count `frame` going `way` ("up" from the device, "down" to it) and hand it on; `again`: sent for a fault."""
         role, count = count_of(frame)
         with self._lock:
-            self._books[way][role].add(count)
+            if again:
+                self._again[way] += count.message
+            else:
+                self._books[way][role].add(count)
         return frame
 
     def control(self, way: str, message: Any, again: bool = False) -> None:
@@ -77,12 +81,6 @@ class Meter:
                 self._again[way] += message.ByteSize()
             else:
                 self._books[way]["control"].message += message.ByteSize()
-
-    def again(self, way: str, frame: pb.Frame) -> pb.Frame:
-        """Count `frame` as sent because of a fault, and hand it on."""
-        with self._lock:
-            self._again[way] += frame.ByteSize()
-        return frame
 
     def settle(self, counts: Mapping[tuple[str, str], Count], done: bool) -> None:
         """Count what a Draft holds, by way and role."""

@@ -144,7 +144,7 @@ def imitated(precision: str) -> str:
     return 'the recipe computes in bf16, which this processor imitates: precision = "fp32" in it is faster here'
 
 
-def arithmetic(precision: str, kind: str = "cpu") -> contextlib.AbstractContextManager[object]:
+def arithmetic(precision: str, kind: str) -> contextlib.AbstractContextManager[object]:
     """The context in which a half computes on a `kind` of processor: nothing for fp32, autocast for bf16."""
     if precision == "bf16":
         return torch.autocast(kind, dtype=torch.bfloat16)

@@ -16,11 +16,11 @@ import torch
 from torch import fx, nn
 
 from common.errors import CutError, ModelError
-from common.traced import changes_in_place
-from common.tracing import Result, named_state, run, show, state_of, trace
+from common.fx_tracer import changes_in_place
+from common.tracing import named_state, run, state_of, trace
+from common.words import by, some
 
 _LISTED = 12
-_UNKNOWN = Result((), None, 0)
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ class CutInfo:
     tail_params: int
 
 
-def split(
-    model: nn.Module, cut: str, input_shape: tuple[int, ...] | None = None
-) -> tuple[fx.GraphModule, fx.GraphModule]:
+def split(model: nn.Module, cut: str, input_shape: tuple[int, ...]) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Head and tail of `model`, so that tail(head(x)) is model(x), bit for bit. Sizes of tensors that forward asks for
     are the tail's own: the number of pictures that come, and all else as it is for `input_shape`.
 
@@ -49,11 +47,11 @@ def split(
     Args:
         cut: the name of a graph node (`stage1_2_relu2`) or the path of a module (`stage1.2.relu2`, or `stage1` for
             the last thing it computes).
-        input_shape: one input without the batch. With it, the activation is also checked to be a float tensor of
-            rank 2 to 4 with the batch first; without it, only what the graph alone shows is checked.
+        input_shape: one input without the batch.
 
     Raises:
-        CutError: no such cut, or not a legal one; the message says why and names legal ones.
+        CutError: no such cut, or not a legal one (what crosses must be one float tensor of rank 2 to 4, the batch
+            first); the message says why and names legal ones.
         ModelError: a model that cannot be traced, has several inputs, or computes something else in training than
             in evaluation beyond what its modules do.
     """
@@ -78,7 +76,7 @@ def describe_cuts(model: nn.Module, input_shape: tuple[int, ...]) -> list[CutInf
         head = plan.head_nodes(node)
         shape = plan.results[node.name].shapes[0][1:]
         head_flops = sum(plan.results[n.name].flops for n in head)
-        ids = set().union(*(plan.state[n] for n in head))
+        ids = _union(plan.state[n] for n in head)
         head_params = sum(p.numel() for p in model.parameters() if id(p) in ids)
         found.append(
             CutInfo(
@@ -106,31 +104,31 @@ def cut_shape(head: fx.GraphModule, input_shape: tuple[int, ...]) -> tuple[int, 
     result = run(head, head.graph, input_shape)[output.name]
     problem = result.problem()
     if problem is not None:
-        raise ModelError(f"the head cannot serve inputs of {show(input_shape)}: what it computes {problem}")
+        raise ModelError(f"the head cannot serve inputs of {by(input_shape)}: what it computes {problem}")
     return result.shapes[0][1:]
 
 
 class _Plan:
     """A traced model with what is needed to judge its cuts: who uses which state, and what each node computes."""
 
-    def __init__(self, model: nn.Module, input_shape: tuple[int, ...] | None, flops: bool = False) -> None:
+    def __init__(self, model: nn.Module, input_shape: tuple[int, ...], flops: bool = False) -> None:
         self.model = model
         # A root for each half: the two must not even share a stateless module, whose mode each sets for itself.
         self.roots, self.graph = trace(model)
         self.nodes = list(self.graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.results = {} if input_shape is None else run(self.roots[0], self.graph, input_shape, flops)
+        self.results = run(self.roots[0], self.graph, input_shape, flops)
         self.from_input: set[fx.Node] = set()
         for node in self.nodes:
             if node.op == "placeholder" or any(n in self.from_input for n in node.all_input_nodes):
                 self.from_input.add(node)
         self.state = {node: state_of(self.roots[0], node) for node in self.nodes}
         # What forward asks a tensor for, and what it reckons from such alone: the tail knows that by itself.
-        self.asked = {node for node in self.nodes if _asked(node) and self._result(node).sizes}
+        self.asked = {node for node in self.nodes if _asked(node) and self.results[node.name].sizes}
         self.sizes = set(self.asked)
         for node in self.nodes:
             inputs = node.all_input_nodes
-            if inputs and self.sizes.issuperset(inputs) and self._result(node).counted:
+            if inputs and self.sizes.issuperset(inputs) and self.results[node.name].counted:
                 self.sizes.add(node)
 
     def find(self, cut: str) -> fx.Node:
@@ -166,25 +164,22 @@ class _Plan:
         tail = [node for node in self.nodes if node not in head]
         crossing = [node for node in self._needed_behind(head) if node is not cut]
         if crossing:
-            return f"{_some(n.name for n in crossing)} would have to cross it too"
+            return f"{some([n.name for n in crossing], 3)} would have to cross it too"
         if not any(node in self.from_input and node.op != "output" for node in tail):
             return "nothing would be left for the server"
         shared = _union(self.state[n] for n in head) & _union(self.state[n] for n in tail)
         if shared:
-            return f"{_some(self._names(shared))} would be needed on both sides of it"
+            return f"{some(self._names(shared), 3)} would be needed on both sides of it"
         for user in cut.users:
             if changes_in_place(self.roots[0], user) and user.all_input_nodes[0] is cut:
                 return f"{user.name} changes it in place"
-        problem = self.results[cut.name].problem() if self.results else None
+        problem = self.results[cut.name].problem()
         return None if problem is None else f"what crosses it {problem}"
 
     def _needed_behind(self, head: set[fx.Node]) -> list[fx.Node]:
         """What of the head the tail would need: neither sizes nor what they are of."""
         behind = {node for node in self.nodes if node not in head} - self.sizes
         return [node for node in self.nodes if node in head - self.sizes and behind & node.users.keys()]
-
-    def _result(self, node: fx.Node) -> Result:
-        return self.results.get(node.name, _UNKNOWN)
 
     def legal(self) -> list[fx.Node]:
         return [node for node in self.nodes if self.why_not(node) is None]
@@ -229,7 +224,7 @@ class _Plan:
 
     def _known(self, node: fx.Node, graph: fx.Graph, activation: fx.Node) -> Any:
         """In the tail, what `node` asks a tensor of the head for."""
-        sizes = self._result(node).sizes
+        sizes = self.results[node.name].sizes
         pictures = graph.call_method("size", (activation, 0)) if None in sizes else None
         known = tuple(pictures if size is None else size for size in sizes)
         return graph.call_function(torch.Size, (known,)) if _asked(node) == "shape" else known[0]
@@ -276,8 +271,3 @@ def _asked(node: fx.Node) -> str:
 
 def _union(sets: Iterable[set[int]]) -> set[int]:
     return set().union(*sets)
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

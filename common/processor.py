@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from common.errors import ModelError
+from common.words import several
 
 
 def choose(name: str) -> torch.device:
@@ -28,7 +29,7 @@ def choose(name: str) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (chosen.index or 0) >= count:
-        have = f"{count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device"
+        have = several(count, "CUDA device") if count else "no CUDA device"
         raise ModelError(
             f"--device {name}: torch {torch.__version__} finds {have} here; give --device cpu, or install a driver and "
             f"a build of torch for it"

@@ -94,7 +94,7 @@ class Counting:
         self._console.print(f"{self._doing} {done:,} of {total:,} {self._what}, {left} left", highlight=False)
 
 
-class Live:
+class StepProgress:
     """Shows steps done, width, loss, accuracy, bytes and the time left, while it is entered."""
 
     def __init__(self, console: Console, steps: int, done: int = 0, name: str = "step") -> None:
@@ -119,7 +119,7 @@ class Live:
         )
         self._task = self._bar.add_task("", total=steps)
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> StepProgress:
         self._bar.start()
         return self
 

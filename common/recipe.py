@@ -78,7 +78,7 @@ class DataRecipe:
 @dataclass(frozen=True)
 class BottleneckRecipe:
     kind: str = "none"  # "none" all channels as they are, "channels" the most important, "linear" a learnt 1x1 map
-    # linear: "orthogonal" at random, "principal" components of the activation, "weighted" by what the loss felt of each
+    # linear: "orthogonal" at random, "principal" components of the activation, "weighted" by the sensitivity to each
     # direction in the run that `model.init` names, or where the head learnt alone (without either as principal), or
     # "auto": weighted with one of the two, else orthogonal.
     start: str = "auto"
@@ -288,7 +288,7 @@ class Recipe:
 
     @property
     def weighted(self) -> bool:
-        """Whether those are weighted by what the loss felt, where that is known."""
+        """Whether those are weighted by the loss's sensitivity, where that is known."""
         start = self.bottleneck.start
         wanted = start == "weighted" or (start == "auto" and bool(self.model.init or self.local.epochs))
         return self.bottleneck.kind == "linear" and wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -18,7 +19,7 @@ from common.wire import label_type
 from common.words import duration, several, size
 
 # What a plain run needs too, and so what the comparison is made on; weights, evaluation and control stand apart.
-_TRAINING = {"up": ("activation", "label"), "down": ("gradient",)}
+_TRAINING = {UP: ("activation", "label"), DOWN: ("gradient",)}
 _ORDER = ("activation", "gradient", "label", "evaluation", "weights", "control")
 
 
@@ -50,17 +51,16 @@ class Outcome:
 
 def plain_bytes(recipe: Recipe, cut: tuple[int, ...], samples: int) -> dict[str, int]:
     """Payload bytes of the same steps in fp32 at full width: activations and labels up, gradients down."""
-    tensor = 4 * samples
-    for side in cut:
-        tensor *= side
-    return {"up": tensor + samples * label_type(recipe.model.classes).itemsize, "down": tensor}
+    tensor = 4 * samples * math.prod(cut)
+    return {UP: tensor + samples * label_type(recipe.model.classes).itemsize, DOWN: tensor}
 
 
 def summarise(
-    recipe: Recipe, cut: tuple[int, ...], outcome: Outcome, meter: Meter, kernel: dict[str, int] | None, side: str
+    recipe: Recipe, cut: tuple[int, ...], outcome: Outcome, meter: Meter, kernel: KernelBytes | None, side: str
 ) -> dict[str, Any]:
-    """What summary.json holds. `kernel`: bytes "up", "down" and "retransmitted" of the session's connection."""
-    bytes_ = meter.report(kernel["up"] if kernel else None, kernel["down"] if kernel else None)
+    """What summary.json holds. `kernel`: of the run's connections, as this `side`, "device" or "server", sees them."""
+    up, down = (kernel.sent, kernel.received) if kernel else (None, None)
+    bytes_ = meter.report(up, down) if side == "device" else meter.report(down, up)
     plain = plain_bytes(recipe, cut, outcome.samples)
     return {
         "side": side,
@@ -80,11 +80,11 @@ def summarise(
         "wall_s": round(outcome.wall_s, 3),
         "busy_s": round(outcome.busy_s, 3),
         "bytes": bytes_,
-        "retransmitted": kernel["retransmitted"] if kernel else None,
+        "retransmitted": kernel.retransmitted if kernel else None,
         "faults": asdict(outcome.faults),
         "plain_bytes": plain,
-        "times_fewer": {way: _fewer(bytes_, plain, (way,)) for way in ("up", "down")}
-        | {"total": _fewer(bytes_, plain, ("up", "down"))},
+        "times_fewer": {way: _fewer(bytes_, plain, (way,)) for way in (UP, DOWN)}
+        | {"total": _fewer(bytes_, plain, (UP, DOWN))},
         **({"local": outcome.local} if outcome.local else {}),
         "budget": round(recipe.schedule.budget_mb * 1e6) or None,
         "epochs_asked": sum(phase.epochs for phase in recipe.schedule.phases),
@@ -105,15 +105,6 @@ def _left_out(recipe: Recipe, channels: int, phases: Sequence[Phase]) -> int:
     ] or [(width or channels, (), codec.activation, codec.gradient) for width in recipe.schedule.widths]
     had = [(one.width, one.nested, one.activation_codec, one.gradient_codec) for one in phases if one.kind != RANK]
     return max(0, sum(1 for _ in groupby(asked)) - sum(1 for _ in groupby(had)))
-
-
-def kernel_of(device: KernelBytes | None = None, server: KernelBytes | None = None) -> dict[str, int] | None:
-    """One side's view of the connection as up and down bytes."""
-    if device:
-        return {"up": device.sent, "down": device.received, "retransmitted": device.retransmitted}
-    if server:
-        return {"up": server.received, "down": server.sent, "retransmitted": server.retransmitted}
-    return None
 
 
 def _trained(bytes_: dict[str, Any], way: str) -> int:
@@ -152,7 +143,7 @@ def show(console: Console, summary: dict[str, Any]) -> None:
             f"{local['accuracy']:.2%} of the test pictures.", highlight=False,
         )  # fmt: skip
     if summary["budget"]:
-        console.print(_spent(summary, bytes_["up"]["message"] + bytes_["down"]["message"]), highlight=False)
+        console.print(_spent(summary, bytes_[UP]["message"] + bytes_[DOWN]["message"]), highlight=False)
     elif left := summary["phases_left_out"]:
         console.print(f"The run ended before its {_last_phases(left)} began.", highlight=False)
     if parts := _told(summary["faults"]):
@@ -167,21 +158,21 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         table.add_row(name, *(_cell(value) for value in (up, down, up + down if known else None)), **style)  # type: ignore[operator]
 
     for role in _ORDER:
-        counts = [bytes_[way]["by_role"].get(role, {}).get("message", 0) for way in ("up", "down")]
+        counts = [bytes_[way]["by_role"].get(role, {}).get("message", 0) for way in (UP, DOWN)]
         if any(counts):
             row(role, *counts)
-    row("all messages", bytes_["up"]["message"], bytes_["down"]["message"], style="bold")
-    if bytes_["up"]["again"] or bytes_["down"]["again"]:
-        row("sent again", bytes_["up"]["again"], bytes_["down"]["again"])
-    kernel = (bytes_["up"]["kernel"], bytes_["down"]["kernel"])
+    row("all messages", bytes_[UP]["message"], bytes_[DOWN]["message"], style="bold")
+    if bytes_[UP]["again"] or bytes_[DOWN]["again"]:
+        row("sent again", bytes_[UP]["again"], bytes_[DOWN]["again"])
+    kernel = (bytes_[UP]["kernel"], bytes_[DOWN]["kernel"])
     row("in the kernel (TCP)", *kernel, end_section=not summary["retransmitted"])
     if again := summary["retransmitted"]:
         # A side knows what it sent twice itself, not what the other one did.
         cells = (_cell(again), "-") if summary["side"] == "device" else ("-", _cell(again))
         table.add_row("of it retransmitted by TCP", *cells, _cell(again), end_section=True)
-    row("this run's training steps", _trained(bytes_, "up"), _trained(bytes_, "down"))
-    row("plain split learning, same steps", plain["up"], plain["down"])
-    ratios = (fewer[key] for key in ("up", "down", "total"))
+    row("this run's training steps", _trained(bytes_, UP), _trained(bytes_, DOWN))
+    row("plain split learning, same steps", plain[UP], plain[DOWN])
+    ratios = (fewer[key] for key in (UP, DOWN, "total"))
     table.add_row("times fewer", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios), style="bold")
     console.print(table)
     if any(value and value < bytes_[way]["message"] for way, value in zip((UP, DOWN), kernel, strict=True)):

@@ -7,7 +7,7 @@ import math
 from common.codecs import codec
 from common.errors import RecipeError
 from common.recipe import Recipe
-from common.schedule import ends_of
+from common.schedule import ends_of, steps_per_epoch
 from common.words import several, size
 
 # Steps before a run can be judged by what they cost.
@@ -31,7 +31,7 @@ def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, 
     `head` bytes of weights, choosing the first channels, the first steps, judging `test` pictures. `cut`: [C, ...] of
     one picture."""
     batch = min(samples, recipe.data.batch)
-    ends = ends_of(recipe.schedule, max(1, samples // batch))
+    ends = ends_of(recipe.schedule, steps_per_epoch(samples, batch))
     # The first entry that comes to a step at all.
     first, steps = next(
         (entry, end - start)

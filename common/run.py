@@ -23,6 +23,7 @@ from common import checkpoint
 from common import recipe as recipes
 from common.errors import RunFolderError
 from common.files import write_atomically
+from common.metrics import MetricsLog
 from common.recipe import Recipe
 from common.schedule import Phase, phase_from
 
@@ -35,74 +36,6 @@ _HOLDERS = {HEAD: "device", TAIL: "server"}
 _LOCK = ".lock"
 # Room for weights twice over (the temporary copy) is asked for, and this for metrics and summary.
 _SPARE_BYTES = 8 << 20
-
-
-class MetricsLog:
-    """metrics.jsonl, a line a step. A line that doesn't fit on the disk is taken back whole and the run goes on."""
-
-    def __init__(self, path: Path, resume: bool = False) -> None:
-        """Begin the file anew, or go on with it; `rewind` then says where."""
-        self.dropped = 0
-        self._path = path
-        try:
-            self._file = path.open("r+b" if resume and path.exists() else "w+b", buffering=0)
-        except OSError as error:
-            raise RunFolderError(f"{path} cannot be written: {error.strerror}") from error
-
-    def append(self, line: dict[str, Any]) -> str | None:
-        """Write one line; the warning to show, once, where it could not be written."""
-        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
-        position = self._file.tell()
-        try:
-            if self._file.write(data) == len(data):
-                return None
-            reason = "the disk is full"
-        except OSError as error:
-            reason = error.strerror or str(error)
-        with contextlib.suppress(OSError):  # not on a device file, and there is nothing half-written there
-            self._file.truncate(position)
-            self._file.seek(position)
-        self.dropped += 1
-        return f"{self._path} cannot be written ({reason}); training goes on without it" if self.dropped == 1 else None
-
-    def settle(self) -> None:
-        """Make sure that what was written outlasts a loss of power."""
-        with contextlib.suppress(OSError):  # not every place can
-            os.fsync(self._file.fileno())
-
-    def rewind(self, step: int) -> dict[str, int]:
-        """Drop the lines of `step` and later, which are made again: how many "steps", and their bytes "up", "down"."""
-        lost, end = {"up": 0, "down": 0, "steps": 0}, 0
-        with self._path.open("rb") as lines:
-            for line in lines:
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # half a line: the process died over it
-                    break
-                if entry["step"] < step:
-                    end += len(line)
-                    continue
-                lost["steps"] += 1
-                for way in ("up", "down"):
-                    lost[way] += entry["bytes"][way]
-        with contextlib.suppress(OSError):  # a device file has no length
-            self._file.truncate(end)
-        self._file.seek(end)
-        return lost
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def metrics_line(
-    step: int, phase: Phase, width: int, loss: float, accuracy: float, crossed: Mapping[str, int],
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:  # fmt: skip
-    """A line of metrics.jsonl. `crossed`: bytes of the step's messages up and down; `seconds` by what they went for."""
-    return {
-        "step": step, "phase": phase.index, "width": width, "loss": loss, "accuracy": accuracy, "bytes": crossed,
-        "seconds": {name: round(value, 6) for name, value in seconds.items()},
-    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -202,7 +135,7 @@ class RunFolder:
         other = TAIL if half == HEAD else HEAD
         saved = self.unfinished()
         if saved:
-            theirs = saved["state"].get("half", half) == other
+            theirs = saved["state"]["half"] == other
         else:  # a server may hold both, where the head was published
             there = [name for name in (half, other) if (self.path / f"{name}.safetensors").is_file()]
             theirs = there == [other]
@@ -259,10 +192,10 @@ class RunFolder:
         """A line of metrics.jsonl; the warning to show, once, where it could not be written."""
         return self.metrics.append(line) if self.metrics else None
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Have the metrics up to now be there whatever happens: before a checkpoint that goes on from them."""
         if self.metrics:
-            self.metrics.settle()
+            self.metrics.sync()
 
     def close(self) -> None:
         if self.metrics:

@@ -1,6 +1,7 @@
 """Which phase comes when: pure functions of the recipe's schedule, and the plateau's small state.
 
-Called by the server's coordinator, and for what is to be expected of a budget; the device is told.
+The server decides, and its device is told. Both sides reckon by the recipe what is to be expected: whether a budget has
+room for a run, and for the device's remarks and what its head learns alone, how many steps a course has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from common.recipe import PhaseRecipe, Recipe, ScheduleRecipe
 # What a step of a phase does; split.proto says it in full.
 LEARN, RANK, STORE, RECALL = "learn", "rank", "store", "recall"
 KINDS = (LEARN, RANK, STORE, RECALL)  # in the order of the protocol's numbers
+# Steps of a recall that a device asks for at once: none waits for a round trip, and Ctrl-C is soon heard. The device is
+# not told what its server allows, so no server may allow less.
+RECALLED = 64
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Phase:
 
 
 def phase_from(table: Mapping[str, Any]) -> Phase:
-    """The phase that asdict() made `table` of, its lists read from JSON; TypeError where it is none."""
-    return Phase(**{**table, "order": tuple(table.get("order", ())), "nested": tuple(table.get("nested", ()))})
+    """The phase that asdict() made `table` of, its lists read from JSON; KeyError or TypeError where it is none."""
+    return Phase(**{**table, "order": tuple(table["order"]), "nested": tuple(table["nested"])})
 
 
 def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int) -> list[Phase]:
@@ -84,25 +88,30 @@ def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int
     return [piece for piece in result if piece.from_step < end]
 
 
-def steps_of(epochs: float, steps_per_epoch: int) -> int:
-    return round(epochs * steps_per_epoch)
+def steps_per_epoch(samples: int, batch: int) -> int:
+    """Whole batches in `samples` pictures, the last, partial one left out; one where there are fewer than a batch."""
+    return max(1, samples // batch)
 
 
-def ends_of(schedule: ScheduleRecipe, steps_per_epoch: int) -> list[int]:
+def steps_of(epochs: float, per_epoch: int) -> int:
+    return round(epochs * per_epoch)
+
+
+def ends_of(schedule: ScheduleRecipe, per_epoch: int) -> list[int]:
     """For each entry of the schedule the step at which it is over."""
-    ends = [steps_of(epochs, steps_per_epoch) for epochs in accumulate(entry.epochs for entry in schedule.phases)]
+    ends = [steps_of(epochs, per_epoch) for epochs in accumulate(entry.epochs for entry in schedule.phases)]
     return [*ends[:-1], max(1, ends[-1])]  # a run shorter than half a step is one step of its last phase
 
 
-def courses(recipe: Recipe, steps_per_epoch: int) -> Iterator[tuple[str, int]]:
+def courses(recipe: Recipe, per_epoch: int) -> Iterator[tuple[str, int]]:
     """In how many steps the learning rate rises and falls, each time that it does, and what that is a part of."""
     schedule = recipe.schedule
     if recipe.local.epochs:
-        yield "the head, alone,", max(1, steps_of(recipe.local.epochs, steps_per_epoch))
+        yield "the head, alone,", max(1, steps_of(recipe.local.epochs, per_epoch))
     if schedule.kind == "plateau":
-        yield "the run", schedule.max_epochs * steps_per_epoch
+        yield "the run", schedule.max_epochs * per_epoch
         return
-    ends = ends_of(schedule, steps_per_epoch)
+    ends = ends_of(schedule, per_epoch)
     if not recipe.optimiser.restart:
         yield "the run", ends[-1]
         return
@@ -111,22 +120,22 @@ def courses(recipe: Recipe, steps_per_epoch: int) -> Iterator[tuple[str, int]]:
             yield f"phase {number} of {len(ends)}", end - start
 
 
-def planned(recipe: Recipe, channels: int, steps_per_epoch: int) -> tuple[list[Phase], int]:
+def planned(recipe: Recipe, channels: int, per_epoch: int) -> tuple[list[Phase], int]:
     """All phases known beforehand, and the steps of the run (the most that it can take, under a plateau)."""
     schedule = recipe.schedule
     if schedule.kind == "plateau":
-        steps = schedule.max_epochs * steps_per_epoch
+        steps = schedule.max_epochs * per_epoch
         first = PhaseRecipe(schedule.widths[0], schedule.max_epochs)
         return stretches(recipe, first, channels, (0, steps), 0), steps
-    ends = ends_of(schedule, steps_per_epoch)
-    return phases_of(recipe, channels, steps_per_epoch, ends), ends[-1]
+    ends = ends_of(schedule, per_epoch)
+    return phases_of(recipe, channels, per_epoch, ends), ends[-1]
 
 
-def phases_of(recipe: Recipe, channels: int, steps_per_epoch: int, ends: list[int]) -> list[Phase]:
+def phases_of(recipe: Recipe, channels: int, per_epoch: int, ends: list[int]) -> list[Phase]:
     """The phases of the schedule's entries, which are over at the steps `ends`."""
     result: list[Phase] = []
     for entry, start, end in zip(recipe.schedule.phases, [0, *ends], ends, strict=False):
-        result += stretches(recipe, entry, channels, (start, end), steps_of(entry.views, steps_per_epoch))
+        result += stretches(recipe, entry, channels, (start, end), steps_of(entry.views, per_epoch))
     return result if recipe.optimiser.restart else [run_long(phase, recipe, ends[-1]) for phase in result]
 
 

@@ -18,7 +18,8 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import ModelError
-from common.traced import traced
+from common.fx_tracer import traced
+from common.words import by, one_line
 
 # Tracing freezes the `training` flag of these, while their modules follow train() and eval().
 _DROPOUTS: dict[Any, type[nn.Module]] = {
@@ -51,7 +52,7 @@ def trace(model: nn.Module) -> tuple[tuple[nn.Module, nn.Module], fx.Graph]:
         except Exception as error:  # forward is anybody's code and raises anything under tracing
             raise ModelError(
                 f"{kind} cannot be cut: torch.fx cannot trace it "
-                f"({type(error).__name__}: {_one_line(error)}); its forward must not depend on values"
+                f"({one_line(error)}); its forward must not depend on values"
             ) from error
         roots.append(root)
         graphs.append(graph)
@@ -165,7 +166,7 @@ def run(root: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...], flops: b
             for recorder, batch in zip(runs, _BATCHES, strict=True):
                 recorder.run(torch.zeros(batch, *input_shape))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ModelError(f"the model cannot take inputs of {show(input_shape)}: {_one_line(error)}") from error
+        raise ModelError(f"the model cannot take inputs of {by(input_shape)} ({one_line(error)})") from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -235,11 +236,3 @@ def _fork_rng(model: nn.Module) -> AbstractContextManager[None]:
     """Keep the random state as it is; a model on a GPU draws there too."""
     devices = {tensor.device.index or 0 for tensor in _all_tensors(model) if tensor.device.type == "cuda"}
     return torch.random.fork_rng(devices=sorted(devices))
-
-
-def show(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from common.errors import ModelError
+from common.words import some
 
 
 def to_bytes(module: nn.Module) -> bytes:
@@ -46,7 +47,7 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) ->
     missing, extra = sorted(state.keys() - tensors.keys()), sorted(tensors.keys() - state.keys())
     if missing or extra:
         words = [
-            f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+            f"{what} {some(names, 3)}"
             for what, names in (("it lacks", missing), ("it has the unknown", extra))
             if names
         ]

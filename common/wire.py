@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ PROTOCOL_VERSION = 11
 # 1 MB frames ran at 380 MB/s each way over loopback, 8 MB ones at 115; see design decision 8 in docs/design.md.
 FRAME_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 1 << 30
+_ROLES = set(pb.Role.values()) - {pb.ROLE_UNSPECIFIED}
 
 Tensor = np.ndarray
 NextFrame = Callable[[], pb.Frame]
@@ -81,7 +82,7 @@ def unsealed(message: Sealed) -> Sealed:
     came, message.check = message.check, 0
     right = came == _check(message)
     message.check = came
-    if not right or (isinstance(message, pb.Frame) and message.role not in pb.Role.values()):
+    if not right or (isinstance(message, pb.Frame) and message.role not in _ROLES):
         raise CodecError("a message's checksum is wrong: it was damaged on the way")
     return message
 
@@ -148,6 +149,19 @@ def unpack_bytes(first: pb.Frame, more: NextFrame, place: Place, size: int) -> b
 def announced(frame: pb.Frame) -> tuple[int, ...]:
     """The shape that a payload's first frame declares: a claim, to be checked before it is believed."""
     return tuple(frame.part.tensor.shape)
+
+
+def announced_first(frame: pb.Frame) -> int:
+    """The first side of that shape: a batch's pictures, or bytes; 0 where it has none."""
+    return next(iter(frame.part.tensor.shape), 0)
+
+
+def body(frame: pb.Frame, kind: str) -> Any:
+    """The message of a frame, which is to be of this `kind`, a field of Frame's body; else FrameError."""
+    came = frame.WhichOneof("body")
+    if came != kind:
+        raise FrameError(f"{kind} was expected, {came} came")
+    return getattr(frame, kind)
 
 
 def _collect(

@@ -1,8 +1,9 @@
-"""How figures are put into words for people."""
+"""How figures, names and errors of others are put into words for people."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 
 def size(count: float) -> str:
@@ -17,6 +18,22 @@ def size(count: float) -> str:
 def several(count: float, what: str) -> str:
     """1 step, 1,200 steps, 1.5 epochs."""
     return f"{count:{',' if isinstance(count, int) else 'g'}} {what}" + "s" * (count != 1)
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """a, b, c and 1,200 more: no more than `most` of the names, and how many others there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def by(shape: Iterable[int]) -> str:
+    """3x32x32"""
+    return "x".join(map(str, shape))
+
+
+def one_line(error: BaseException) -> str:
+    """RuntimeError: what it says, however many lines that has, and no more of it than there is room for."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def duration(seconds: float) -> str:

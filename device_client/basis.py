@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,54 +10,49 @@ from torch import Tensor
 
 from common import halves
 from common.bottleneck import LinearEncoder
+from common.halves import Head
 from common.importance import principal_components
 from common.norms import undisturbed
+from common.recipe import Recipe
 from device_client import batches
 from device_client.data import Part
 from device_client.inputs import batches_of, computing, sent_batches
 
-if TYPE_CHECKING:
-    from device_client.trainer import Trainer
-
 
 @torch.no_grad()
-def rotate(trainer: Trainer) -> None:
-    """Turn the bottleneck into the principal components of what is sent, and tell the server.
+def principal_basis(head: Head, train: Part, recipe: Recipe, batch: int, sensitivity: Tensor | None) -> np.ndarray:
+    """Turn the head's bottleneck into the principal components of what it sends of `train`; what the server needs to
+    undo that, components as rows, then the mean: float32 [C + 1, C].
 
-    They are weighted by what the loss feels, where the head's own classifier or the server has said that.
+    `batch`: pictures of a step. `sensitivity` [C, C]: by which the components are weighted, where it is known.
     """
-    encoder = trainer.head.bottleneck
+    encoder = head.bottleneck
     assert isinstance(encoder, LinearEncoder)
-    encoder.resize(trainer.channels)
-    count = min(trainer.recipe.bottleneck.principal_pictures, len(trainer.data.train))
+    encoder.resize(encoder.channels)
+    count = min(recipe.bottleneck.principal_pictures, len(train))
     # Where batch norm has no statistics yet, and is to learn some, what is sent is normalised by those of its batch.
-    schedule, recipe = trainer.recipe.schedule, trainer.recipe
+    schedule = recipe.schedule
     fresh = not (recipe.model.init or recipe.local.epochs or (schedule.phases and schedule.phases[0].views))
     if fresh:
-        count = max(trainer.batch, count - count % trainer.batch)  # whole batches
+        count = max(batch, count - count % batch)  # whole batches
         halves.reseed(recipe.seed, 0, "head")
-    trainer.head.train(fresh)
+    head.train(fresh)
     # Some of all classes: a folder lists one after the other.
-    chosen = batches.order(trainer.recipe.seed, 0, len(trainer.data.train))[:count]
-    part = Part(trainer.data.train.pictures[chosen], trainer.data.train.labels[chosen])
-    sent = _sent_in_training(trainer, part) if fresh else _sent(trainer, part)
-    told, trainer.remote.sensitivity = trainer.remote.sensitivity, None
-    if told is not None:
-        trainer.felt = torch.from_numpy(told.copy())
-    with undisturbed(trainer.head):
-        components, mean = principal_components(sent, trainer.felt)
-    trainer.felt = None
+    chosen = batches.order(recipe.seed, 0, len(train))[:count]
+    part = Part(train.pictures[chosen], train.labels[chosen])
+    sent = _sent_in_training(head, part, recipe, batch) if fresh else _sent(head, part, recipe)
+    with undisturbed(head):
+        components, mean = principal_components(sent, sensitivity)
     encoder.rotate(components, mean)
-    trainer.basis = np.concatenate([components.numpy(), mean.numpy()[None]])
-    trainer.remote.send_basis(trainer.basis)
+    return np.concatenate([components.numpy(), mean.numpy()[None]])
 
 
-def _sent(trainer: Trainer, part: Part) -> Iterator[Tensor]:
-    return (torch.from_numpy(batch) for batch, _ in sent_batches(trainer.head, part, trainer.recipe))
+def _sent(head: Head, part: Part, recipe: Recipe) -> Iterator[Tensor]:
+    return (torch.from_numpy(batch) for batch, _ in sent_batches(head, part, recipe))
 
 
-def _sent_in_training(trainer: Trainer, part: Part) -> Iterator[Tensor]:
+def _sent_in_training(head: Head, part: Part, recipe: Recipe, batch: int) -> Iterator[Tensor]:
     """In batches as large as those of a step."""
-    for inputs, _ in batches_of(part, trainer.recipe, trainer.batch):
-        with computing(trainer.head, trainer.recipe, "a batch"):
-            yield trainer.head(inputs).cpu()
+    for inputs, _ in batches_of(part, recipe, batch):
+        with computing(head, recipe, "a batch"):
+            yield head(inputs).cpu()

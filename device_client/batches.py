@@ -14,20 +14,9 @@ from numpy.typing import NDArray
 
 from common.draw import AUGMENT, ORDER, generator, shifted
 from common.errors import DataError
+from common.schedule import steps_per_epoch
 
 Pictures = NDArray[np.uint8 | np.float32]  # pixels, or numbers as they are
-
-
-def steps_per_epoch(samples: int, batch: int) -> int:
-    """Whole batches in `samples` pictures; the last, partial one is left out. DataError where there is none."""
-    if batch < 1:
-        raise DataError(f"a batch of {batch} pictures is not possible; choose a batch of 1 or more")
-    if batch > samples:
-        raise DataError(
-            f"a batch of {batch:,} pictures is larger than the {samples:,} training pictures;"
-            " choose a smaller batch or give more pictures"
-        )
-    return samples // batch
 
 
 @lru_cache(maxsize=4)  # every step of an epoch asks again, and permuting 50,000 costs more than augmenting a batch
@@ -39,7 +28,7 @@ def order(seed: int, epoch: int, samples: int) -> NDArray[np.int64]:
 
 
 def indices(seed: int, step: int, samples: int, batch: int) -> NDArray[np.int64]:
-    """The `batch` distinct training pictures of `step` (from 0 for the whole run); raises as `steps_per_epoch`."""
+    """The `batch` distinct training pictures, of no fewer `samples`, of `step` (from 0 for the whole run)."""
     epoch, position = divmod(step, steps_per_epoch(samples, batch))
     return order(seed, epoch, samples)[position * batch : (position + 1) * batch].copy()
 

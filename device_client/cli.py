@@ -26,7 +26,7 @@ from common.progress import Counting, Screen, note, warn, warn_unencrypted
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
 from common.tokens import exposed
-from common.words import several, size
+from common.words import several, size, some
 from device_client import data as data_module
 from device_client.connection import GIVE_UP_S
 from device_client.options import DATA, SHARED, TRAIN, USE
@@ -108,7 +108,7 @@ def _load(
         progress=Counting(console, "Read", "pictures"),
     )  # fmt: skip
     if loaded.skipped:
-        names = ", ".join(loaded.skipped[:5])
+        names = some(loaded.skipped)
         console.print(
             f"[yellow]Left out[/yellow] {several(len(loaded.skipped), 'unreadable picture')}: {escape(names)}"
         )

@@ -43,7 +43,7 @@ from common.schedule import Phase
 from common.tcp_info import Kernel, KernelBytes, find_server
 from common.wire import Place
 from common.words import gives_up
-from device_client.link import CURABLE, Came, Stream, Trouble
+from device_client.link import CURABLE, Backoff, Came, Stream
 
 GIVE_UP_S = 600.0
 
@@ -100,7 +100,7 @@ class Connection:
         self._basis_on: Stream | None = None
         self._basis_booked = False
         self._channels = 0  # of the cut
-        self.sensitivity: np.ndarray | None = None  # [C, C], by which the basis is to be weighted
+        self._sensitivity: np.ndarray | None = None  # [C, C], came with Ready; by which the basis is to be weighted
         self._answered = 0  # answers still to come to steps that were sent on an earlier stream
         self._wait_s = 0.0  # on streams before this one
 
@@ -127,7 +127,7 @@ class Connection:
         request = pb.OpenRequest(
             protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN if trains else pb.USE, run_id=run_id, kept=kept
         )
-        trouble, told = Trouble(wait_s), False
+        backoff, told = Backoff(wait_s), False
         while True:
             try:
                 reply = self._handshake(request, again=trains and bool(run_id))
@@ -143,7 +143,7 @@ class Connection:
                 if not told:
                     self.say(f"{error}; waiting, {gives_up(wait_s)}")
                     told = True
-                trouble.wait(error, lambda text: None)
+                backoff.wait(error, lambda text: None)
                 self._connect()
         parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
         if parsed.digest() != reply.digest:
@@ -198,21 +198,23 @@ class Connection:
 
     def head_weights(self) -> bytes:
         """safetensors bytes of the head, as the server hands them out."""
-        trouble: Trouble | None = None
+        backoff: Backoff | None = None
         unknown = False
         while True:
             try:
-                if trouble:
+                if backoff:
                     self._connect()
                 if unknown:
                     self._reopen(0)
-                return self._head_weights(again=trouble is not None)
+                return self._head_weights(again=backoff is not None)
             except CURABLE as error:
                 if self._channel is None or self.opened.phase:  # a finished run is used: its user tries again
                     raise
-                trouble = trouble or Trouble(self.give_up_s)
+                backoff = backoff or Backoff(self.give_up_s)
                 unknown = isinstance(error, SessionError)
-                trouble.wait(error, self.say, self._came.frames > 0)
+                # What came counts for the attempt that brought it, not for later ones that open no stream.
+                moved, self._came = self._came.frames > 0, Came()
+                backoff.wait(error, self.say, moved)
 
     def _head_weights(self, again: bool) -> bytes:
         request = pb.HeadRequest(session=self.opened.session)
@@ -228,8 +230,9 @@ class Connection:
     def begin(
         self, samples: int, classes: tuple[str, ...], step: int = 0, judged: tuple[int, int] = (0, 0), head: int = 0,
         channels: int = 0,
-    ) -> pb.Ready:  # fmt: skip
-        """Start the training stream at `step`: whether a basis is wanted, the phase.
+    ) -> tuple[pb.Ready, np.ndarray | None]:  # fmt: skip
+        """Start the training stream at `step`: the server's answer, whether a basis is wanted and the phase, and the
+        sensitivity [C, C] by which the basis is to be weighted, where it told one.
 
         `judged`: how many pictures each validation has, and the test at the end. `head`: bytes of the trained head,
         where it is to be published. `channels` of the cut, and so of the sensitivity that may come.
@@ -239,22 +242,24 @@ class Connection:
         self._channels = channels
         self._begun = pb.Begin(samples=samples, classes=classes, validation=judged[0], test=judged[1], head=head)
         if self.opened.finished:
-            return pb.Ready()
-        return self._steadily(step, lambda: self._ready)
+            return pb.Ready(), None
+        answer = self._steadily(step, lambda: (self._ready, self._sensitivity))
+        self._sensitivity = None  # megabytes, where there are many channels
+        return answer
 
     def _steadily(self, step: int, attempt: Callable[[], T]) -> T:
         """What `attempt` comes to, over new connections until it succeeds; the device stands at `step`."""
-        trouble: Trouble | None = None
+        backoff: Backoff | None = None
         unknown = False
         try:
             while True:
                 try:
-                    if trouble:  # here, for certificates that are being exchanged may not fit for a moment either
+                    if backoff:  # here, for certificates that are being exchanged may not fit for a moment either
                         self._connect()
                     if self.opened.finished and unknown:
                         self._reopen(step)
                     elif self._train is None and not self.opened.finished:
-                        self._join(step, again=trouble is not None)
+                        self._join(step, again=backoff is not None)
                     return attempt()
                 except CURABLE as error:
                     moved = self._came.frames > 0
@@ -262,9 +267,9 @@ class Connection:
                     unknown = isinstance(error, SessionError)
                     if self._channel is None or self._begun is None:
                         raise
-                    trouble = trouble or Trouble(self.give_up_s)
+                    backoff = backoff or Backoff(self.give_up_s)
                     self.offline = True
-                    trouble.wait(error, self.say, moved)
+                    backoff.wait(error, self.say, moved)
         finally:
             self.offline = False
 
@@ -297,32 +302,30 @@ class Connection:
         frame = wire.seal(Place(pb.CONTROL, 0, 0).frame(begin=begin))
         with Draft(self.meter) as draft:
             stream.send(draft.frame(UP, frame))
-            answer = stream.receive(draft)
-            if not answer.HasField("ready"):
-                raise FrameError(f"Ready was expected, {answer.WhichOneof('body')} came")
-            self.sensitivity = self._felt(stream, draft) if answer.ready.sensitivity_follows else None
+            ready: pb.Ready = wire.body(stream.receive(draft), "ready")
+            self._sensitivity = self._receive_sensitivity(stream, draft) if ready.sensitivity_follows else None
             # The books have the first of a run; where this one is not, they have it already.
             if not self._joined:
                 draft.keep()
-        self._joined, self._ready, self._answered = True, answer.ready, answer.ready.answered
-        self.opened = replace(self.opened, run_id=answer.ready.run_id)
+        self._joined, self._ready, self._answered = True, ready, ready.answered
+        self.opened = replace(self.opened, run_id=ready.run_id)
         self._came.frames = 0  # that it may begin is nothing of what is to come
         self._find_connection()
         self._bring_basis()
 
-    def _felt(self, stream: Stream, draft: Draft) -> np.ndarray:
-        """What the server says that the loss feels of each direction [C, C]."""
+    def _receive_sensitivity(self, stream: Stream, draft: Draft) -> np.ndarray:
+        """What the server has noted of the run before [C, C]."""
         receive = partial(stream.receive, draft)
-        felt = wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self._channels, self._channels), "fp32")
-        if not np.allclose(felt, felt.T) or not felt.trace() > 0:
+        came = wire.unpack(receive(), receive, Place(pb.WEIGHTS, 0, 0), (self._channels, self._channels), "fp32")
+        if not np.allclose(came, came.T) or not came.trace() > 0:
             raise FrameError("the sensitivity that came is not symmetric and positive: nothing can be weighted by it")
-        return felt
+        return came
 
     def _bring_basis(self) -> None:
         """Send the basis where the server has not got it and this stream has not brought it."""
         if self._ready.basis_wanted and self._basis and self._basis_on is not self._train:
-            self._basis_booked = self._send(self._basis, self._basis_booked)
-            self._basis_on = self._train
+            self._send(self._basis, self._basis_booked)
+            self._basis_booked, self._basis_on = True, self._train
 
     def _open_stream(self, call: Callable[..., Any]) -> Stream:
         stream = Stream(call, self.server, self._stalled_s, watched=self._channel is not None)
@@ -349,11 +352,10 @@ class Connection:
             )
         return not reply.finished
 
-    def _send(self, frames: Sequence[pb.Frame], booked: bool) -> bool:
-        """Send frames, which the books have once; True."""
+    def _send(self, frames: Sequence[pb.Frame], booked: bool) -> None:
+        """Send frames, which the books have once: already, where they are `booked`."""
         for frame in frames:
-            self._stream.send((self.meter.again if booked else self.meter.frame)(UP, frame))
-        return True
+            self._stream.send(self.meter.frame(UP, frame, again=booked))
 
     @property
     def _stream(self) -> Stream:

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from common.draw import SPLIT, generator
 from common.errors import DataError
+from common.words import by, some
 from device_client.arrays import npy
 from device_client.batches import Pictures
 from device_client.pictures import Shape, bombs_are_errors, decode, reason, require_channels
-from device_client.sides import Side, check_memory, some
+from device_client.sides import Side, check_memory
 from device_client.sources import open_source
 
 Progress = Callable[[int, int], None]
@@ -104,7 +105,7 @@ def load(
     fewer = "pass --limit to train on fewer pictures, or " if "train" in parts else ""
     check_memory(
         sum(len(chosen) * np.dtype(side.dtype).itemsize for side, chosen in wanted.values()) * math.prod(input_shape),
-        f"{total:,} pictures of {'x'.join(map(str, input_shape))}",
+        f"{total:,} pictures of {by(input_shape)}",
         f"{fewer}choose a model with a smaller input",
     )
 

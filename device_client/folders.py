@@ -13,8 +13,9 @@ import psutil
 from PIL import Image
 
 from common.errors import DataError, printable
+from common.words import some
 from device_client.pictures import Shape, bombs_are_errors, decode, require_channels, size_of
-from device_client.sides import Side, Source, some
+from device_client.sides import Side, Source
 
 _THREADS_FROM = 8_192  # bytes of a file, about 150x150 pixels; see _threads
 _BYTES_A_PIXEL = 8  # while a picture is decoded: four channels, and what is made of them

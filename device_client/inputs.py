@@ -15,7 +15,7 @@ from common import optim
 from common.halves import Head
 from common.processor import fits
 from common.recipe import Recipe
-from common.schedule import STORE, Phase
+from common.schedule import STORE, Phase, steps_per_epoch
 from device_client import batches
 from device_client.data import Part
 
@@ -27,7 +27,7 @@ def training_batch(
     picture once a view has begun, for its epochs are its own."""
     ordered = step
     if phase and phase.kind == STORE:
-        epoch = batches.steps_per_epoch(len(part), batch)
+        epoch = steps_per_epoch(len(part), batch)
         ordered += -phase.from_step % epoch
     chosen = batches.indices(recipe.seed, ordered, len(part), batch)
     pictures = batches.augment(part.pictures[chosen], recipe.seed, step, recipe.data.crop, recipe.data.flip)

@@ -54,7 +54,7 @@ class Stream:
     """One stream of frames, of both ways or down alone; `wait_s` adds up the time spent waiting for the server."""
 
     def __init__(
-        self, call: Callable[[Iterator[pb.Frame]], Any], server: str, stalled_s: float = STALLED_S, watched: bool = True
+        self, call: Callable[[Iterator[pb.Frame]], Any], server: str, stalled_s: float = STALLED_S, *, watched: bool
     ) -> None:
         """`watched`, where there is a link: broken off when it is dead, or has nothing to show for `stalled_s`."""
         self._server, self._stalled_s = server, stalled_s
@@ -122,7 +122,7 @@ class Stream:
 
 
 @dataclass
-class Trouble:
+class Backoff:
     """A stretch of failed attempts at one thing; ends with the first that succeeds, or after `give_up_s` seconds in
     which nothing has moved."""
 

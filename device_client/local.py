@@ -1,7 +1,7 @@
 """The head learns alone, before anything crosses: by the loss of a small classifier of the device's own, at the cut.
 
 Decoupled greedy learning (Belilovsky et al., arXiv 1901.08164) of the one block that the device has. What the head
-learns so costs no byte; what its classifier has felt of each direction at the cut then says which of them to send.
+learns so costs no byte; how sensitive its classifier is to each direction at the cut then says which of them to send.
 Called by the trainer before it begins the run; a process that dies meanwhile goes on from its newest checkpoint.
 """
 
@@ -22,10 +22,10 @@ from common import importance, optim, weights
 from common.bottleneck import LinearEncoder
 from common.checkpoint import Checkpoints, due, part
 from common.errors import DataError, DivergedError, MismatchError, ModelError, RunFolderError
-from common.halves import MOST_FELT, reseed
+from common.halves import MOST_WEIGHTED, reseed
 from common.processor import fits
-from common.progress import Live, warn
-from common.schedule import Phase, steps_of
+from common.progress import StepProgress, warn
+from common.schedule import Phase, steps_of, steps_per_epoch
 from common.words import several
 from device_client.inputs import batches_of, computing, training_batch
 
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 _WIDTHS = 64, 128
 # Its batches are those of epochs that no run comes to: the first that crosses is not one that the head has seen so.
 _FIRST_EPOCH = 1 << 20
-# Batches over which is taken what the loss feels of each direction.
-_FELT = 16
+_BATCHES = 16  # over which the sensitivity is taken
 
 
 class Classifier(nn.Module):
@@ -75,7 +74,7 @@ class Local:
             torch.manual_seed(self.recipe.seed)
             self.classifier = Classifier(trainer.channels, len(trainer.cut) - 1, self.recipe.model.classes)
         self.classifier.to(trainer.processor)
-        self.per_epoch = len(trainer.data.train) // trainer.batch
+        self.per_epoch = steps_per_epoch(len(trainer.data.train), trainer.batch)
         self.steps = max(1, steps_of(self.recipe.local.epochs, self.per_epoch))
         self.lr = self.recipe.local.lr or self.recipe.optimiser.lr
         self.course = Phase(0, 0, trainer.channels, "fp32", "fp32", self.lr, 0, self.steps)
@@ -110,7 +109,7 @@ class Local:
             alone = several(self.recipe.local.epochs, "epoch")
             console.print(f"The head learns alone for {alone} before anything crosses{going}.", highlight=False)
         self.head.train(), self.classifier.train()
-        with Live(console, self.steps, self.step, "local step") as live:
+        with StepProgress(console, self.steps, self.step, "local step") as live:
             while self.step < self.steps:
                 if trainer.stopping:
                     self.keep()
@@ -143,37 +142,37 @@ class Local:
         return loss.item(), int((logits.argmax(1) == truth).sum())
 
     def _loss(
-        self, step: int, what: str, feel: Callable[[Tensor], None] | None = None
+        self, step: int, what: str, gradient_to: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, logits [B, classes] and labels [B] of a step's pictures; `feel` is given the activation's gradient."""
+        """Loss, logits [B, classes] and labels [B] of a step; `gradient_to` is given the activation's gradient."""
         trainer, number = self.trainer, _FIRST_EPOCH * self.per_epoch + step
         inputs, labels = training_batch(self.recipe, trainer.data.train, number, trainer.batch)
         with computing(self.head, self.recipe, what):
             activation = self.head.layers(inputs.to(trainer.processor))
-            if feel:
-                activation.register_hook(feel)
+            if gradient_to:
+                activation.register_hook(gradient_to)
             logits = self.classifier(activation).float()
         truth = torch.from_numpy(labels).long().to(logits.device)
         return functional.cross_entropy(logits, truth), logits, truth
 
     def sensitivity(self) -> Tensor | None:
-        """What the loss feels of each direction that could be sent [C, C], on the processor; None of too many."""
+        """The loss's sensitivity to each direction that could be sent [C, C], on the processor; None of too many."""
         encoder, channels = self.head.bottleneck, self.trainer.channels
-        if channels > MOST_FELT:
+        if channels > MOST_WEIGHTED:
             return None
         assert isinstance(encoder, LinearEncoder)
         self.head.eval(), self.classifier.eval()
-        felt = torch.zeros(channels, channels, device=self.trainer.processor)
+        total = torch.zeros(channels, channels, device=self.trainer.processor)
 
-        def feel(gradient: Tensor) -> None:
-            felt.add_(importance.feel(gradient.float()))
+        def add(gradient: Tensor) -> None:
+            total.add_(importance.sensitivity_of(gradient.float()))
 
-        for step in range(_FELT):
-            self._loss(step, "the sensitivity", feel)[0].backward()
+        for step in range(_BATCHES):
+            self._loss(step, "the sensitivity", add)[0].backward()
         self.optimiser.zero_grad()
         # What is sent is E x: dLoss/dSent is dLoss/dx seen through E's inverse.
         inverse = torch.linalg.pinv(encoder.weight.detach().cpu().double())
-        return (inverse.T @ felt.cpu().double() @ inverse).float()
+        return (inverse.T @ total.cpu().double() @ inverse).float()
 
     @torch.no_grad()
     def _judge(self) -> float:

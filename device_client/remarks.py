@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from common.recipe import Recipe
-from common.schedule import courses
+from common.schedule import courses, steps_per_epoch
 from device_client.batches import Pictures, normalise
 from device_client.data import Dataset
 
@@ -33,7 +33,7 @@ def remarks(recipe: Recipe, data: Dataset, *, begun: bool) -> Iterator[str]:
             f"view learns nothing from those"
         )
     warmup = recipe.optimiser.warmup
-    for name, steps in courses(recipe, max(1, pictures // batch)):
+    for name, steps in courses(recipe, steps_per_epoch(pictures, batch)):
         if warmup > steps:
             yield f"optimiser.warmup is {warmup:,} steps, and {name} has {steps:,}: it never learns at its full rate"
 

@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 
 from common import wire
+from common.channel import Access
 from common.chooser import Chooser
 from common.codecs import NOTHING, Aside, codec
 from common.errors import FrameError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_of
+from common.pulse import STALLED_S
 from common.rpc import split_pb2 as pb
-from common.schedule import Phase
+from common.schedule import RECALLED, Phase
 from common.wire import Place
-from device_client.connection import Connection
+from device_client.connection import GIVE_UP_S, Connection
 from device_client.link import Stream
 
 # Batches of an evaluation that are on their way at once: hides the link's delay, bounds the memory.
 _IN_FLIGHT = 3
-# Steps of a recall asked for at once: none waits for a round trip, and Ctrl-C is soon heard.
-_RECALLED = 64
 # How long a user who pressed Ctrl-C waits at most until the server has been told, which may be at work on all that was
 # asked of a recall; whoever presses it once more does not wait.
 _FAREWELL_S = 10.0
@@ -49,9 +49,12 @@ class StepResult:
 class RemoteTail(Connection):
     """The tail behind a connection; a step, an evaluation or a farewell is done once, however often the link breaks."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self, server: str, access: Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S,
+        stalled_s: float = STALLED_S,
+    ) -> None:  # fmt: skip
         """As Connection."""
-        super().__init__(*arguments, **options)
+        super().__init__(server, access, stub, give_up_s, stalled_s)
         # Told how many pictures of an evaluation have been judged, of how many; set by whoever shows it.
         self.progress: Callable[[int, int], None] = lambda judged, count: None
         self._chooser = Chooser(self.kernel.flow)
@@ -81,7 +84,7 @@ class RemoteTail(Connection):
         frames = list(wire.pack_labels(Place(pb.LABEL, step, phase.index), labels, self.opened.recipe.model.classes))
         frames += self._pack(Place(pb.ACTIVATION, step, phase.index), sent, phase)
         frames[0].kept = kept
-        frames[0] = wire.seal(frames[0])
+        wire.seal(frames[0])
         encoded, booked = clock(), False
 
         def attempt() -> tuple[np.ndarray | None, StepResult]:
@@ -93,7 +96,8 @@ class RemoteTail(Connection):
                         self.meter.frame(UP, frame)
                     booked = True
             else:
-                booked = self._send(frames, booked)
+                self._send(frames, booked)
+                booked = True
             with Draft(self.meter) as draft:
                 gradient = None if phase.frozen else self._gradient(step, phase, sent.shape, aside, draft)
                 result = self._result(step, phase, draft)
@@ -122,9 +126,7 @@ class RemoteTail(Connection):
     def _result(self, step: int, phase: Phase, draft: Draft) -> StepResult:
         frame = self._stream.receive(draft)
         wire.check_place(frame, Place(pb.CONTROL, step, phase.index))
-        if not frame.HasField("done"):
-            raise FrameError(f"StepDone was expected, {frame.WhichOneof('body')} came")
-        done = frame.done
+        done: pb.StepDone = wire.body(frame, "done")
         following = phase_of(done.next) if done.HasField("next") else None
         if following and following.from_step != step + 1:
             raise FrameError(f"a phase from step {following.from_step} was announced at step {step}")
@@ -133,7 +135,7 @@ class RemoteTail(Connection):
     def recall(self, step: int, phase: Phase, kept: int = 0) -> StepResult:
         """One step that the server makes from what it has kept; asked for many at a time."""
 
-        ask = wire.seal(Place(pb.CONTROL, step, phase.index).frame(recall=pb.Recall(steps=_RECALLED), kept=kept))
+        ask = wire.seal(Place(pb.CONTROL, step, phase.index).frame(recall=pb.Recall(steps=RECALLED), kept=kept))
 
         def attempt() -> StepResult:
             if self._train is not self._asked_on:
@@ -141,7 +143,7 @@ class RemoteTail(Connection):
             if self._answered:
                 self._answered -= 1
             elif not self._asked:
-                self._ask, self._asked = Draft(self.meter), _RECALLED
+                self._ask, self._asked = Draft(self.meter), RECALLED
                 self._stream.send(self._ask.frame(UP, ask))
             with Draft(self.meter) as draft:
                 result = self._result(step, phase, draft)
@@ -179,8 +181,8 @@ class RemoteTail(Connection):
                         self._stream.send(frame)
                 if self.opened.finished:  # it was said before, and its answer lost
                     draft.frame(DOWN, wire.seal(place.frame(goodbye=pb.Goodbye())))
-                elif not (answer := self._stream.receive(draft)).HasField("goodbye"):
-                    raise FrameError(f"Goodbye was expected, {answer.WhichOneof('body')} came")
+                else:
+                    wire.body(self._stream.receive(draft), "goodbye")
                 draft.keep()
 
         self._steadily(step, attempt)
@@ -192,7 +194,7 @@ class RemoteTail(Connection):
         """Tell the server that the run rests at `step`; the link may be gone already."""
         if self._train:
             leave = Place(pb.CONTROL, step, phase.index).frame(leave=pb.Leave(finished=False, reason=reason))
-            self._train.send(self.meter.again(UP, wire.seal(leave)))
+            self._train.send(self.meter.frame(UP, wire.seal(leave), again=True))
             self._train.close()
             self._train.drain(_FAREWELL_S)
 
@@ -225,10 +227,12 @@ class RemoteTail(Connection):
             nonlocal done, judged
             frame = stream.receive(draft)
             wire.check_place(frame, Place(pb.EVALUATION, done, phase.index))
-            if not frame.HasField("judged") or frame.judged.count != waiting.pop(0):
-                raise FrameError(f"Judged of evaluation batch {done} was expected, {frame.WhichOneof('body')} came")
+            count_of_batch = wire.body(frame, "judged").count
+            if count_of_batch != waiting[0]:
+                raise FrameError(f"{count_of_batch} pictures of batch {done} were judged, {waiting[0]} were sent")
+            del waiting[0]
             done += 1
-            judged += frame.judged.count
+            judged += count_of_batch
             self.progress(judged, count)
 
         for sent, labels in batches:
@@ -283,6 +287,5 @@ class RemoteTail(Connection):
         stream.send(draft.frame(UP, wire.seal(place.frame(leave=pb.Leave(finished=True)))))
         frame = stream.receive(draft)
         wire.check_place(frame, place)
-        if not frame.HasField("verdict"):
-            raise FrameError(f"a Verdict was expected, {frame.WhichOneof('body')} came")
-        return frame.verdict
+        verdict: pb.Verdict = wire.body(frame, "verdict")
+        return verdict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from device_client.batches import Pictures
-
-_NAMED = 5  # how many names an error lists
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,3 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
             f"{what} need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free, of which half may be used;"
             f" {remedy}"
         )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

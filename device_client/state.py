@@ -44,7 +44,7 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
             f"these are not the {len(trainer.data.train):,} pictures that the run began with; give it the same --data "
             f"and --limit, or begin anew with --overwrite on both sides"
         )
-    if kept.state.get("judged", trainer.judged_id) != trainer.judged_id:
+    if kept.state["judged"] != trainer.judged_id:
         raise DataError(
             "the test or validation pictures are not those that the run began with; give it the same --data, or begin "
             "anew with --overwrite on both sides"
@@ -54,7 +54,7 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
     trainer.optimiser = optim.build(trainer.recipe.optimiser, head.layers, head.bottleneck)
     optim.restore(trainer.optimiser, part(kept.tensors, "optimiser"), source)
     trainer.step, trainer.then, trainer.busy_s = step, kept.state["then"], kept.state["busy_s"]
-    trainer.local = kept.state.get("local")
+    trainer.local = kept.state["local"]
     trainer.phases = [phase_from(table) for table in kept.state["phases"]]
     if "basis" in kept.tensors:
         trainer.basis = kept.tensors["basis"].numpy()

@@ -17,16 +17,17 @@ from common.codecs import NOTHING
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
 from common.inherit import adopt
 from common.meter import DOWN, UP
+from common.metrics import metrics_line
 from common.phase_message import phase_of
 from common.processor import fits
-from common.progress import Counting, Live, warn
+from common.progress import Counting, StepProgress, warn
 from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
-from common.run import HEAD, Manifest, RunFolder, metrics_line
-from common.schedule import RECALL, Phase
+from common.run import HEAD, Manifest, RunFolder
+from common.schedule import RECALL, Phase, steps_per_epoch
 from common.words import duration, gives_up, several
-from device_client.basis import rotate
+from device_client.basis import principal_basis
 from device_client.data import Dataset, Part
 from device_client.inputs import computing, sent_batches, training_batch
 from device_client.link import CURABLE
@@ -64,7 +65,7 @@ class Trainer:
         self.step, self.then = 0, pb.STEP
         self.basis: np.ndarray | None = None  # [w + 1, w], where the bottleneck starts from principal components
         self.local: dict[str, Any] | None = None  # what the head has learnt alone, for the summary
-        self.felt: torch.Tensor | None = None  # [C, C], what its classifier felt of each direction
+        self.sensitivity: torch.Tensor | None = None  # [C, C], of that classifier's loss, until the basis is made
         self.busy_s = 0.0  # spent computing in training steps
         self.stopping = False  # set by whoever wants the run to rest after the present step
         self.resting = False  # it does: between two steps, so that a checkpoint can be kept
@@ -74,6 +75,11 @@ class Trainer:
     @property
     def phase(self) -> Phase:
         return self.phases[-1]
+
+    @property
+    def begun(self) -> bool:
+        """Whether the run has: from then on it has a first phase, and goes on by checkpoints."""
+        return bool(self.phases)
 
     def prepare(self, allowed: tuple[str, ...], init: RunFolder | None) -> None:
         """Build the head and fill it: from where the run was left, or with its first weights."""
@@ -128,7 +134,7 @@ class Trainer:
 
     def run(self, publish: bool) -> dict[str, Any]:
         """All that is left of the run; the summary."""
-        if self.recipe.schedule.budget_mb and not self.phases:  # the server would say so once the head has learnt alone
+        if self.recipe.schedule.budget_mb and not self.begun:  # the server would say so once the head has learnt alone
             weighs = self.opened.head_size + self._published(publish)
             require_room(self.recipe, self.cut, len(self.data.train), len(self.data.test), weighs)
         self.learn_alone()
@@ -153,12 +159,12 @@ class Trainer:
 
     def learn_alone(self) -> None:
         """Let the head learn without the server, where the recipe says so and the run has not begun."""
-        if self.phases or not self.recipe.local.epochs:
+        if self.begun or not self.recipe.local.epochs:
             return
         alone = Local(self)
         self.local = alone.learn()
         if self.recipe.weighted:
-            self.felt = alone.sensitivity()
+            self.sensitivity = alone.sensitivity()
         self.console.print(
             f"The head has learnt alone; its own classifier is right on {self.local['accuracy']:.2%} of the test "
             f"pictures. Now the server takes over from it.", highlight=False,
@@ -168,31 +174,38 @@ class Trainer:
 
     def fit(self, publish: bool) -> None:
         """Train from the present step to the last; `publish`: the head is to be, at the end."""
-        judged = len(self.data.validation), len(self.data.test)
-        ready = self.remote.begin(
-            len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.channels
-        )
-        if not self.phases:
-            self.opened = self.remote.opened  # which the beginning has given its id
-            self.checkpoints.run_id = self.opened.run_id
-            if ready.basis_wanted:
-                rotate(self)
-            self._switch(phase_of(ready.phase))
-            self.keep()
-            self.remote.meter.lap()
+        self._begin(publish)
         planned = self.phase.steps
-        with Live(self.console, planned, self.step) as live:
+        with StepProgress(self.console, planned, self.step) as live:
             self.remote.say = live.waiting
             try:
                 self._loop(live, planned)
             finally:
                 self.remote.say = self._say
 
+    def _begin(self, publish: bool) -> None:
+        """Start the run's stream, and the run where it has not begun: its bottleneck, its first phase."""
+        judged = len(self.data.validation), len(self.data.test)
+        ready, told = self.remote.begin(
+            len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.channels
+        )
+        if not self.begun:
+            self.opened = self.remote.opened  # which the beginning has given its id
+            self.checkpoints.run_id = self.opened.run_id
+            if ready.basis_wanted:
+                weighted_by = self.sensitivity if told is None else torch.from_numpy(told.copy())
+                self.basis = principal_basis(self.head, self.data.train, self.recipe, self.batch, weighted_by)
+                self.sensitivity = None
+                self.remote.send_basis(self.basis)
+            self._switch(phase_of(ready.phase))
+            self.keep()
+            self.remote.meter.lap()
+
     def _published(self, publish: bool) -> int:
         """Bytes of the head that are given to the server at the end."""
         return len(weights.to_bytes(self.head)) if publish else 0
 
-    def _loop(self, live: Live, planned: int) -> None:
+    def _loop(self, live: StepProgress, planned: int) -> None:
         """Step after step; `planned`: how many the run was to have."""
         told = planned
         while self.then != pb.FINISH:
@@ -304,7 +317,7 @@ class Trainer:
         if self.step in self.checkpoints.written and not anew:
             return
         try:
-            self.folder.settle()
+            self.folder.sync()
             self.checkpoints.write(self.step, *state_of(self))
             checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
         except RunFolderError as error:
@@ -331,7 +344,7 @@ class Trainer:
         """What is done in place of steps, where no bar shows it."""
         self.console.print(text, highlight=False, markup=False)
 
-    def _validate(self, live: Live) -> None:
+    def _validate(self, live: StepProgress) -> None:
         """Judge the validation part, and take in what that decides."""
         verdict = self._judge(self.data.validation, pb.VALIDATION)
         live.say(f"step {self.step}: validation loss {verdict.loss:.4f}, accuracy {verdict.accuracy:.2%}")
@@ -351,11 +364,11 @@ class Trainer:
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
         outcome = report.Outcome(
             self.opened.run_id, verdict.accuracy, verdict.loss, self.step, samples,
-            round(self.step / (len(self.data.train) // self.batch), 4), self.elapsed_s, self.busy_s,
+            round(self.step / steps_per_epoch(len(self.data.train), self.batch), 4), self.elapsed_s, self.busy_s,
             tuple(self.phases), self.remote.faults, self.local,
         )  # fmt: skip
-        kernel = report.kernel_of(device=self.remote.kernel.read())
-        summary = report.summarise(self.recipe, self.cut, outcome, self.remote.meter, kernel, "device")
+        meter, kernel = self.remote.meter, self.remote.kernel.read()
+        summary = report.summarise(self.recipe, self.cut, outcome, meter, kernel, "device")
         self.folder.write_summary(summary)
         self.folder.close()
         self.checkpoints.clear()  # what the run could go on from is not needed any more
@@ -380,7 +393,7 @@ class Trainer:
     @property
     def where(self) -> str:
         """Words for the step that it stands at; none before the run has begun."""
-        return f" at step {self.step}" if self.phases else ""
+        return f" at step {self.step}" if self.begun else ""
 
     @property
     def elapsed_s(self) -> float:

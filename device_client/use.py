@@ -36,8 +36,8 @@ TRIES = 12
 
 
 def open_finished(
-    remote: RemoteTail, folder: RunFolder | None, allowed: tuple[str, ...], width: int | None = None,
-    say: Callable[[str], None] = lambda text: None, processor: torch.device = halves.CPU, wait_s: float = 0.0,
+    remote: RemoteTail, folder: RunFolder | None, allowed: tuple[str, ...], width: int | None,
+    say: Callable[[str], None], processor: torch.device, wait_s: float,
 ) -> Head:  # fmt: skip
     """Open a session with the server of a finished run, for which is waited up to `wait_s`, and return its head, ready
     to use at `width` on `processor`.

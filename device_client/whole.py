@@ -31,7 +31,7 @@ def train(
     """
     trainer = Trainer(remote, data, folder, console, processor)
     trainer.prepare(allowed, init)
-    if not trainer.phases:
+    if not trainer.begun:
         folder.start(remote.opened.text)
 
     caught = signal.SIGINT
@@ -56,7 +56,7 @@ def train(
         console.print(f"Stopped{trainer.where}; the run is not finished: {how}.", highlight=False)
         sys.exit(128 + caught)
     except DivergedError as error:
-        if trainer.phases:
+        if trainer.begun:
             remote.interrupt(trainer.step, trainer.phase, "its training has diverged")
         raise DivergedError(f"{error}; then begin anew, with --overwrite on both sides") from error
     except LinkError as error:

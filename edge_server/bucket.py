@@ -1,4 +1,4 @@
-"""A token bucket: so much a second, and for a moment some more. Pure; the clock is given."""
+"""A token bucket: so much a second, and for a moment some more. For callers, and for lines of a log."""
 
 from __future__ import annotations
 

@@ -13,7 +13,52 @@ from common.norms import undisturbed
 from common.recipe import Recipe
 
 
-def output(recipe: Recipe, halves: Halves) -> None:
+def require_elements(recipe: Recipe, halves: Halves, most: int) -> None:
+    """ModelError where one batch at full width comes to more than the `most` elements that may cross in one tensor."""
+    pictures = max(recipe.data.batch, recipe.data.evaluation_batch)
+    largest = math.prod(halves.sent_shape(pictures, halves.channels))
+    if largest > most:
+        raise ModelError(
+            f"an activation of {largest:,} elements would cross the link; at most {most:,} may: lower data.batch or "
+            f"data.evaluation_batch, cut later, or raise --max-elements"
+        )
+
+
+def require_schedule(recipe: Recipe, halves: Halves) -> None:
+    """ModelError where the schedule asks for what the cut has not: flips and shifts of what is no map, widths above its
+    channels, nested ones that are no narrower, channels by a rank that nothing has measured."""
+    channels = halves.channels
+    largest_shift = max((phase.shift for phase in recipe.schedule.phases), default=0)
+    moves = largest_shift or any(phase.flip for phase in recipe.schedule.phases)
+    if moves and (len(halves.cut) != 3 or largest_shift >= min(halves.cut[1:])):
+        raise ModelError(
+            f"the schedule flips or shifts what was kept by {largest_shift} places, which an activation of shape "
+            f"{list(halves.cut)} at the cut {recipe.model.cut} does not allow; leave them out"
+        )
+    for phase in recipe.schedule.phases:
+        if phase.nested and max(phase.nested) >= (phase.width or channels):
+            raise ModelError(
+                f"the schedule has nested {list(phase.nested)}, and {phase.width or channels} channels cross at most "
+                f"in that phase: give narrower ones"
+            )
+    ranked = recipe.bottleneck.kind != "channels"
+    for phase in recipe.schedule.phases:
+        narrow = min(phase.width or channels, *phase.nested, channels) < channels
+        if narrow and phase.views and not ranked:
+            raise ModelError(
+                'bottleneck.kind "channels" ranks them by their gradients, and none comes back in a phase with views: '
+                "put a phase without views before it that is narrower than all channels, or choose linear"
+            )
+        ranked = ranked or (narrow and not phase.views)
+    too_wide = [width for width in recipe.schedule.width_list if width > channels]
+    if too_wide:
+        raise ModelError(
+            f"the schedule has width {too_wide[0]}, but only {channels} channels cross the cut {recipe.model.cut}; "
+            f"give 1 to {channels}, or 0 for all"
+        )
+
+
+def require_output(recipe: Recipe, halves: Halves) -> None:
     """ModelError where the model does not end in a number for each class: better now than in the first step."""
     halves.head.eval(), halves.tail.eval()
     with torch.no_grad():
@@ -32,7 +77,7 @@ def require_logits(model: str, classes: int, logits: object) -> None:
         )
 
 
-def batch(recipe: Recipe, halves: Halves) -> None:
+def require_batch(recipe: Recipe, halves: Halves) -> None:
     """ModelError where the model cannot be trained with the recipe's batch: batch norm needs two numbers a channel."""
     pictures = min(2, recipe.data.batch)
     try:
@@ -69,42 +114,4 @@ def wasteful(recipe: Recipe, halves: Halves) -> Iterator[str]:
         yield (
             "the validation part crosses after each epoch, in phases with views too, where it may come to more than "
             "all else: leave data.validation out if bytes count"
-        )
-
-
-def sizes(recipe: Recipe, halves: Halves, most: int) -> None:
-    channels = halves.channels
-    largest = math.prod(halves.sent_shape(max(recipe.data.batch, recipe.data.evaluation_batch), channels))
-    if largest > most:
-        raise ModelError(
-            f"an activation of {largest:,} elements would cross the link; at most {most:,} may: lower data.batch or "
-            f"data.evaluation_batch, cut later, or raise --max-elements"
-        )
-    largest_shift = max((phase.shift for phase in recipe.schedule.phases), default=0)
-    moves = largest_shift or any(phase.flip for phase in recipe.schedule.phases)
-    if moves and (len(halves.cut) != 3 or largest_shift >= min(halves.cut[1:])):
-        raise ModelError(
-            f"the schedule flips or shifts what was kept by {largest_shift} places, which an activation of shape "
-            f"{list(halves.cut)} at the cut {recipe.model.cut} does not allow; leave them out"
-        )
-    for phase in recipe.schedule.phases:
-        if phase.nested and max(phase.nested) >= (phase.width or channels):
-            raise ModelError(
-                f"the schedule has nested {list(phase.nested)}, and {phase.width or channels} channels cross at most "
-                f"in that phase: give narrower ones"
-            )
-    ranked = recipe.bottleneck.kind != "channels"
-    for phase in recipe.schedule.phases:
-        narrow = min(phase.width or channels, *phase.nested, channels) < channels
-        if narrow and phase.views and not ranked:
-            raise ModelError(
-                'bottleneck.kind "channels" ranks them by their gradients, and none comes back in a phase with views: '
-                "put a phase without views before it that is narrower than all channels, or choose linear"
-            )
-        ranked = ranked or (narrow and not phase.views)
-    too_wide = [width for width in recipe.schedule.width_list if width > channels]
-    if too_wide:
-        raise ModelError(
-            f"the schedule has width {too_wide[0]}, but only {channels} channels cross the cut {recipe.model.cut}; "
-            f"give 1 to {channels}, or 0 for all"
         )

@@ -16,15 +16,16 @@ from rich.table import Table
 
 from common import recipe as recipes
 from common.channel import ServerTls
-from common.checkpoint import EVERY
+from common.cli import with_options
 from common.errors import ModelError
 from common.progress import Screen, note, warn, warn_unencrypted
 from common.run import RunFolder
 from common.tokens import exposed
-from common.words import size
-from edge_server import bundled, limit_options
+from common.words import by, size
+from edge_server import bundled
 from edge_server import certs as certificates
 from edge_server.limits import Limits
+from edge_server.options import LIMITS, SERVE, Grouped
 
 if TYPE_CHECKING:
     from edge_server.host import Host
@@ -38,62 +39,8 @@ def cli() -> None:
     """The server's side of split learning: owns the recipe, runs the tail of the network."""
 
 
-@cli.command(cls=limit_options.Grouped)
-@click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--listen",
-    default="127.0.0.1:50051",
-    show_default=True,
-    metavar="HOST:PORT",
-    help="Where to listen; port 0 picks a free one and says which.",
-)
-@click.option(
-    "--run",
-    "run_path",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the run: written when RECIPE is given, else a finished run to serve.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder.")
-@click.option("--once", is_flag=True, help="Exit when the run is finished, or was before, instead of serving it.")
-@click.option(
-    "--allow-model",
-    "allowed",
-    multiple=True,
-    metavar="PACKAGE.MODULE:FACTORY",
-    help="Code that a recipe may name as its model; can be repeated.",
-)
-@click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores.")
-@click.option(
-    "--device",
-    "processor",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="Where the tail computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one.",
-)
-@click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Certificate (PEM).")
-@click.option("--tls-key", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Its key (PEM).")
-@click.option(
-    "--tls-client-ca",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Let in only devices whose certificate this authority (PEM) signed.",
-)
-@click.option(
-    "--token-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Let in only devices with a token from this file, `NAME TOKEN` a line; default: the tokens in DEPRUNE_TOKEN.",
-)
-@click.option(
-    "--checkpoint-every",
-    default=EVERY,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="STEPS",
-    help="Steps between two checkpoints, on both sides; more are kept where a phase or a validation begins.",
-)
-@click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS.")
-@limit_options.limits
+@cli.command(cls=Grouped)
+@with_options(SERVE + LIMITS)
 def serve(
     recipe: Path | None, listen: str, run_path: Path, overwrite: bool, once: bool, allowed: tuple[str, ...],
     threads: int | None, processor: str, tls_cert: Path | None, tls_key: Path | None, tls_client_ca: Path | None,
@@ -225,7 +172,7 @@ def show_recipes(name: str | None) -> None:
     for each in bundled.names():
         recipe, _ = recipes.load(bundled.path_of(Path(each)))
         model = recipe.model
-        table.add_row(each, recipe.method, model.name, "x".join(map(str, model.input)), str(model.classes))
+        table.add_row(each, recipe.method, model.name, by(model.input), str(model.classes))
     console.print(table)
 
 
@@ -236,16 +183,16 @@ def show_recipes(name: str | None) -> None:
 def cuts(model: str, input_text: str, classes: int) -> None:
     """List every legal cut of MODEL, a built-in name or PACKAGE.MODULE:FACTORY."""
     sides = input_text.lower().split("x")
-    if len(sides) != 3 or not all(side.isdigit() and int(side) > 0 for side in sides):
+    if len(sides) != 3 or not all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
         raise ModelError(f"--input {input_text!r} is not CxHxW, such as 3x32x32")
     shape = (int(sides[0]), int(sides[1]), int(sides[2]))
     if turned := recipes.channels_first(shape):
-        raise ModelError(f"--input is {input_text}; channels come first: {'x'.join(map(str, turned))}")
+        raise ModelError(f"--input is {input_text}; channels come first: {by(turned)}")
     import torch
 
     from common import models
+    from common.equivalence import require_same
     from common.partition import describe_cuts, split
-    from common.same import require_same
     from edge_server import checks
 
     # Naming it on one's own command line is the permission.
@@ -262,6 +209,6 @@ def cuts(model: str, input_text: str, classes: int) -> None:
     for info in cuts_of:
         flops = f"{info.head_flops / 1e6:.2f} + {info.tail_flops / 1e6:.2f}"
         params = f"{info.head_params:,} + {info.tail_params:,}"
-        table.add_row(info.name, "x".join(map(str, info.shape)), size(info.bytes), flops, params)
+        table.add_row(info.name, by(info.shape), size(info.bytes), flops, params)
     # As wide as it needs to be: a name that is cut or broken cannot be copied into a recipe.
     Console(width=max(console.width, 160)).print(table)

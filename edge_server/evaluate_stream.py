@@ -86,7 +86,7 @@ def _batch(
     recipe: Recipe,
 ) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
     """What was sent of one batch [B, width, ...], and its labels [B] where they came."""
-    labels, count = None, (wire.announced(frame) or (0,))[0]
+    labels, count = None, wire.announced_first(frame)
     if not 1 <= count <= recipe.data.evaluation_batch:
         raise TooLargeError(
             f"an evaluation batch of {count:,} pictures came; 1 to {recipe.data.evaluation_batch:,} fit"

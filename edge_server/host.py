@@ -75,7 +75,9 @@ class Host:
         self.stopping = False
         # Set when the run's device knows that the run is finished.
         self.ended = threading.Event()
-        self.finished_at: float | None = None  # on the clock of time.monotonic()
+        # Since when, on the clock of time.monotonic(), the device of the run that was trained here is waited for, to
+        # hear of the end; inf while it judges. None where none was trained to the end.
+        self.finished_at: float | None = None
 
     @classmethod
     def to_train(
@@ -89,9 +91,10 @@ class Host:
         if overwrite:
             saved = None
         halves = halves_module.build(recipe, allowed, compared=True)
-        checks.sizes(recipe, halves, host.limits.elements)
-        checks.output(recipe, halves)
-        checks.batch(recipe, halves)
+        checks.require_elements(recipe, halves, host.limits.elements)
+        checks.require_schedule(recipe, halves)
+        checks.require_output(recipe, halves)
+        checks.require_batch(recipe, halves)
         if saved and saved["digest"] != recipe.digest():
             raise RunFolderError(
                 f"{folder.path} holds an unfinished run of another recipe; choose another --run, or pass --overwrite"
@@ -120,9 +123,8 @@ class Host:
 
     @classmethod
     def to_serve(
-        cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits | None = None,
-        processor: torch.device = halves_module.CPU,
-    ) -> Host:  # fmt: skip
+        cls, folder: RunFolder, console: Console, allowed: Collection[str], limits: Limits, processor: torch.device
+    ) -> Host:
         """A host that serves the finished run in `folder`, with the tail on `processor`."""
         if saved := folder.left_by(TAIL):
             raise RunFolderError(
@@ -132,7 +134,7 @@ class Host:
         recipe, text, manifest = folder.read()
         host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed, processor)
-        checks.sizes(recipe, halves, host.limits.elements)
+        checks.require_elements(recipe, halves, host.limits.elements)
         folder.fill_half("tail", halves.tail)
         published = folder.path / "head.safetensors"
         host._serve(halves, manifest, published.read_bytes() if published.is_file() else b"")
@@ -167,18 +169,16 @@ class Host:
 
     # Sessions
 
-    def open(
-        self, trains: bool, run_id: str, kept: Sequence[int], identity: str, caller: str = ""
-    ) -> tuple[Session, int]:
+    def open(self, trains: bool, run_id: str, kept: Sequence[int], identity: str, caller: str) -> tuple[Session, int]:
         """A new session of `identity`'s, and the step that it goes on from (0 unless it takes up a run).
 
-        `caller`: whose share of the server it takes, if that is not the identity's.
+        `caller`: whose share of the server it takes: the identity's, or an address's where none is asked for.
         BusyError without room, ForbiddenError where the run is another's, MismatchError where the device's half is of
         another run or cannot go on.
         """
         if self.stopping:
             raise StoppedError("the server is being stopped; try again later")
-        session, step = Session(secrets.token_hex(16), trains, identity, caller or identity), 0
+        session, step = Session(secrets.token_hex(16), trains, identity, caller), 0
         if trains:
             step = self._open_training(session, run_id, kept)
         else:
@@ -195,7 +195,8 @@ class Host:
                 )
             if self.run:
                 self.run.check_owner(session.identity)
-            self.finished_at = time.monotonic()  # its own device has not heard of the end, and judges once more
+                if self.finished_at != math.inf:  # its own device has not heard of the end, and judges once more
+                    self.finished_at = time.monotonic()
             return 0
         assert self.run
         if not run_id:
@@ -225,11 +226,13 @@ class Host:
     @contextmanager
     def telling(self) -> Iterator[None]:
         """The run's own device is back to hear of the end; a server that only waits for that stays until it has."""
-        self.finished_at = math.inf
+        if self.run:
+            self.finished_at = math.inf
         try:
             yield
         finally:
-            self.finished_at = time.monotonic()
+            if self.run:
+                self.finished_at = time.monotonic()
         self.ended.set()
 
     @contextmanager

@@ -35,6 +35,7 @@ from common.report import Faults
 from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import TAIL, Manifest, RunFolder
+from common.schedule import steps_per_epoch
 from common.tcp_info import Kernel, KernelBytes
 from edge_server.budget import Beside, Budget
 from edge_server.coordinator import Coordinator, Decision
@@ -182,16 +183,16 @@ class LiveRun:
         if self.training:  # begun by a device that made no step and is gone
             self.training.close()
         self.folder.start(self.text)
-        self.checkpoints.clear()
         # An id of its own: whoever began the run before, and made no step of it, is not taken for this device.
-        self.run_id = self.checkpoints.run_id = secrets.token_hex(8)
+        self.run_id = secrets.token_hex(8)
+        self.checkpoints = Checkpoints(self.folder.checkpoints, self.run_id, self.recipe.digest())
         training.switch(training.phase)
         self.training, self.owner, self._data = training, identity, (samples, classes)
 
     def _new(self, samples: int, classes: tuple[str, ...], beside: Beside) -> Training:
         halves = halves_module.build(self.recipe, self._allowed, self._processor)
         batch, budget = min(samples, self.recipe.data.batch), None
-        epoch = max(1, samples // batch)
+        epoch = steps_per_epoch(samples, batch)
         if self.recipe.schedule.budget_mb:
             budget = Budget(self.recipe, halves.channels, epoch, batch, beside)
         known = self.initial.known if self.initial else ()  # else a checkpoint knows
@@ -248,15 +249,17 @@ class LiveRun:
         self.checkpoints.forget_after(step)
         self.keep(anew=True)  # the same but for what the fault cost: a second one before the next must not forget it
 
-    def keep(self, decision: Decision | None = None, anew: bool = False) -> None:
-        """Write a checkpoint if one is due after `decision`, or without one. `anew`: in place of the one that there is.
+    def keep(self, anew: bool = False) -> None:
+        """Write a checkpoint of where the run stands, unless there is one. `anew`: in its place.
 
         Called with `training.lock` held, or where nothing else can use the training.
         """
-        self.write(self.taken(decision, anew), anew)
+        if snapshot := self.snapshot(anew=anew):
+            self.write(snapshot, anew)
 
-    def taken(self, decision: Decision | None = None, anew: bool = False) -> Checkpoint | None:
-        """What `keep` would write, as it is now; None where none is due. Called as `keep`."""
+    def snapshot(self, decision: Decision | None = None, anew: bool = False) -> Checkpoint | None:
+        """A checkpoint of the run as it is now, to be written; None where none is due after `decision`, or, without
+        one, where there is one already and it is not to be made `anew`. Called as `keep`."""
         training = self.training
         assert training
         turn = decision is None or bool(decision.phase) or decision.then != pb.STEP
@@ -275,21 +278,19 @@ class LiveRun:
             return None
         return Checkpoint(training.step, tensors, state | books)
 
-    def write(self, taken: Checkpoint | None, anew: bool = False) -> None:
-        """Write what was taken, unless a newer one of the same step has come before it; a full disk is told, and that
-        is all."""
+    def write(self, snapshot: Checkpoint, anew: bool = False) -> None:
+        """Write it, unless a newer one of the same step has come before it; a full disk is told, and that is all."""
         training = self.training
-        if taken is None or training is None:
-            return
+        assert training
         with self._writing:
-            if taken.step in self.checkpoints.written and not anew:
+            if snapshot.step in self.checkpoints.written and not anew:
                 return
             try:
-                self.folder.settle()
-                self.checkpoints.write(taken.step, taken.tensors, taken.state)
+                self.folder.sync()
+                self.checkpoints.write(snapshot.step, snapshot.tensors, snapshot.state)
                 training.forget_stores(min(self.checkpoints.written))
             except RunFolderError as error:
-                self._unkept(taken.step, error)
+                self._unkept(snapshot.step, error)
 
     def _unkept(self, step: int, error: Exception) -> None:
         warn(self.console, f"no checkpoint of step {step}: {error}; the run goes on")
@@ -322,11 +323,12 @@ class LiveRun:
         training.halves.tail.settle(training.phase.width, training.phase.order)
         self.folder.write_half("tail", training.halves.tail, manifest)
         outcome = report.Outcome(
-            self.run_id, training.test.accuracy, training.test.mean_loss, training.step, training.trained,
-            training.epochs, training.elapsed_s, training.busy_s, tuple(training.coordinator.phases), self.faults,
+            self.run_id, training.test.accuracy, training.test.mean_loss, training.step,
+            training.step * training.batch, training.epochs, training.elapsed_s, training.busy_s,
+            tuple(training.coordinator.phases), self.faults,
         )  # fmt: skip
-        kernel = report.kernel_of(server=self.kernel.read())
-        summary = report.summarise(self.recipe, training.halves.cut, outcome, self.meter, kernel, "server")
+        cut, kernel = training.halves.cut, self.kernel.read()
+        summary = report.summarise(self.recipe, cut, outcome, self.meter, kernel, "server")
         training.close()
         self.folder.write_summary(summary)
         self.folder.close()

@@ -23,7 +23,8 @@ from common.rpc import split_pb2_grpc
 from edge_server.health import Health
 from edge_server.host import Host
 from edge_server.identity import Guard
-from edge_server.servicer import SERVICE, Door, Servicer
+from edge_server.interceptor import Door
+from edge_server.servicer import SERVICE, Servicer
 
 # A device gets this long to be told that the server stops, with the answer to its step where one is under way.
 _GRACE_S = 5.0
@@ -37,9 +38,8 @@ class Server:
     """A host behind an address; `port` is known once it is started."""
 
     def __init__(
-        self, host: Host, address: str, tls: ServerTls | None = None, insecure: bool = False,
-        token_file: Path | None = None,
-    ) -> None:  # fmt: skip
+        self, host: Host, address: str, tls: ServerTls | None, insecure: bool, token_file: Path | None
+    ) -> None:
         name, _ = parse_address(address)
         if not (tls or insecure or is_loopback(name)):
             raise DepruneError(

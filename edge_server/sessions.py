@@ -63,7 +63,7 @@ class Session:
         """Count the head's first weights and the request for them: as sent again where they were sent before."""
         self.meter.control(UP, pb.HeadRequest(session=self.name), self.head_sent)
         for frame in frames:
-            (self.meter.again if self.head_sent else self.meter.frame)(DOWN, frame)
+            self.meter.frame(DOWN, frame, again=self.head_sent)
         self.head_sent = True
 
     def take_up(self, run: LiveRun) -> None:

@@ -17,10 +17,10 @@ from common.chooser import Chooser
 from common.codecs import codec
 from common.errors import BusyError, FrameError, RunFolderError, StoppedError, TooLargeError, printable
 from common.meter import DOWN, UP, Draft
+from common.metrics import metrics_line
 from common.phase_message import phase_message
-from common.progress import Live, warn
+from common.progress import StepProgress, warn
 from common.rpc import split_pb2 as pb
-from common.run import metrics_line
 from common.schedule import RECALL, Phase
 from common.wire import Place
 from common.words import several
@@ -44,16 +44,16 @@ class TrainStream:
         run, receive, training, meter = self.run, self.receive, self.training, self.run.meter
         answers = training.answered_from(receive.begin.step)
         wanted = training.recipe.principal and not training.rotated
-        felt = self._felt() if wanted else []
+        sensitivity = self._sensitivity() if wanted else []
         ready = pb.Ready(
             basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers),
-            sensitivity_follows=bool(felt), from_request=len(answers) == len(training.answers) > 0, run_id=run.run_id,
+            sensitivity_follows=bool(sensitivity), from_request=len(answers) == len(training.answers) > 0,
+            run_id=run.run_id,
         )  # fmt: skip
-        first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *felt]
-        count = meter.frame if begun else meter.again
-        count(UP, receive.first)
+        first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *sensitivity]
+        meter.frame(UP, receive.first, again=not begun)
         for out in first:
-            count(DOWN, out)
+            meter.frame(DOWN, out, again=not begun)
         if begun:  # a device that has heard Ready must find the run again
             self._keep()
         what = f"The device is connected again, at step {receive.begin.step:,}."
@@ -64,11 +64,11 @@ class TrainStream:
                 f"{training.samples:,} pictures an epoch."
             )
         run.console.print(what, highlight=False)
-        with Live(run.console, training.coordinator.steps, training.step) as live:
+        with StepProgress(run.console, training.coordinator.steps, training.step) as live:
             yield from first
             for answer in answers:
                 for out in answer:
-                    yield meter.again(DOWN, out)
+                    yield meter.frame(DOWN, out, again=True)
             if wanted:
                 training.rotate(self._basis())
                 receive.draft.keep()
@@ -92,10 +92,10 @@ class TrainStream:
                 else:
                     yield from self._step(frame, chooser, live)
 
-    def _felt(self) -> list[pb.Frame]:
+    def _sensitivity(self) -> list[pb.Frame]:
         """The sensitivity, where components are to be weighted by it and the run that this one starts from had one.
 
-        A device whose head learnt alone has felt a newer one itself.
+        A device whose head learnt alone has a newer one of its own.
         """
         sensitivity, recipe = self.training.halves.tail.sensitivity, self.training.recipe
         if not recipe.weighted or recipe.local.epochs or not sensitivity.any():
@@ -112,7 +112,7 @@ class TrainStream:
             )
         return wire.unpack(frame, receive, place, shape, "fp32")
 
-    def _step(self, frame: pb.Frame, chooser: Chooser, live: Live) -> Iterator[pb.Frame]:
+    def _step(self, frame: pb.Frame, chooser: Chooser, live: StepProgress) -> Iterator[pb.Frame]:
         """One step: labels and activation in, gradient and StepDone out."""
         run, receive, training = self.run, self.receive, self.training
         phase, step = training.phase, training.step
@@ -155,11 +155,12 @@ class TrainStream:
             }  # fmt: skip
             self._log(phase, loss, correct, seconds, live)
             # Taken before an evaluation can begin, which the device may ask for as soon as it has its answer.
-            taken = run.taken(decision)
+            snapshot = run.snapshot(decision)
         try:
             yield from frames
         finally:  # also where the stream has ended meanwhile
-            run.write(taken)
+            if snapshot:
+                run.write(snapshot)
 
     def _keep(self, anew: bool = False) -> None:
         with self.training.lock:
@@ -170,7 +171,7 @@ class TrainStream:
         if training.step >= training.coordinator.steps:
             raise FrameError(f"the run has {training.coordinator.steps} steps and all are done; Leave was expected")
 
-    def _recall(self, frame: pb.Frame, live: Live) -> Iterator[pb.Frame]:
+    def _recall(self, frame: pb.Frame, live: StepProgress) -> Iterator[pb.Frame]:
         """Steps on what was kept: a StepDone each, until so many are done or something else comes next."""
         run, training = self.run, self.training
         self._check_step()
@@ -199,11 +200,12 @@ class TrainStream:
                 run.meter.frame(DOWN, done)
                 seconds = {"decode": decoded - started, "tail": clock() - decoded}
                 self._log(phase, loss, correct, seconds, live)
-                taken = run.taken(decision)
+                snapshot = run.snapshot(decision)
             try:
                 yield done
             finally:
-                run.write(taken)
+                if snapshot:
+                    run.write(snapshot)
             if decision.phase or decision.then != pb.STEP:
                 return
 
@@ -214,7 +216,7 @@ class TrainStream:
         done.kept = self.run.checkpoints.news(step, self.run.every)
         return wire.seal(Place(pb.CONTROL, step, phase.index).frame(done=done))
 
-    def _log(self, phase: Phase, loss: float, correct: int, seconds: dict[str, float], live: Live) -> None:
+    def _log(self, phase: Phase, loss: float, correct: int, seconds: dict[str, float], live: StepProgress) -> None:
         """The line of the step that was just applied, in metrics.jsonl and on the operator's screen."""
         run, training = self.run, self.training
         accuracy, width = correct / training.batch, phase.width_at(training.recipe.seed, training.step - 1)
@@ -240,7 +242,7 @@ class TrainStream:
         """The published head, if `frame` starts one, and the end of the run."""
         receive, training, head = self.receive, self.training, b""
         if not frame.HasField("leave"):
-            size = wire.announced(frame)[0] if wire.announced(frame) else 0
+            size = wire.announced_first(frame)
             most = weights.room(training.halves.head)
             if size > most:
                 raise TooLargeError(f"a head of {size:,} bytes came; one of this model takes up to {most:,}")

@@ -21,13 +21,13 @@ from common.halves import Halves, reseed
 from common.processor import fits
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
-from common.schedule import RANK, RECALL, STORE, Phase, phase_from
+from common.schedule import RANK, RECALL, STORE, Phase, phase_from, steps_per_epoch
 from edge_server.budget import Beside
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.judging import Judgement
 from edge_server.store import Store
 
-FELT_EVERY = 8  # steps: what the loss feels changes slowly
+_NOTED_EVERY = 8  # steps: the sensitivity changes slowly
 
 
 @dataclass
@@ -44,13 +44,11 @@ class Training:
     store_limit: int  # bytes that it may have
     step: int = 0  # the next to come
     rotated: bool = False  # the device's basis has come, where one is wanted
-    trained: int = 0  # pictures trained on so far
     wall_s: float = 0.0  # taken by the run before this process
     busy_s: float = 0.0  # spent computing
     test: Judgement | None = None
     evaluated: set[tuple[int, bool]] = field(default_factory=set)  # (step, on the test part) of those made so far
     store: Store | None = None
-    stored: int = 0  # steps kept in the run so far
     # Answers to the steps since the device last asked for some: what it may have missed when its stream broke.
     answers: list[list[pb.Frame]] = field(default_factory=list)
     # Held while the tail computes: an evaluation waits for the step before it to be applied.
@@ -61,7 +59,7 @@ class Training:
         tail = self.halves.tail
         self._optimiser = optim.build(self.recipe.optimiser, tail.layers, tail.bottleneck)
         self._started = time.monotonic()
-        self._validated = -1, self.phase  # step of the newest evaluation, and the phase that it was made in
+        self._judged_in = -1, self.phase  # step of the newest validation, and the phase that it was made in
         self._outlived: dict[Path, int] = {}  # stores that only checkpoints up to this step still need
         tail.train()
 
@@ -84,7 +82,7 @@ class Training:
 
     @property
     def epochs(self) -> float:
-        return round(self.step / max(1, self.samples // self.batch), 4)
+        return round(self.step / steps_per_epoch(self.samples, self.batch), 4)
 
     def rotate(self, basis: np.ndarray) -> None:
         """Start from the device's principal components: `basis` [w + 1, w], components as rows, then the mean."""
@@ -140,7 +138,6 @@ class Training:
         """Store what a step of a STORE phase brought; StoreError without room."""
         assert self.store
         self.store.add(payload, labels)
-        self.stored += 1
 
     def recall(self) -> tuple[np.ndarray, np.ndarray]:
         """What the next step of a RECALL phase learns from: activation [B, width, ...] and labels [B]."""
@@ -179,8 +176,9 @@ class Training:
                 )
             self._optimiser.zero_grad()
             loss.backward()
-            if activation.grad is not None and self.step % FELT_EVERY == 0 and sent.shape[1] == self.phase.width:
-                self.halves.tail.feel(activation.grad)  # of nested widths the widest alone: it has all directions
+            if activation.grad is not None and self.step % _NOTED_EVERY == 0 and sent.shape[1] == self.phase.width:
+                # Of nested widths the widest alone: it has all directions.
+                self.halves.tail.note_sensitivity(activation.grad)
         correct = int((logits.argmax(1) == truth).sum())
         if activation.grad is None:
             return None, loss.item(), correct
@@ -196,16 +194,17 @@ class Training:
             self._optimiser.step()
         decision = self.coordinator.after_step(self.step)
         self.step += 1
-        self.trained += self.batch
         if decision.phase:
             self.switch(decision.phase)
         return decision
 
     def phase_of_evaluation(self, index: int) -> Phase:
         """The phase that an evaluation is made in: this one, or the one before a validation whose verdict was lost."""
-        for step, phase in ((self.step, self.phase), self._validated):
-            if (step, phase.index) == (self.step, index):
-                return phase
+        if index == self.phase.index:
+            return self.phase
+        step, before = self._judged_in
+        if (step, before.index) == (self.step, index):
+            return before
         raise FrameError(f"an evaluation in phase {index} was asked for; the run is in phase {self.phase.index}")
 
     def judged(self, result: Judgement, on_test: bool) -> Decision:
@@ -214,8 +213,8 @@ class Training:
         if on_test:
             self.test = result
             return Decision(pb.STEP)
-        if self._validated[0] != self.step:
-            self._validated = self.step, self.phase
+        if self._judged_in[0] != self.step:
+            self._judged_in = self.step, self.phase
         before = self.phase
         decision = self.coordinator.after_validation(self.step - 1, result.mean_loss)
         if self.phase is not before:
@@ -235,12 +234,11 @@ class Training:
             tensors |= {f"store.{name}": value for name, value in self.store.index().items()}
         return tensors, {
             "classes": self.classes, "samples": self.samples, "beside": asdict(self.beside),
-            "rotated": self.rotated, "trained": self.trained,
-            "stored": self.stored, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
+            "rotated": self.rotated, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
             "outlived": {path.name: last for path, last in self._outlived.items()},
             "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,
             "evaluated": sorted(self.evaluated), "test": asdict(self.test) if self.test else None,
-            "validated": [self._validated[0], asdict(self._validated[1])],
+            "judged_in": [self._judged_in[0], asdict(self._judged_in[1])],
         }  # fmt: skip
 
     def restore(self, kept: Checkpoint) -> None:
@@ -250,13 +248,12 @@ class Training:
         weights.fill(self.halves.tail, part(kept.tensors, "tail"), source)
         optim.restore(self._optimiser, part(kept.tensors, "optimiser"), source)
         self.step, self.rotated = kept.step, state["rotated"]
-        self.trained, self.stored = state["trained"], state["stored"]
         self.wall_s, self.busy_s = state["wall_s"], state["busy_s"]
         self.evaluated = {(step, on_test) for step, on_test in state["evaluated"]}
         self.test = Judgement(**state["test"]) if state["test"] else None
-        self._outlived = {self.folder / name: last for name, last in state.get("outlived", {}).items()}
-        step, phase_then = state["validated"]
-        self._validated = step, phase_from(phase_then)
+        self._outlived = {self.folder / name: last for name, last in state["outlived"].items()}
+        step, phase_then = state["judged_in"]
+        self._judged_in = step, phase_from(phase_then)
         self.halves.tail.resize(self.phase.width, self.phase.order)
         if state["store"]:
             phase = phase_from(state["store"])

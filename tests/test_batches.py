@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError
-from device_client.batches import augment, indices, normalise, order, steps_per_epoch
+from common.schedule import steps_per_epoch
+from device_client.batches import augment, indices, normalise, order
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 1000), st.integers(1, 200), st.data())
@@ -41,11 +42,8 @@ def test_a_caller_cannot_spoil_the_cached_order():
         order(3, 0, 20)[0] = 1
 
 
-def test_batches_that_do_not_fit_are_refused():
-    with pytest.raises(DataError, match="batch of 65 pictures is larger than the 64 training pictures; choose"):
-        indices(1, 0, 64, 65)
-    with pytest.raises(DataError, match="batch of 0"):
-        steps_per_epoch(64, 0)
+def test_pictures_that_are_fewer_than_a_batch_are_one():
+    assert [steps_per_epoch(64, batch) for batch in (1, 32, 33, 64, 65)] == [64, 2, 1, 1, 1]
 
 
 FINGERPRINT = """

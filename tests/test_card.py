@@ -64,7 +64,7 @@ def test_it_trains_as_on_the_processor(case: str, digits: Dataset) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.15)
 
 
-def test_a_run_starts_from_another_weighted_by_what_that_felt(digits: Dataset, tmp_path: Path) -> None:
+def test_a_run_starts_from_another_weighted_by_its_sensitivity(digits: Dataset, tmp_path: Path) -> None:
     inprocess.train(recipe_text(schedule="phases = [[0, 1]]"), digits, folder=tmp_path, processor=CARD)
     model = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:{tmp_path}"'
     phases = "phases = [{ width = 8, epochs = 0.5, views = 0.5 }, [8, 0.5]]"

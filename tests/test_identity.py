@@ -212,7 +212,7 @@ def test_certificates_rotate_while_a_device_trains(mutual: tuple[str, Path], our
     address, folder = mutual
     device = RemoteTail(address, as_device(ours, "pi"))
     device.open(trains=True)
-    phase = phase_of(device.begin(1438, CLASSES).phase)
+    phase = phase_of(device.begin(1438, CLASSES)[0].phase)
     first = der(ours / "server.pem")
     assert presented(address, ours) == first
 

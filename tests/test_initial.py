@@ -152,7 +152,7 @@ def test_principal_components_are_of_all_classes(monkeypatch: pytest.MonkeyPatch
     seen: list[Part] = []
     for name in ("_sent", "_sent_in_training"):
         whole = getattr(basis, name)
-        monkeypatch.setattr(basis, name, lambda trainer, part, whole=whole: seen.append(part) or whole(trainer, part))
+        monkeypatch.setattr(basis, name, lambda head, *rest, whole=whole: seen.append(rest[0]) or whole(head, *rest))
     bottleneck = 'kind = "linear"\nstart = "principal"\nprincipal_pictures = 64'
     for phase in ("[4, 0.1]", "{ width = 4, epochs = 0.1, views = 0.1 }"):
         text = recipe_text("fixed", bottleneck=bottleneck, schedule=f"phases = [{phase}]")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,17 +13,20 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from rich.console import Console
 
 from benchmarks.recipes import recipe_text
 from common import run
 from common.errors import BusyError, DataError, LinkError, MismatchError, RolledBackError, RunFolderError, StoppedError
+from common.halves import CPU
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, TAIL, RunFolder
 from device_client import trainer
 from device_client.data import Dataset, Part, load
-from device_client.link import Stream, Trouble
+from device_client.link import Backoff, Stream
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
+from edge_server.limits import Limits
 from edge_server.train_stream import TrainStream
 from tests.test_resume import CASES, _Killed, assert_same_end, leg, server_of
 
@@ -66,6 +71,25 @@ def test_a_device_that_dies_over_the_last_word_comes_back_to_hear_it(
     assert_same_end(tmp_path / "broken", tmp_path / "whole")
 
 
+def test_only_a_server_that_trained_the_run_waits_for_its_device(few: Dataset, tmp_path: Path) -> None:
+    """One that has served from its start has nothing to announce; and a device that is judging for the last time is not
+    given a new minute, nor let go, by another visit of its own."""
+    trained = server_of(tmp_path, CASES["nested widths"])
+    assert leg(tmp_path, CASES["nested widths"], few, lives=trained)
+    assert trained.finished_at
+    with trained.telling():
+        trained.open(True, trained.run_id, (), "", "")
+        assert trained.finished_at == math.inf
+    since = trained.finished_at
+    trained.open(True, trained.run_id, (), "", "")
+    assert since <= trained.finished_at < math.inf
+    served = Host.to_serve(RunFolder(tmp_path / "server"), Console(file=io.StringIO()), (), Limits(), CPU)
+    served.open(True, served.run_id, (), "", "")
+    with served.telling():
+        pass
+    assert served.finished_at is None
+
+
 def test_a_full_disk_at_the_end_is_waited_for(few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There may be no checkpoint either: what was trained would be lost."""
     write, tried = RunFolder.write_half, []
@@ -103,7 +127,7 @@ def test_a_device_with_other_pictures_takes_nothing_from_the_run(few: Dataset, t
     assert run
     assert leg(tmp_path, text, few, 0, host) is None
     stands = run.training, sorted(run.checkpoints.written)
-    session, step = host.open(True, run.run_id, [0], "")
+    session, step = host.open(True, run.run_id, [0], "", "")
     stream = Mock()
     with pytest.raises(MismatchError, match="came back with 300 pictures of 10 classes; the run began with 320 of 10"):
         host.begin(session, pb.Begin(samples=300, classes=few.classes, step=step), stream)
@@ -148,7 +172,7 @@ def test_a_stop_between_a_request_and_its_first_step_counts_for_both_sides_alike
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainStream, "_recall", stopped)
-        patch.setattr(Trouble, "wait", lambda _self, error, _say: _raise(error))
+        patch.setattr(Backoff, "wait", lambda _self, error, _say: _raise(error))
         with pytest.raises(StoppedError):
             leg(tmp_path, text, few, None, host)
     assert host.run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_no_side_imports_the_other(package: str) -> None:
 
 
 def test_only_the_edges_know_grpc() -> None:
-    allowed = {"channel", "rpc_errors", "health", "identity", "link", "connection", "servicer", "server"}
+    allowed = {"channel", "rpc_errors", "health", "identity", "link", "connection", "interceptor", "servicer", "server"}
     for package in FORBIDDEN:
         for module in sorted((ROOT / package).rglob("*.py")):
             if "rpc" not in module.parts and "grpc" in imported(module):
@@ -61,6 +62,27 @@ def test_commands_answer_before_torch_is_loaded(package: str) -> None:
     """It takes seconds, on a Pi many: help, wrong options and wrong recipes do not wait for it."""
     code = f"import {package}.cli, sys; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("package", ["device_client", "edge_server"])
+def test_grpc_finds_its_settings_when_it_is_imported(package: str) -> None:
+    """It reads them then, and never again."""
+    code = f"""if True:
+        import os, sys
+
+        class Watching:
+            def find_spec(self, name, *_):
+                if name == "grpc":
+                    found = [os.environ.get(setting) for setting in ("GRPC_VERBOSITY", "GRPC_DNS_RESOLVER")]
+                    sys.exit(found != ["ERROR", "native"])
+
+        sys.meta_path.insert(0, Watching())
+        import {package}.__main__, {package}.cli
+        sys.exit("it was not imported")
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("ignored", "code"), [(False, -signal.SIGINT), (True, 7)])

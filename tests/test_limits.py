@@ -20,18 +20,20 @@ from rich.console import Console
 from benchmarks import inprocess, pair
 from benchmarks.recipes import PHASE, recipe_text
 from common import wire
+from common.cli import with_options
 from common.errors import BusyError, FrameError, MismatchError, ModelError, SessionError, StoreError, TooLargeError
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
-from common.schedule import Phase
+from common.schedule import RECALLED, Phase
 from common.wire import Place
 from device_client import remote_tail, use
 from device_client.data import load
 from device_client.remote_tail import RemoteTail
-from edge_server import incoming, limit_options
+from edge_server import incoming
 from edge_server.host import Host
 from edge_server.limits import Limits
+from edge_server.options import LIMITS, Grouped
 from edge_server.servicer import Servicer
 from edge_server.sessions import _GRACE_S, Session
 from edge_server.store import Store
@@ -158,14 +160,14 @@ def test_recalled_steps_and_cached_answers(monkeypatch: pytest.MonkeyPatch) -> N
 
     text = recipe_text("fixed", schedule="phases = [[0, 2], { width = 0, epochs = 8, views = 1 }]")
     pictures = load("digits", (1, 16, 16), 3, 0.0, limit=160)
-    monkeypatch.setattr(remote_tail, "_RECALLED", 16)
+    monkeypatch.setattr(remote_tail, "RECALLED", 16)
     inprocess.train(text, pictures, watch=watch, limits=Limits(recall=16))
     recalled = [(count, size) for kind, count, size in kept if kind == "recall"]
     assert len(recalled) > 20 and max(count for count, _ in recalled) == 16
     assert max(size for _, size in recalled) < 16 * 100
     assert {count for kind, count, _ in kept if kind != "recall"} == {1}
     assert max(size for _, _, size in kept) < 4 * 32 * 32 * 8 * 8 + 500
-    monkeypatch.setattr(remote_tail, "_RECALLED", 17)
+    monkeypatch.setattr(remote_tail, "RECALLED", 17)
     with pytest.raises(FrameError, match="Recall of 17 steps came; the server makes 16 at once"):
         inprocess.train(text, pictures, limits=Limits(recall=16))
 
@@ -212,8 +214,8 @@ def test_a_device_that_is_held_up_is_let_go_where_its_stream_ends(monkeypatch: p
 def test_options_fill_in_the_limits() -> None:
     made: list[Limits] = []
 
-    @click.command(cls=limit_options.Grouped)
-    @limit_options.limits
+    @click.command(cls=Grouped)
+    @with_options(LIMITS)
     def serve(**limits: Any) -> None:
         made.append(Limits(**limits))
 
@@ -221,15 +223,18 @@ def test_options_fill_in_the_limits() -> None:
     assert run(serve, []).exit_code == 0 and made == [Limits()]
     given = {
         "--max-rate": 0.5, "--store-limit": 10, "--max-sessions": 5, "--max-sessions-each": 2, "--max-calls": 0.1,
-        "--max-queue": 3, "--max-elements": 7, "--max-recall": 8, "--idle-time": 9.5,
+        "--max-queue": 3, "--max-elements": 7, "--max-recall": 80, "--idle-time": 9.5,
     }  # fmt: skip
     assert run(serve, [str(word) for pair_of in given.items() for word in pair_of]).exit_code == 0
     expected = Limits(
-        rate=500_000, store=10_000_000, sessions=5, sessions_each=2, calls_a_second=0.1, queue=3, elements=7, recall=8,
+        rate=500_000, store=10_000_000, sessions=5, sessions_each=2, calls_a_second=0.1, queue=3, elements=7, recall=80,
         idle_s=9.5,
     )  # fmt: skip
     assert made[-1] == expected
     assert run(serve, ["--max-queue", "0"]).exit_code == 2
+    # Below what every device asks for no run with `views` could end.
+    assert run(serve, ["--max-recall", str(RECALLED - 1)]).exit_code == 2
+    assert run(serve, ["--max-recall", str(RECALLED)]).exit_code == 0
     page = (Path(__file__).parent.parent / "docs" / "limits.md").read_text()
     for option in serve.params:
         assert f"`{option.opts[0]}`" in page, "every option is on the page"

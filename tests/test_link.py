@@ -21,7 +21,7 @@ from common.errors import AuthError, BusyError, FaultError, FrameError, LinkErro
 from common.meter import UP, Draft, Meter
 from common.rpc import split_pb2 as pb
 from common.wire import Place
-from device_client.link import CURABLE, Stream, Trouble
+from device_client.link import CURABLE, Backoff, Stream
 from device_client.remote_tail import RemoteTail
 
 
@@ -63,26 +63,26 @@ def no_collector() -> Iterator[None]:
 def test_attempts_may_go_on_for_days(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    trouble = Trouble(give_up_s=1e6)
+    backoff = Backoff(give_up_s=1e6)
     for _ in range(3000):
-        trouble.wait(LinkError("lost"), lambda text: None)
+        backoff.wait(LinkError("lost"), lambda text: None)
     assert pauses[0] < 0.5 and max(pauses) < 25
 
 
 def test_a_fault_of_the_servers_own_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    trouble = Trouble(give_up_s=1e6)
+    backoff = Backoff(give_up_s=1e6)
     with pytest.raises(FaultError):
         for _ in range(10):
-            trouble.wait(FaultError("its log has the details"), lambda text: None)
+            backoff.wait(FaultError("its log has the details"), lambda text: None)
 
 
 def test_refusals_between_lost_links_are_not_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad link damages a frame now and then: that is no server that means it."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    trouble = Trouble(give_up_s=1e6)
+    backoff = Backoff(give_up_s=1e6)
     for number in range(100):
-        trouble.wait(LinkError("lost") if number % 3 else FrameError("damaged"), lambda text: None)
+        backoff.wait(LinkError("lost") if number % 3 else FrameError("damaged"), lambda text: None)
 
 
 def _flipped(frame: pb.Frame) -> Iterator[pb.Frame]:
@@ -135,9 +135,9 @@ def test_a_broken_stream_is_freed_without_the_garbage_collector(no_collector: No
 
 def test_what_to_do_about_a_lost_link_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    trouble, said = Trouble(give_up_s=1e6), []
+    backoff, said = Backoff(give_up_s=1e6), []
     for error in ("no answer (refused); check the address", "no answer (refused); check the address", "closed early"):
-        trouble.wait(LinkError(error), said.append)
+        backoff.wait(LinkError(error), said.append)
     assert [line.count("check the address") for line in said] == [1, 0, 0]
     assert "(no answer (refused)); gives up in" in said[1] and "(closed early)" in said[2]
 
@@ -154,6 +154,25 @@ def test_a_certificate_that_is_being_exchanged_ends_no_run(monkeypatch: pytest.M
     attempts = Mock(side_effect=[LinkError("lost"), "done"])
     assert remote._steadily(7, attempts) == "done"
     assert connects.call_count == 2 and attempts.call_count == 2
+    remote.close()
+
+
+def test_weights_that_came_in_part_once_do_not_keep_a_device_trying_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame of the head came, the link broke, and from then on there is no server: it counts once."""
+    remote = RemoteTail("127.0.0.1:1", give_up_s=60)
+    remote.opened = Mock(phase=None)
+    moved: list[bool] = []
+    monkeypatch.setattr(Backoff, "wait", lambda _self, _error, _say, came: moved.append(came))
+
+    def in_part(again: bool) -> bytes:
+        remote._came.frames += not again
+        raise LinkError("lost")
+
+    monkeypatch.setattr(remote, "_head_weights", in_part)
+    monkeypatch.setattr(remote, "_connect", Mock(side_effect=[LinkError("gone"), LinkError("gone"), KeyboardInterrupt]))
+    with pytest.raises(KeyboardInterrupt):
+        remote.head_weights()
+    assert moved == [True, False, False]
     remote.close()
 
 
@@ -189,14 +208,14 @@ def test_a_link_that_moves_in_between_is_not_given_up(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    trouble, breaks = Trouble(give_up_s=600), 0
+    backoff, breaks = Backoff(give_up_s=600), 0
     with pytest.raises(LinkError, match="gave up after"):
         while True:
             now += 500  # in which some of the answer comes
-            trouble.wait(LinkError("lost"), lambda text: None, moved=True)
+            backoff.wait(LinkError("lost"), lambda text: None, moved=True)
             breaks += 1
     assert 10 <= breaks < 20
-    stuck = Trouble(give_up_s=600)
+    stuck = Backoff(give_up_s=600)
     stuck.wait(LinkError("lost"), lambda text: None)
     now += 601
     with pytest.raises(LinkError, match="gave up after"):
@@ -206,7 +225,7 @@ def test_a_link_that_moves_in_between_is_not_given_up(monkeypatch: pytest.Monkey
 def test_a_device_may_never_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
     said: list[str] = []
-    trouble = Trouble(math.inf)
+    backoff = Backoff(math.inf)
     for _ in range(100):
-        trouble.wait(LinkError("lost"), said.append)
+        backoff.wait(LinkError("lost"), said.append)
     assert said[-1] == "reconnecting, attempt 100 (lost); never gives up"

@@ -23,7 +23,7 @@ from common.importance import principal_components
 from common.recipe import parse
 from common.run import RunFolder
 from device_client import batches
-from device_client.basis import rotate
+from device_client.basis import principal_basis
 from device_client.cli import cli
 from device_client.data import Dataset, Part, load
 from device_client.inputs import training_batch
@@ -68,15 +68,12 @@ def test_a_head_that_learnt_alone_is_worth_much(digits: Dataset, tmp_path: Path)
     assert not list((tmp_path / "alone" / "device").glob("local*")), "what it went on from is not needed any more"
 
 
-def test_components_are_of_what_a_head_that_has_learnt_nothing_will_send(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_components_are_of_what_a_head_that_has_learnt_nothing_will_send(digits: Dataset, tmp_path: Path) -> None:
     """Normalised by the batch, as in its first steps: batch norm has no statistics yet, and gets none by looking."""
     text = _text(0, "phases = [[4, 1]]", "principal", data="batch = 32\nevaluation_batch = 1")
     trainer = _trainer(tmp_path, text, digits)
-    monkeypatch.setattr(trainer.remote, "send_basis", lambda basis: None)
     before = [buffer.clone() for buffer in trainer.head.buffers()]
-    rotate(trainer)
+    principal_basis(trainer.head, trainer.data.train, trainer.recipe, trainer.batch, None)
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.head.buffers(), strict=True))
     trainer.head.train()
     inputs, _ = training_batch(trainer.recipe, digits.train, 3, 128)
@@ -252,8 +249,8 @@ def test_the_summary_of_a_run_that_went_on_knows_what_was_learnt_alone(digits: D
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_what_it_has_felt_reaches_the_basis(digits: Dataset, tmp_path: Path) -> None:
-    """And what a run before has felt, which is of another head by now, does not."""
+def test_its_sensitivity_reaches_the_basis(digits: Dataset, tmp_path: Path) -> None:
+    """And that of a run before, which is of another head by now, does not."""
     inprocess.train(recipe_text(schedule="phases = [[0, 0.5]]"), digits, folder=tmp_path / "source")
     source = tmp_path / "source"
     model = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:{source}"'
@@ -262,10 +259,9 @@ def test_what_it_has_felt_reaches_the_basis(digits: Dataset, tmp_path: Path) -> 
         more = {"model": model} if init else {}
         trainer = _trainer(tmp_path / str(number), _text(0.2, start=start, **more), digits)
         trainer.learn_alone()
-        felt = trainer.felt
-        assert (felt is None) == (start == "principal")
+        assert (trainer.sensitivity is None) == (start == "principal")
         trainer.fit(publish=False)
-        assert trainer.remote.sensitivity is None and trainer.felt is None
+        assert trainer.sensitivity is None
         assert trainer.basis is not None
         trainer.remote._stub.close()  # before its folder is collected
         bases.append(trainer.basis)
@@ -274,13 +270,13 @@ def test_what_it_has_felt_reaches_the_basis(digits: Dataset, tmp_path: Path) -> 
     assert by_variance < 1e-4 < min(weighted, after_init)
 
 
-def test_what_it_has_felt_says_what_to_send(digits: Dataset, tmp_path: Path) -> None:
+def test_its_sensitivity_says_what_to_send(digits: Dataset, tmp_path: Path) -> None:
     """With three directions of 32 left the classifier does better by those it listens to than by the loudest."""
     trainer = _trainer(tmp_path, _text(2), digits)
     alone = Local(trainer)
     alone.learn()
-    felt = alone.sensitivity()
-    assert torch.allclose(felt, felt.T) and felt.trace() > 0
+    told = alone.sensitivity()
+    assert torch.allclose(told, told.T) and told.trace() > 0
     trainer.head.eval()
     data, encoder = trainer.recipe.data, trainer.head.bottleneck.weight.detach()
     with torch.no_grad():
@@ -295,7 +291,7 @@ def test_what_it_has_felt_says_what_to_send(digits: Dataset, tmp_path: Path) -> 
             back = torch.einsum("ij,bjhw->bihw", encoder.T @ left, centred) + (encoder.T @ mean)[:, None, None]
             return float(functional.cross_entropy(alone.classifier(back), torch.from_numpy(digits.test.labels).long()))
 
-        assert loss(felt) < 0.9 * loss(None)
+        assert loss(told) < 0.9 * loss(None)
 
 
 def test_a_loss_that_is_not_finite_stops_it(digits: Dataset, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_halves_are_the_whole(name: str) -> None:
         assert len(cuts) > 8
         # All cuts of the small one; of the others some, for tracing them takes a while.
         for cut in cuts if name == "tiny" else cuts[2 :: len(cuts) // 3]:
-            head, tail = split(model, cut)
+            head, tail = split(model, cut, INPUT)
             assert torch.equal(tail(head(x)), expected), cut
             assert not head.state_dict().keys() & tail.state_dict().keys()
             assert head.state_dict().keys() | tail.state_dict().keys() == model.state_dict().keys()

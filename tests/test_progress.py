@@ -10,14 +10,14 @@ import time
 import pytest
 from rich.console import Console
 
-from common.progress import Counting, Live, Screen
+from common.progress import Counting, Screen, StepProgress
 from common.words import several
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_the_time_left_fits(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
-    with Live(console, 123_456) as live:
+    with StepProgress(console, 123_456) as live:
         for done in (10_001, 10_002):
             live.step(done, 2.345, 0.5, (16,), (123_456_789, 98_765_432))
             live._bar.refresh()
@@ -29,7 +29,7 @@ def test_the_time_left_fits(width: int) -> None:
 
 def test_what_is_told_in_place_of_steps_is_not_cut_off() -> None:
     console = Console(file=io.StringIO(), width=40, force_terminal=True)
-    with Live(console, 10) as live:
+    with StepProgress(console, 10) as live:
         live.waiting("reconnecting, attempt 3 (no server answers at 127.0.0.1:50051); gives up in 9:41")
         live._bar.refresh()
     assert "…" not in console.file.getvalue() and "9:41" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ def test_a_log_on_a_full_disk_ends_nothing() -> None:
     with pytest.raises(OSError, match="No space left"):
         screen.print("a result")
     screen.may_be_lost = True
-    with Live(screen, 10) as live:
+    with StepProgress(screen, 10) as live:
         for done in range(5):
             live.say(f"lost {done}")
             live.step(done, 1.0, 0.5, (done,))
@@ -83,7 +83,7 @@ def test_a_terminal_that_is_gone_ends_nothing() -> None:
 
     screen = Screen(file=Gone(), force_terminal=True, width=140)
     screen.may_be_lost = True
-    with Live(screen, 10) as live:
+    with StepProgress(screen, 10) as live:
         live.step(1, 1.0, 0.5, (2,))
         live.say("a line")
     screen.may_be_lost = False
@@ -98,6 +98,6 @@ def test_one_is_not_told_in_the_plural() -> None:
 
 def test_a_nested_phase_is_told_with_all_its_widths() -> None:
     console = Console(file=io.StringIO(), width=140)
-    with Live(console, 10) as live:
+    with StepProgress(console, 10) as live:
         live.step(1, 2.3, 0.1, (2, 4, 8))
     assert "width 2/4/8" in console.file.getvalue()  # type: ignore[attr-defined]

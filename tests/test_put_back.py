@@ -16,17 +16,25 @@ from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from edge_server.host import Host
+from edge_server.live import LiveRun
 from edge_server.sessions import Session
 
 
 def begun(host: Host, step: int = 0, run_id: str = "", kept: tuple[int, ...] = ()) -> tuple[Session, Mock]:
     """A session that trains, and its stream."""
     assert host.run
-    session, _ = host.open(True, run_id, kept, "")
+    session, _ = host.open(True, run_id, kept, "", "")
     stream = Mock()
     stream.cancel.side_effect = lambda part=host.run.part: threading.Thread(target=part, args=(stream,)).start()
     host.begin(session, pb.Begin(samples=64, classes=CLASSES, step=step), stream)
     return session, stream
+
+
+def applied(run: LiveRun) -> None:
+    """Apply the step that was learnt, and keep a checkpoint where one is due after it."""
+    assert run.training
+    if snapshot := run.snapshot(run.training.apply()):
+        run.write(snapshot)
 
 
 @pytest.fixture
@@ -42,7 +50,7 @@ def host(tmp_path: Path) -> Host:
     assert training
     for _ in range(8):
         training.learn(*BATCH)
-        host.run.keep(training.apply())
+        applied(host.run)
     return host
 
 
@@ -82,7 +90,7 @@ def test_a_handshake_that_is_played_once_more_disturbs_nothing(host: Host) -> No
     training = run.training
     _, stream = begun(host, 8, run.run_id, (5, 8))
     # As a device of long ago sent it: what it was told then is not known to whoever plays it now.
-    stranger, told = host.open(True, run.run_id, (0, 5), "")
+    stranger, told = host.open(True, run.run_id, (0, 5), "", "")
     assert told == 5 and run.training is training and run.step == 8 and run.attended
     stream.cancel.assert_not_called()
     with pytest.raises(FrameError, match="Evaluate came before Begin"), host.judging(stranger, Mock()):
@@ -96,11 +104,11 @@ def test_a_handshake_that_is_played_once_more_disturbs_nothing(host: Host) -> No
 def test_a_run_that_went_on_meanwhile_is_not_put_where_it_cannot_be(host: Host) -> None:
     run = host.run
     assert run and run.training
-    late, told = host.open(True, run.run_id, (0,), "")
+    late, told = host.open(True, run.run_id, (0,), "", "")
     assert told == 0
     for _ in range(7):  # checkpoints of steps 10 and 15 take the place of the first
         run.training.learn(*BATCH)
-        run.keep(run.training.apply())
+        applied(run)
     with pytest.raises(SessionError, match="the run has gone on from step 0 meanwhile; open another session"):
         host.begin(late, pb.Begin(samples=64, classes=CLASSES, step=0), Mock())
 
@@ -117,16 +125,16 @@ def test_a_device_that_stayed_while_its_server_was_replaced_can_still_be_replace
     run = other.run
     assert run
     run.every = 5
-    session, told = other.open(True, run.run_id, (0, 5, 8), "")
+    session, told = other.open(True, run.run_id, (0, 5, 8), "", "")
     assert told == 8
     other.begin(session, pb.Begin(samples=64, classes=CLASSES, step=8), Mock())
     assert run.training
     for _ in range(3):
         run.training.learn(*BATCH)
-        run.keep(run.training.apply())
+        applied(run)
     assert run.step == 11 and run.checkpoints.written >= {5, 8, 10}
     # The device died before it kept one of step 10.
-    assert other.open(True, run.run_id, (0, 5), "")[1] == 5
+    assert other.open(True, run.run_id, (0, 5), "", "")[1] == 5
     # It tells of one after all: then the older ones may go.
     run.checkpoints.confirm(10)
     assert run.checkpoints.written == {8, 10}
@@ -136,7 +144,7 @@ def test_what_was_taken_for_a_checkpoint_does_not_change(host: Host) -> None:
     """It is written while the next thing may happen to the network already."""
     run = host.run
     assert run and run.training
-    taken = run.taken()
+    taken = run.snapshot()
     assert taken
     before = {name: value.clone() for name, value in taken.tensors.items()}
     run.training.learn(*BATCH)
@@ -154,7 +162,7 @@ def test_a_run_that_another_device_began_since_is_not_the_first_ones(tmp_path: P
     first, stream = begun(host)
     was = host.run_id
     host.run.part(stream)
-    again, _ = host.open(True, was, (0,), "")
+    again, _ = host.open(True, was, (0,), "", "")
     begun(host)
     assert was and host.run_id not in ("", was)
     for session in (first, again):
@@ -163,14 +171,14 @@ def test_a_run_that_another_device_began_since_is_not_the_first_ones(tmp_path: P
         with pytest.raises((SessionError, FrameError)), host.judging(session, Mock()):
             pass
     with pytest.raises(MismatchError, match=f"holds run {was}, this server trains run {host.run_id}"):
-        host.open(True, was, (0,), "")
+        host.open(True, was, (0,), "", "")
 
 
 def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     """Devices that predict print it: it would be one device's word to another's terminal."""
     text = recipe_text("plain", schedule="phases = [[0, 10]]")
     host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
-    session, _ = host.open(True, "", (), "")
+    session, _ = host.open(True, "", (), "", "")
     classes = (*CLASSES[:-1], "cat\x1b[2J")
     with pytest.raises(MismatchError, match="characters in its name that no terminal shows"):
         host.begin(session, pb.Begin(samples=64, classes=classes), Mock())

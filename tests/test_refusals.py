@@ -20,8 +20,8 @@ from torch import nn
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
 from common import halves, wire
-from common.errors import DepruneError, FrameError, TooLargeError, VersionError
-from common.meter import Draft
+from common.errors import CodecError, DepruneError, FrameError, TooLargeError, VersionError
+from common.meter import Draft, count_of
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server waiting to train the small plain recipe; a refused device must leave it waiting."""
     path = tmp_path_factory.mktemp("refusals")
     (path / "recipe.toml").write_text(recipe_text())
-    arguments = (path / "recipe.toml", "--run", path / "run", "--threads", 1)
+    arguments = (path / "recipe.toml", "--run", path / "run", "--threads", 1, "--max-sessions-each", 64)
     with pair.server(*arguments, log=path / "log") as (process, address):
         yield address
         assert process.poll() is None, (path / "log").read_text()
@@ -137,6 +137,24 @@ def test_wrong_frames_are_refused_in_words(server: str, name: str, words: str) -
     error = answer(server, broken(name))
     assert isinstance(error, TooLargeError if name == "size" else FrameError), error
     assert words in str(error)
+
+
+def test_a_role_that_is_never_sent_is_refused(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the very first frame, and no fault of the server's own comes of it."""
+    for role in (pb.ROLE_UNSPECIFIED, 99):
+        with pytest.raises(CodecError):
+            wire.unsealed(wire.seal(pb.Frame(role=role, leave=pb.Leave())))
+        assert count_of(pb.Frame(role=role))[0] == "control", "it is counted before it is looked at"
+    honest = wire.seal
+
+    def unspecified(message: Any) -> Any:
+        if isinstance(message, pb.Frame):
+            message.role = pb.ROLE_UNSPECIFIED
+        return honest(message)
+
+    monkeypatch.setattr(wire, "seal", unspecified)
+    error = answer(server, [])
+    assert isinstance(error, CodecError), error
 
 
 def test_wrong_protocol_version(server: str) -> None:
@@ -294,6 +312,8 @@ def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: P
         (("train", "127.0.0.1:9", "--data", "digits", "--run", "RUN"), "(Connection refused); check the address"),
         (("train", "127.0.0.1:9", "--data", "digits", "--run", "RUN"), "or give it time with --wait SECONDS"),
         (("train", "http://127.0.0.1:9", "--data", "digits", "--run", "RUN"), "give HOST:PORT, such as"),
+        (("train", "127.0.0.1:²", "--data", "digits", "--run", "RUN"), "'127.0.0.1:²' is not HOST:PORT"),
+        (("train", "127.0.0.1:٣", "--data", "digits", "--run", "RUN"), "'127.0.0.1:٣' is not HOST:PORT"),
         (("train", "::1:9", "--data", "digits", "--run", "RUN"), "without brackets; write [::1]:9"),
         (("predict", "127.0.0.1:9", "--run", "RUN", "a.png"), "holds no finished run"),
         (("evaluate", "127.0.0.1:9", "--data", "digits", "--wait", "0.5"), "gave up after"),

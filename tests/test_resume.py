@@ -105,7 +105,7 @@ def leg(
         remote.open(trains=True)
     trainer = Trainer(remote, data, folder, quiet)
     trainer.prepare((), None)
-    if not trainer.phases:
+    if not trainer.begun:
         folder.start(text)
     after = trainer._after
 
@@ -353,8 +353,8 @@ def test_no_checkpoint_has_the_outcome_of_an_evaluation_without_its_bytes(
         runs.append(run)
         begin(run, *arguments)
 
-    def kept(run: LiveRun, decision: Decision | None = None, anew: bool = False) -> None:
-        keep(run, decision, anew)
+    def kept(run: LiveRun, anew: bool = False) -> None:
+        keep(run, anew)
         order.append("by the evaluation" if anew else "by another")
 
     def slowly(training: Training, *arguments: Any) -> Decision:

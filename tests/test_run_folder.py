@@ -14,7 +14,8 @@ import torch
 from common import checkpoint
 from common.errors import RunFolderError
 from common.files import write_atomically
-from common.run import MetricsLog, RunFolder
+from common.metrics import MetricsLog
+from common.run import RunFolder
 
 
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

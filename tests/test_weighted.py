@@ -1,4 +1,4 @@
-"""Principal components weighted by what the loss felt in the run before: where they come from, and that they arrive."""
+"""Principal components weighted by the sensitivity of the run before: where they come from, and that they arrive."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def _text(source: Path, start: str = "auto", cut: str = "stage1_relu2") -> str:
 class _Seen(RemoteTail):
     """Remembers what crossed before the first step."""
 
-    felt: list[np.ndarray] = []
+    told: list[np.ndarray] = []
     basis: list[np.ndarray] = []
 
-    def _felt(self, stream: Stream, draft: Draft) -> np.ndarray:
-        self.felt.append(super()._felt(stream, draft))
-        return self.felt[-1]
+    def _receive_sensitivity(self, stream: Stream, draft: Draft) -> np.ndarray:
+        self.told.append(super()._receive_sensitivity(stream, draft))
+        return self.told[-1]
 
     def send_basis(self, basis: np.ndarray) -> None:
         self.basis.append(basis)
@@ -64,36 +64,36 @@ class _Seen(RemoteTail):
 
 @pytest.fixture
 def seen() -> type[_Seen]:
-    _Seen.felt, _Seen.basis = [], []
+    _Seen.told, _Seen.basis = [], []
     return _Seen
 
 
-def test_components_are_those_that_are_felt() -> None:
-    """The loudest channel is felt by nobody: the weighted components leave it out, and decode the others better."""
+def test_components_are_those_that_count() -> None:
+    """The loudest channel does not count: the weighted components leave it out, and decode the others better."""
     torch.manual_seed(0)
     activation = torch.randn(256, 4, 3, 3) * torch.tensor([10.0, 2.0, 1.0, 1.0])[:, None, None] + 3
     gradient = torch.randn(256, 4, 3, 3) * torch.tensor([0.0, 1.0, 1.0, 0.1])[:, None, None]
-    felt = importance.feel(gradient)
-    assert torch.allclose(felt.diagonal(), torch.tensor([0.0, 1.0, 1.0, 0.01]), atol=0.1)
+    sensitivity = importance.sensitivity_of(gradient)
+    assert torch.allclose(sensitivity.diagonal(), torch.tensor([0.0, 1.0, 1.0, 0.01]), atol=0.1)
     lost = {}
-    for name, sensitivity in (("principal", None), ("weighted", felt)):
-        components, mean = importance.principal_components(activation.split(100), sensitivity)
+    for name, given in (("principal", None), ("weighted", sensitivity)):
+        components, mean = importance.principal_components(activation.split(100), given)
         inverse = torch.linalg.inv(components)
         kept = torch.einsum("ij,jk,bkhw->bihw", inverse[:, :2], components[:2], activation - mean[:, None, None])
         off = (activation - mean[:, None, None] - kept).transpose(0, 1).reshape(4, -1)
-        lost[name] = float((off * (felt @ off)).sum(0).mean())
+        lost[name] = float((off * (sensitivity @ off)).sum(0).mean())
         if sensitivity is None:
             torch.testing.assert_close(components @ components.T, torch.eye(4), atol=1e-4, rtol=0)
     assert lost["weighted"] < 0.25 * lost["principal"]
     # One that is so faint that it says nothing is left out.
-    faint, plain = (importance.principal_components([activation], given) for given in (0 * felt, None))
+    faint, plain = (importance.principal_components([activation], given) for given in (0 * sensitivity, None))
     assert torch.equal(faint[0], plain[0])
 
 
 def test_a_run_notes_what_its_loss_feels(source: Path) -> None:
-    felt = weights.read(source / "server" / "tail.safetensors")["sensitivity"]
-    assert torch.allclose(felt, felt.T) and float(torch.linalg.eigvalsh(felt)[-1]) > 0
-    assert float(torch.linalg.eigvalsh(felt)[0]) > -1e-6 * float(felt.trace())
+    sensitivity = weights.read(source / "server" / "tail.safetensors")["sensitivity"]
+    assert torch.allclose(sensitivity, sensitivity.T) and float(torch.linalg.eigvalsh(sensitivity)[-1]) > 0
+    assert float(torch.linalg.eigvalsh(sensitivity)[0]) > -1e-6 * float(sensitivity.trace())
 
 
 def _tail(kind: str = "linear") -> halves.Tail:
@@ -101,21 +101,21 @@ def _tail(kind: str = "linear") -> halves.Tail:
 
 
 def test_a_narrow_run_leaves_what_it_does_not_send_alone() -> None:
-    """What was never felt is taken as it comes, what was is averaged, and what is not sent stays as it was."""
+    """The first of a direction is taken as it comes, later ones are averaged, and what is not sent stays as it was."""
     tail = _tail()
     for scale in (1.0, 3.0):
-        tail.feel(scale * torch.ones(8, 4, 8, 8))
+        tail.note_sensitivity(scale * torch.ones(8, 4, 8, 8))
     assert torch.allclose(tail.sensitivity[:4, :4], torch.tensor(1 + 0.1 * (9 - 1)))
     assert not tail.sensitivity[4:].any() and not tail.sensitivity[:, 4:].any()
-    tail.feel(torch.ones(8, 32, 8, 8))
-    tail.feel(torch.zeros(8, 2, 8, 8))
+    tail.note_sensitivity(torch.ones(8, 32, 8, 8))
+    tail.note_sensitivity(torch.zeros(8, 2, 8, 8))
     assert torch.allclose(tail.sensitivity[4:, 4:], torch.ones(28, 28))
 
 
 def test_ranked_channels_are_noted_by_their_place_at_the_cut_and_taken_over_in_their_order() -> None:
     tail, order = _tail("channels"), tuple(reversed(range(32)))
     tail.bottleneck.resize(4, order)
-    tail.feel(torch.arange(1.0, 5.0)[None, :, None, None] * torch.ones(8, 4, 8, 8))
+    tail.note_sensitivity(torch.arange(1.0, 5.0)[None, :, None, None] * torch.ones(8, 4, 8, 8))
     assert tail.sensitivity.diagonal()[-4:].tolist() == [16.0, 9.0, 4.0, 1.0] and not tail.sensitivity[:28].any()
     table, manifest = "phases = [[4, 1]]", Manifest("run", "digest", (), PHASE)
     manifest = replace(manifest, phase=replace(PHASE, width=4, order=order))
@@ -126,9 +126,9 @@ def test_ranked_channels_are_noted_by_their_place_at_the_cut_and_taken_over_in_t
 
 
 def test_there_is_none_where_it_would_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(halves, "MOST_FELT", 31)
+    monkeypatch.setattr(halves, "MOST_WEIGHTED", 31)
     tail = _tail()
-    tail.feel(torch.ones(8, 4, 8, 8))
+    tail.note_sensitivity(torch.ones(8, 4, 8, 8))
     tail.rotate(2 * torch.eye(32), torch.zeros(32))
     assert tail.sensitivity.shape == (0, 0)
     assert torch.equal(tail.bottleneck.weight, _tail().bottleneck.weight / 2)
@@ -144,10 +144,10 @@ def test_the_device_weights_by_it_and_both_sides_turn_alike(digits: Dataset, sou
             turned.extend([encoder.weight.clone(), training.halves.tail.sensitivity.clone()])
 
     inprocess.train(_text(source), digits, seen, watch=watch)
-    felt = weights.read(source / "server" / "tail.safetensors")["sensitivity"]
-    assert np.array_equal(seen.felt[0], felt.numpy())
+    sensitivity = weights.read(source / "server" / "tail.safetensors")["sensitivity"]
+    assert np.array_equal(seen.told[0], sensitivity.numpy())
     encoder, now = turned
-    # In the new directions the loss feels all alike, but for the hundredth that every one has.
+    # In the new directions the sensitivity is all alike, but for the hundredth that every one has.
     assert torch.allclose(now / now.diagonal().mean(), torch.eye(len(now)), atol=0.15)
     torch.testing.assert_close(encoder, torch.from_numpy(seen.basis[0][:-1]))
 
@@ -156,7 +156,7 @@ def test_without_weights_it_is_by_variance_alone(digits: Dataset, source: Path, 
     for text in (_text(source, "principal"), _text(source, cut="stage2_1_relu2")):
         inprocess.train(text, digits, seen)
         components = seen.basis[-1][:-1]
-        assert not seen.felt
+        assert not seen.told
         assert np.allclose(components @ components.T, np.eye(len(components)), atol=1e-4)
 
 
@@ -182,7 +182,7 @@ def test_lost_before_the_first_step(lost: str, source: Path, tmp_path: Path, mon
     lose_before_the_first_step(_text(source), lost, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("damage", [lambda felt: felt * 0, lambda felt: -felt, lambda felt: felt * np.tri(len(felt))])
+@pytest.mark.parametrize("damage", [lambda told: told * 0, lambda told: -told, lambda told: told * np.tri(len(told))])
 def test_a_sensitivity_that_cannot_be_one_is_refused(
     damage: Any, digits: Dataset, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,19 +9,11 @@ import threading
 from collections.abc import Callable
 from functools import cache
 
-from threadpoolctl import ThreadpoolController
-
 from common.codecs.base import NOTHING, Aside, Codec
 from common.codecs.int8 import Int8
 from common.codecs.raw import Fp16, Fp32
 from common.codecs.step import Step
 from common.errors import CodecError
-
-# numpy's products here are small, and its BLAS divides them among threads that spin while they wait: on cores that
-# others use too, coding took 18 times longer. torch, which has a library and threads of its own, is left alone.
-for _library in ThreadpoolController().lib_controllers:
-    if _library.user_api == "blas" and "torch" not in (_library.filepath or ""):
-        _library.set_num_threads(1)
 
 _PATIENCE_S = 4.0
 SNR_RANGE = (1.0, 40.0)  # dB; above, fp16 is the better choice

@@ -11,12 +11,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from common.codecs import mixing
 from common.codecs.base import Buffer, Support
 from common.codecs.mixing import PARENTS
 from common.codecs.quantise import Symbols
 from common.errors import CodecError
+
+# The products of `_likest` are small, and numpy's BLAS divides them among threads that spin while they wait: on cores
+# that others use too, coding took 18 times longer. torch, which has a library and threads of its own, is left alone.
+for _library in ThreadpoolController().lib_controllers:
+    if _library.user_api == "blas" and "torch" not in (_library.filepath or ""):
+        _library.set_num_threads(1)
 
 Array = NDArray[Any]
 Shape = tuple[int, int, int, int]  # channels, pictures, height, width

@@ -19,6 +19,7 @@ from common.models.mobilenetv2 import mobilenetv2
 from common.models.resnet20 import resnet20
 from common.models.tiny import tiny
 from common.models.vgg11 import vgg11
+from common.words import by, one_line
 
 Factory = Callable[[tuple[int, int, int], int], nn.Module]
 
@@ -46,7 +47,7 @@ def build(name: str, input_shape: tuple[int, int, int], classes: int, allowed: C
     if len(input_shape) != 3 or min(input_shape) < 1 or classes < 1:
         raise ModelError(
             f"a model needs an input of channels x height x width and at least one class, all of them positive, "
-            f"not {'x'.join(map(str, input_shape))} and {classes}"
+            f"not {by(input_shape)} and {classes}"
         )
     if name in MODELS:
         return MODELS[name](input_shape, classes)
@@ -77,7 +78,7 @@ def _call_custom(name: str, input_shape: tuple[int, int, int], classes: int) -> 
         # SystemExit: a script without a main guard must not end the server in silence.
         except (Exception, SystemExit) as error:
             raise ModelError(
-                f"the module of model {name} cannot be imported from {Path.cwd()} ({_one_line(error)})"
+                f"the module of model {name} cannot be imported from {Path.cwd()} ({one_line(error)})"
             ) from error
         factory = getattr(module, factory_name, None)
         if not callable(factory):
@@ -88,8 +89,8 @@ def _call_custom(name: str, input_shape: tuple[int, int, int], classes: int) -> 
             raise
         except (Exception, SystemExit) as error:
             raise ModelError(
-                f"the model {name} cannot be built for input {'x'.join(map(str, input_shape))} "
-                f"and {classes} classes ({_one_line(error)})"
+                f"the model {name} cannot be built for input {by(input_shape)} "
+                f"and {classes} classes ({one_line(error)})"
             ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} must return a torch.nn.Module but returned {type(model).__name__}")
@@ -110,7 +111,3 @@ def _current_folder_importable() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(folder)
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

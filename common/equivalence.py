@@ -1,7 +1,7 @@
 """Whether a model's halves do what the whole does; the server asks once, before it waits for a device.
 
 A graph is what forward did while it was traced. What it is known not to do again is refused there, by name
-(traced.py); running both finds the rest: hooks, draws and counters of the model's own, branches on what a tensor is.
+(fx_tracer.py); running both finds the rest: hooks, draws and counters of the model's own, branches on what a tensor is.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import ModelError
 from common.tracing import copy_around_tensors
+from common.words import one_line
 
 # Halves compute in the order of the whole, so they are as good as equal; a difference that is one is not so small.
 _TOLERANCE = 1e-3
@@ -88,7 +89,7 @@ def _compare(expected: list[Tensor], halves: Callable[[], list[Tensor]], when: s
         found = halves()
     except Exception as error:
         raise ModelError(
-            f"cut in two it fails {when}, as a whole it does not ({type(error).__name__}: {error}); cut elsewhere, or "
+            f"cut in two it fails {when}, as a whole it does not ({one_line(error)}); cut elsewhere, or "
             f"change its forward"
         ) from error
     for one, other in zip(expected, found, strict=True):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.recipes import recipe_text
 from common import halves, models
+from common.equivalence import require_same
 from common.errors import ModelError
 from common.partition import describe_cuts, split
 from common.recipe import parse
-from common.same import require_same
 from edge_server import cli as server_cli
 from tests.conftest import failed
 
@@ -132,7 +132,7 @@ def by_numpy(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 def test_what_a_model_draws_by_numpy_is_the_same_in_every_process() -> None:
     """Else a device that comes back has another head than the one that was trained."""
-    name = "tests.test_same:by_numpy"
+    name = "tests.test_equivalence:by_numpy"
     text = recipe_text().replace('"tiny"', f'"{name}"').replace("[1, 16, 16]", "[3, 8, 8]")
     recipe = parse(text.replace('"stage1_relu2"', '"relu"'))
     state = np.random.get_state()[1].copy()  # type: ignore[index]
@@ -147,6 +147,8 @@ def root_hooked(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 def test_the_list_of_cuts_says_it_too() -> None:
     """Before a recipe is written. And channels come first, in a recipe as here."""
-    said = failed(server_cli.cli, "cuts", "tests.test_same:root_hooked", "--input", "3x8x8")
+    said = failed(server_cli.cli, "cuts", "tests.test_equivalence:root_hooked", "--input", "3x8x8")
     assert said.startswith("cut in two it does not compute in evaluation what it does as a whole")
+    for sides in ("3x32x3²", "3x32x٣", "3x32x0", "3x32"):
+        assert f"'{sides}' is not CxHxW" in failed(server_cli.cli, "cuts", "tiny", "--input", sides)
     assert failed(server_cli.cli, "cuts", "tiny", "--input", "32x48x3").endswith("channels come first: 3x32x48")
