@@ -57,6 +57,9 @@ class _Context:
     def peer(self) -> str:
         return "inprocess"
 
+    def is_active(self) -> bool:
+        return True
+
     def set_trailing_metadata(self, metadata: Any) -> None:
         self.metadata = metadata
 

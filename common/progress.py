@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import IO, Any, cast
@@ -19,6 +20,7 @@ from common.words import duration, size
 # Plain lines come at most this often, and at each change of width.
 _EVERY_S = 10.0
 _COUNTED_S = 3.0  # before the first line of what is counted
+_LATE = 64  # steps that an estimate looks back
 # What a terminal that is too narrow goes without, the first of them first.
 _SPARED = ("accuracy", "width", "loss")
 
@@ -102,8 +104,8 @@ class StepProgress:
         self._name = name
         self._console = console
         self._steps = steps
-        # Where the estimate of what is left counts from: the first step here also waits for what is set up.
-        self._first, self._since = done, 0.0
+        # Steps of late and when they were done: the first here also waits for what is set up.
+        self._late: deque[tuple[int, float]] = deque(maxlen=_LATE)
         self._shown = 0.0
         self._width = ""
         self._loss: float | None = None
@@ -133,17 +135,17 @@ class StepProgress:
         accuracy: float,
         widths: Sequence[int] = (),
         crossed: tuple[int, int] | None = None,
+        left_s: float | None = None,
     ) -> None:
         """`done` steps are done; the last had this loss and share of right answers, and one of these widths; bytes up
-        and down, of the run, where any crossed.
+        and down, of the run, where any crossed; `left_s` until the end, else as the steps of late let expect.
         """
         # A running mean over about 20 steps: single batches jump.
         if self._loss is None:
             self._loss, self._accuracy = loss, accuracy
         self._loss, self._accuracy = 0.95 * self._loss + 0.05 * loss, 0.95 * self._accuracy + 0.05 * accuracy
         now = time.monotonic()
-        if not self._since:
-            self._first, self._since = done, now
+        self._late.append((done, now))
         parts = {"step": f"{self._name} {done}/{self._steps}"}
         width = "/".join(map(str, sorted(widths)))
         if width:
@@ -151,9 +153,11 @@ class StepProgress:
         parts |= {"loss": f"loss {self._loss:.3f}", "accuracy": f"acc {self._accuracy:.1%}"}
         if crossed:
             parts |= {"up": f"up {size(crossed[0])}", "down": f"down {size(crossed[1])}"}
-        if done > self._first:
-            left = (now - self._since) / (done - self._first) * (self._steps - done)
-            parts["left"] = f"{duration(left)} left"
+        first, since = self._late[0]
+        if left_s is None and done > first:
+            left_s = (now - since) / (done - first) * (self._steps - done)
+        if left_s is not None:
+            parts["left"] = f"{duration(left_s)} left"
         text = "  ".join(parts.values())
         for name in _SPARED:
             if self._console.is_terminal and len(text) > self._console.width:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -308,6 +309,22 @@ def load(path: Path) -> tuple[Recipe, str]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"the recipe {path} is not text in UTF-8") from error
     return parse(text, str(path)), text
+
+
+def differences(one: Recipe, other: Recipe) -> list[tuple[str, Any, Any]]:
+    """Keys, as a file has them, whose values differ, and the two values."""
+    found = []
+    for name, before, now in _fields(one, other):
+        if dataclasses.is_dataclass(before):
+            found += [(f"{name}.{key}", a, b) for key, a, b in _fields(before, now) if a != b]
+        elif before != now:
+            found.append((name, before, now))
+    return found
+
+
+def _fields(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    for each in dataclasses.fields(one):
+        yield each.name, getattr(one, each.name), getattr(other, each.name)
 
 
 def parse(text: str, source: str = "recipe") -> Recipe:

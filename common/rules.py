@@ -19,8 +19,9 @@ def check(recipe: Recipe) -> None:
         recipe.data.crop < min(recipe.model.input[1:], default=65),
         f"data.crop is {recipe.data.crop}; pictures of {list(recipe.model.input)} can be shifted by less than a side",
     )
+    legal = f"1 or {channels}" if channels > 1 else "1"
     for name, values in (("mean", recipe.data.mean), ("std", recipe.data.std)):
-        demand(len(values) in (1, channels), f"data.{name} has {len(values)} numbers; give 1 or {channels}")
+        demand(len(values) in (1, channels), f"data.{name} has {len(values)} numbers; give {legal}")
     demand(
         recipe.schedule.kind != "plateau" or recipe.data.validation > 0,
         "a plateau schedule needs data.validation above 0: it is decided by the validation loss",

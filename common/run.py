@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import checkpoint
 from common import recipe as recipes
-from common.errors import RunFolderError
+from common.errors import MismatchError, RecipeError, RunFolderError
 from common.files import write_atomically
 from common.metrics import MetricsLog
 from common.recipe import Recipe
@@ -159,6 +159,15 @@ class RunFolder:
         """Head of the newest sound checkpoint of a run that was not finished; None where there is nothing to go on."""
         return None if (self.path / "summary.json").is_file() else checkpoint.newest(self.checkpoints)
 
+    def differs(self, other: Recipe) -> str:
+        """What another recipe says otherwise than the one that lies here, in brackets; "" where that is not known."""
+        try:
+            here, _ = recipes.load(self.path / "recipe.toml")
+        except RecipeError:  # of another release, or edited since
+            return ""
+        found = [f"{key} is {now} and was {before}" for key, before, now in recipes.differences(here, other)]
+        return f" ({'; '.join(found[:3])}{'; and more' * (len(found) > 3)})" if found else ""
+
     def finished(self) -> Manifest | None:
         """The manifest of the finished run that lies here."""
         return self.read()[2] if (self.path / "summary.json").is_file() else None
@@ -226,6 +235,16 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{self.path}/run.json is damaged: {error!r}") from error
         return recipe, text, manifest
+
+    def head_of(self, run_id: str) -> tuple[Recipe, Manifest]:
+        """Recipe and manifest of a finished run whose head lies here; MismatchError where it is another's."""
+        self.left_by(HEAD)
+        recipe, _, manifest = self.read()
+        if manifest.run_id != run_id:
+            raise MismatchError(
+                f"{self.path} holds the head of run {manifest.run_id}; the recipe starts from run {run_id}"
+            )
+        return recipe, manifest
 
     def fill_half(self, name: str, half: nn.Module) -> None:
         from common import weights

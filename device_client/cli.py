@@ -171,6 +171,9 @@ def train(
                 f"the recipe starts from the finished run {opened.init_run_id}, whose head stayed on its device; "
                 f"pass --head with that run's folder"
             )
+        init = RunFolder(head_path) if head_path else None
+        if opened.init_run_id and init and not saved:
+            init.head_of(opened.init_run_id)
         # A card that is not there, too; for the processor torch can wait.
         chosen = None if processor == "cpu" else _compute_with(threads, processor)
         loaded = _load(remote, source, skip_unreadable, ("train", "validation", "test"), limit)
@@ -180,7 +183,6 @@ def train(
         )
         for remark in remarks(opened.recipe, loaded, begun=bool(saved)):
             _say(f"{remark}.")
-        init = RunFolder(head_path) if head_path else None
         if init and not saved and not opened.init_run_id:
             _say(f"--head {head_path} is not needed: the server has the weights that this run begins with.")
         from common.optim import imitated
@@ -247,23 +249,29 @@ def predict(
 
         chosen = _compute_with(threads, processor)
         head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
-        answers, classes = list(use.predict(remote, head, pictures, _say, wait)), remote.opened.classes
+        answers, classes = use.predict(remote, head, pictures, _say, wait), remote.opened.classes
     finally:
         remote.close()
     if as_json:
-        for path, chances in answers:
-            each = dict(zip(classes, chances.tolist(), strict=True))
-            answer = {"picture": str(path), "class": classes[int(chances.argmax())], "probabilities": each}
+        for path, found in answers:
+            answer: dict[str, Any] = {"picture": str(path)}
+            if isinstance(found, DataError):
+                answer["error"] = str(found)
+            else:
+                answer["class"] = classes[int(found.argmax())]
+                answer["probabilities"] = dict(zip(classes, found.tolist(), strict=True))
             click.echo(json.dumps(answer))
     else:
         table = Table(show_edge=False, pad_edge=False)
         for name in ("picture", "class"):
             table.add_column(name, overflow="fold")
         table.add_column("probability", justify="right")
-        for path, chances in answers:
-            table.add_row(escape(str(path)), escape(classes[int(chances.argmax())]), f"{chances.max():.1%}")
+        for path, found in answers:
+            if not isinstance(found, DataError):
+                table.add_row(escape(str(path)), escape(classes[int(found.argmax())]), f"{found.max():.1%}")
         if not console.is_terminal:
             console.width = _LONG  # a line for each picture where a program reads them, however long a path is
         console.print(table)
-    if missing := len(pictures) - len(answers):
-        raise DataError(f"{missing:,} of {len(pictures):,} pictures were left out, for they cannot be read")
+    if missing := sum(isinstance(found, DataError) for _, found in answers):
+        them = "was left out, for it" if missing == 1 else "were left out, for they"
+        raise DataError(f"{missing:,} of {several(len(pictures), 'picture')} {them} cannot be read")

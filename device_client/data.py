@@ -88,8 +88,8 @@ def load(
     opened = open_source(source, input_shape, wants_train, wants_test, known)
     if classes not in (None, len(opened.classes)):
         raise DataError(
-            f"{source} has {len(opened.classes)} classes and the recipe {classes}; use other data or change "
-            f"model.classes"
+            f"{source} has {len(opened.classes)} classes and the recipe {classes}; use other data"
+            f"{'' if known else ', or change model.classes on the server'}"
         )
     wanted: dict[str, tuple[Side, NDArray[np.int64]]] = {}
     if opened.train:

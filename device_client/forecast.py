@@ -35,7 +35,7 @@ class Forecast:
         """`batch`: pictures a step; `parts`: those trained on, of a validation, of the test; `flow`: what the
         connection has sent so far, None where that is not known."""
         samples, validation, test = parts
-        self._epoch = max(1, samples // batch)
+        self._epoch = schedule.steps_per_epoch(samples, batch)
         self._validation, self._test = validation / batch, test / batch  # in steps' worth of pictures
         self._phases, self._planned = schedule.planned(recipe, channels, self._epoch)
         self._flow, self._before = flow, flow()

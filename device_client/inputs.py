@@ -41,12 +41,15 @@ def batches_of(part: Part, recipe: Recipe, size: int) -> Iterator[tuple[torch.Te
         yield torch.from_numpy(pictures), part.labels[start : start + size]
 
 
-def sent_batches(head: Head, part: Part, recipe: Recipe) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What the head in its present mode sends for a part's pictures, unaugmented: ([B, width, ...], labels [B]).
+def sent_batches(
+    head: Head, part: Part, recipe: Recipe, size: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What the head in its present mode sends for a part's pictures, unaugmented, `size` at a time, by default as many
+    as the recipe judges at once: ([B, width, ...], labels [B]).
 
     It computes on no more of them at once than a step of training has, which is what the device has memory for.
     """
-    size = recipe.data.evaluation_batch
+    size = size or recipe.data.evaluation_batch
     for start in range(0, len(part), size):
         batch = Part(part.pictures[start : start + size], part.labels[start : start + size])
         sent, done = np.empty(0, np.float32), 0

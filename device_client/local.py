@@ -90,7 +90,7 @@ class Local:
         if len(data.classes) != classes:
             raise MismatchError(
                 f"the pictures have {len(data.classes)} classes, the recipe {self.recipe.name} has {classes}; use "
-                f"other data or change model.classes"
+                f"other data, or change model.classes on the server"
             )
         if self.trainer.batch < 2:
             raise DataError("one training picture is too few for [local], whose batch norm needs two or more")

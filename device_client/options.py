@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-from typing import Any
-
 import click
 
+from common.options import FILE, Amount, Folder
 from common.pulse import STALLED_S
 from device_client.connection import GIVE_UP_S
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_PLACE = click.Path(file_okay=False, path_type=Path)
-
-
-class _Seconds(click.FloatRange):
-    """So many, or inf."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            known = not math.isnan(float(value))
-        except ValueError:
-            known = False
-        if not known:
-            self.fail(f"{value} is no number of seconds; give one, or inf.", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 class _Source(click.ParamType):
@@ -44,13 +25,13 @@ SHARED = [
     click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores."),
     click.option("--device", "processor", default="cpu", show_default=True, metavar="NAME",
                  help="Where the head computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one."),
-    click.option("--wait", default=0.0, type=_Seconds(0), metavar="SECONDS",
+    click.option("--wait", default=0.0, type=Amount(0), metavar="SECONDS",
                  help="Keep trying so long, or for ever with inf, while the server is not up yet or has no room."),
-    click.option("--tls-ca", type=_FILE, help="Encrypt, and trust servers whose certificate this authority (PEM) "
+    click.option("--tls-ca", type=FILE, help="Encrypt, and trust servers whose certificate this authority (PEM) "
                  "signed."),
-    click.option("--tls-cert", type=_FILE, help="This device's own certificate (PEM), where the server wants one."),
-    click.option("--tls-key", type=_FILE, help="Its key (PEM)."),
-    click.option("--token-file", type=_FILE, help="File with the token, where the server wants one; default: the token "
+    click.option("--tls-cert", type=FILE, help="This device's own certificate (PEM), where the server wants one."),
+    click.option("--tls-key", type=FILE, help="Its key (PEM)."),
+    click.option("--token-file", type=FILE, help="File with the token, where the server wants one; default: the token "
                  "in DEPRUNE_TOKEN."),
 ]  # fmt: skip
 DATA = [
@@ -59,21 +40,21 @@ DATA = [
     click.option("--skip-unreadable", is_flag=True, help="Leave unreadable pictures out instead of stopping."),
 ]  # fmt: skip
 TRAIN = [
-    click.option("--run", "run_path", required=True, type=_PLACE, help="Folder of the run on this device."),
+    click.option("--run", "run_path", required=True, type=Folder(), help="Folder of the run on this device."),
     click.option("--limit", type=click.IntRange(1), help="Use only so many training pictures."),
     click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder."),
-    click.option("--head", "head_path", type=_PLACE,
+    click.option("--head", "head_path", type=Folder(),
                  help="Run folder with the trained head, where the recipe starts from a finished run."),
-    click.option("--give-up-after", default=GIVE_UP_S, show_default=True, type=_Seconds(0), metavar="SECONDS",
+    click.option("--give-up-after", default=GIVE_UP_S, show_default=True, type=Amount(0), metavar="SECONDS",
                  help="Keep trying so long to get a lost server back; where it comes back and is lost again, anew, up "
                  "to ten times. The run can go on later all the same."),
-    click.option("--stalled-after", default=STALLED_S, show_default=True, type=_Seconds(0, min_open=True),
+    click.option("--stalled-after", default=STALLED_S, show_default=True, type=Amount(0, min_open=True),
                  metavar="SECONDS", help="Connect anew where an answer is due and nothing has moved on the link for so "
                  "long."),
     click.option("--publish-head", is_flag=True, help="Give the trained head to the server at the end."),
 ]  # fmt: skip
 USE = [
-    click.option("--run", "run_path", type=_PLACE,
+    click.option("--run", "run_path", type=Folder(),
                  help="Folder of the run on this device; left out: the head that the server publishes."),
     click.option("--width", type=click.IntRange(1),
                  help="Send so many channels, of the widths that the run was trained for; default: its last."),

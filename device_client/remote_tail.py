@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from device_client.link import Stream
 
 # Batches of an evaluation that are on their way at once: hides the link's delay, bounds the memory.
 _IN_FLIGHT = 3
+_ASKED = 32  # and of a prediction, whose batches are single pictures
 # How long a user who pressed Ctrl-C waits at most until the server has been told, which may be at work on all that was
 # asked of a recall; whoever presses it once more does not wait.
 _FAREWELL_S = 10.0
@@ -256,14 +258,24 @@ class RemoteTail(Connection):
         """Logits [B, classes] for each batch of what is sent [B, width, ...]."""
         unknown = pb.SUBSET_UNSPECIFIED
         with Draft(self.meter) as draft, self._evaluation(count, unknown, (), phase, draft) as stream:
-            receive, number = partial(stream.receive, draft), 0
+            receive, waiting, done = partial(stream.receive, draft), deque[int](), 0
+
+            def answer() -> np.ndarray:
+                nonlocal done
+                place, shape = Place(pb.EVALUATION, done, phase.index), (waiting.popleft(), classes)
+                done += 1
+                return wire.unpack(receive(), receive, place, shape, "fp32")
+
+            classes = self.opened.recipe.model.classes
             for number, sent in enumerate(batches):
-                place = Place(pb.EVALUATION, number, phase.index)
-                for frame in self._pack(place, sent, phase):
+                if len(waiting) == _ASKED:
+                    yield answer()
+                for frame in self._pack(Place(pb.EVALUATION, number, phase.index), sent, phase):
                     stream.send(draft.frame(UP, frame))
-                shape = (len(sent), self.opened.recipe.model.classes)
-                yield wire.unpack(receive(), receive, place, shape, "fp32")
-            self._end_evaluation(stream, number + 1, phase, draft)
+                waiting.append(len(sent))
+            while waiting:
+                yield answer()
+            self._end_evaluation(stream, done, phase, draft)
             draft.keep()
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from common.checkpoint import Checkpoint, part
 from common.errors import DataError
 from common.run import HEAD
 from common.schedule import phase_from
-from device_client.data import Part
+from common.words import some
+from device_client.data import Dataset, Part
 
 if TYPE_CHECKING:
     from device_client.trainer import Trainer
@@ -29,6 +31,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     remote, kernel = trainer.remote, trainer.remote.kernel.read()
     return tensors, {
         "half": HEAD, "data": trainer.data_id, "judged": trainer.judged_id,
+        "pictures": len(trainer.data.train), "classes": trainer.data.classes,
         "then": trainer.then, "phases": [asdict(phase) for phase in trainer.phases],
         "meter": remote.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(remote.faults),
         "wall_s": trainer.elapsed_s, "busy_s": trainer.busy_s, "local": trainer.local,
@@ -41,8 +44,8 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
     source = f"the checkpoint of step {step}"
     if kept.state["data"] != trainer.data_id:
         raise DataError(
-            f"these are not the {len(trainer.data.train):,} pictures that the run began with; give it the same --data "
-            f"and --limit, or begin anew with --overwrite on both sides"
+            f"{_other(trainer.data, kept.state)}; give it the same --data and --limit, or begin anew with --overwrite "
+            f"on both sides"
         )
     if kept.state["judged"] != trainer.judged_id:
         raise DataError(
@@ -62,6 +65,21 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
     head.bottleneck.resize(trainer.phase.width, trainer.phase.order)
     head.train(not trainer.phase.frozen)
     return kept
+
+
+def _other(data: Dataset, state: Mapping[str, Any]) -> str:
+    """How a run's pictures are others than those that its state is of."""
+    began, here = tuple(state["classes"]), data.classes
+    if began != here:
+        told = [
+            f"{what} {some([name for name in names if name not in others], 5)}"
+            for what, names, others in (("without", began, here), ("with", here, began))
+            if not set(names) <= set(others)
+        ]
+        return f"the classes are not those that the run began with: {' and '.join(told) or 'in another order'}"
+    if state["pictures"] != len(data.train):
+        return f"the run began with {state['pictures']:,} training pictures, and here are {len(data.train):,}"
+    return f"these are not the {len(data.train):,} pictures that the run began with"
 
 
 def fingerprint(*parts: Part) -> str:

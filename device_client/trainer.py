@@ -24,22 +24,24 @@ from common.progress import Counting, StepProgress, warn
 from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
-from common.run import HEAD, Manifest, RunFolder
+from common.run import Manifest, RunFolder
 from common.schedule import RECALL, Phase, steps_per_epoch
-from common.words import duration, gives_up, several
+from common.words import duration, gives_up, several, size
 from device_client.basis import principal_basis
 from device_client.data import Dataset, Part
+from device_client.forecast import Forecast
 from device_client.inputs import computing, sent_batches, training_batch
 from device_client.link import CURABLE
 from device_client.local import Local
 from device_client.remote_tail import RemoteTail, StepResult
 from device_client.state import fingerprint, restore, state_of
 
-_ROOM_S = 10.0  # between two attempts to write the trained head
+_ROOM_S, _TOLD_EVERY_S = 10.0, 60.0  # between two attempts to write the trained head, and two words about that
 _ROLLBACKS = 5  # in a row that did not come further than the run had been
 
 
 _NOTICEABLE = 0.1  # by more of its length must a run's change that is told
+_TOLD_AFTER, _LONG_S = 24, 60.0  # steps after which it is told what is left, where that is long
 
 
 class Trainer:
@@ -123,12 +125,7 @@ class Trainer:
     def _inherit(self, init: RunFolder | None) -> None:
         wanted = self.opened.init_run_id
         assert init  # the command line has looked
-        source, _, manifest = init.read()
-        if manifest.run_id != wanted:
-            raise MismatchError(
-                f"{init.path} holds the head of run {manifest.run_id}; the recipe starts from run {wanted}"
-            )
-        init.left_by(HEAD)
+        source, manifest = init.head_of(wanted)
         trained = weights.read(init.path / "head.safetensors")
         adopt(self.head, trained, self.recipe, source, manifest)
 
@@ -207,7 +204,9 @@ class Trainer:
 
     def _loop(self, live: StepProgress, planned: int) -> None:
         """Step after step; `planned`: how many the run was to have."""
-        told = planned
+        told, made = planned, 0
+        parts = len(self.data.train), len(self.data.validation), len(self.data.test)
+        forecast = Forecast(self.recipe, self.channels, self.batch, parts, self.remote.kernel.flow)
         while self.then != pb.FINISH:
             if self.stopping:
                 self.resting = True
@@ -215,19 +214,27 @@ class Trainer:
             if self.then == pb.VALIDATE:
                 self._validate(live)
                 continue
-            widths = self.phase.widths
-            line = self._recall_step() if self.phase.kind == RECALL else self._train_step()
+            phase = self.phase
+            line = self._recall_step() if phase.kind == RECALL else self._train_step()
+            forecast.observe(phase, sum(line["seconds"].values()), line["bytes"][UP], line["bytes"][DOWN])
+            left = forecast.left(self.step, self.phase.steps)
+            made += 1
             if self.phase.steps != planned:
                 planned = self.phase.steps
                 live.plan(planned)
                 if abs(planned - told) > _NOTICEABLE * told:
                     told = planned
+                    warmup = self.recipe.optimiser.warmup
+                    rising = f", of which {warmup:,} warm up (optimiser.warmup)" if 3 * warmup > planned else ""
                     live.say(
-                        f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for about {planned:,} steps."
+                        f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for about {planned:,} steps"
+                        f"{rising}."
                     )
             total = self.remote.meter.total
             crossed = total(UP).message, total(DOWN).message
-            live.step(self.step, line["loss"], line["accuracy"], widths, crossed)
+            live.step(self.step, line["loss"], line["accuracy"], phase.widths, crossed, left.seconds if left else None)
+            if left and made == _TOLD_AFTER and left.seconds > _LONG_S:
+                live.say(f"About {duration(left.seconds)} and {size(left.bytes)} are left, as the link is now.")
         if self.recipe.schedule.budget_mb and self.step < planned:
             live.say(
                 f"The budget of {self.recipe.schedule.budget_mb:g} MB was enough for {several(self.step, 'step')}."
@@ -376,7 +383,7 @@ class Trainer:
 
     def _write_head(self, manifest: Manifest) -> None:
         """Where the disk is full, wait for room: there may be no checkpoint either, and all would be lost."""
-        until = time.monotonic() + self.remote.give_up_s
+        until, tell = time.monotonic() + self.remote.give_up_s, 0.0
         while True:
             try:
                 return self.folder.write_half("head", self.head, manifest)
@@ -387,7 +394,13 @@ class Trainer:
                         f"{error}; the run has made all its steps and is not finished: make room, and start it again "
                         f"with the same --run to go on from its newest checkpoint"
                     ) from error
-                warn(self.console, f"{error}; trying again, {gives_up(left)}")
+                if time.monotonic() >= tell:
+                    tell = time.monotonic() + _TOLD_EVERY_S
+                    warn(
+                        self.console,
+                        f"{error}; the trained head is in this process alone: make room for "
+                        f"{size(len(weights.to_bytes(self.head)))}; trying again, {gives_up(left)}",
+                    )
                 time.sleep(min(_ROOM_S, left))
 
     @property

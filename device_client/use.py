@@ -6,7 +6,7 @@ import functools
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -126,10 +126,9 @@ def evaluate(
 
 def predict(
     remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None], wait_s: float = 0.0
-) -> Iterator[tuple[Path, np.ndarray]]:
-    """The probabilities [classes], for each picture file that can be read; `say` is told of the others.
-
-    DataError where there is none.
+) -> list[tuple[Path, np.ndarray | DataError]]:
+    """The probabilities [classes] for each picture file, in the order given, or why it cannot be read, of which `say`
+    is told too. DataError where none can.
     """
     opened = remote.opened
     recipe: Recipe = opened.recipe
@@ -141,30 +140,32 @@ def predict(
         "give fewer at a time",
     )
     read: dict[Path, tuple[Pictures, tuple[int, int]]] = {}
-    unreadable: list[DataError] = []
+    unreadable: dict[Path, DataError] = {}
     for path in dict.fromkeys(paths):
         try:
             read[path] = load_picture(path, (channels, height, width))
         except DataError as error:
-            unreadable.append(error)
+            unreadable[path] = error
     if not read:
         none = f"none of {len(unreadable):,} pictures can be read; " if len(unreadable) > 1 else ""
-        raise DataError(f"{none}{unreadable[0]}")
-    for refused in unreadable:
+        raise DataError(f"{none}{next(iter(unreadable.values()))}")
+    for refused in unreadable.values():
         say(str(refused))
-    paths = [path for path in paths if path in read]
-    pictures = together([read[path][0] for path in paths])
-    other = [path for path in paths if read[path][1] != (width, height)]
+    sound = [path for path in paths if path in read]
+    pictures = together([read[path][0] for path in sound])
+    other = [path for path in sound if read[path][1] != (width, height)]
     if other:
         path, (wide, high) = other[0], read[other[0]][1]
         verb = "is" if len(other) == 1 else "are"
-        what = f"{len(other):,} of {several(len(paths), 'picture')} {verb} scaled to the model's {width}x{height}"
+        what = f"{len(other):,} of {several(len(sound), 'picture')} {verb} scaled to the model's {width}x{height}"
         say(f"{what}, not cropped; {path} was {wide}x{high}.")
     part = Part(pictures, np.zeros(len(pictures), np.int64))
 
     def attempt() -> np.ndarray:
-        sent = (batch for batch, _ in sent_batches(head, part, recipe))
+        # Each by itself: a codec rounds what crosses together by one step, and a picture's answer is its own.
+        sent = (batch for batch, _ in sent_batches(head, part, recipe, 1))
         return np.concatenate(list(remote.predict(sent, len(part), _phase(remote, head.bottleneck.width))))
 
     logits = _again(remote, attempt, say, wait_s)
-    return zip(paths, torch.from_numpy(logits).softmax(1).numpy(), strict=True)
+    found = iter(torch.from_numpy(logits).softmax(1).numpy())
+    return [(path, unreadable[path] if path in unreadable else next(found)) for path in paths]

@@ -24,6 +24,7 @@ from common.tokens import exposed
 from common.words import by, size
 from edge_server import bundled
 from edge_server import certs as certificates
+from edge_server.address import require_free
 from edge_server.limits import Limits
 from edge_server.options import LIMITS, SERVE, Grouped
 
@@ -59,6 +60,7 @@ def serve(
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
     for warning in exposed(tls_key, token_file):
         warn(console, warning)
+    require_free(listen, insecure or tls_cert is not None)
     console.may_be_lost = True
     folder = RunFolder(run_path)
     if recipe:

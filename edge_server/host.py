@@ -97,7 +97,9 @@ class Host:
         checks.require_batch(recipe, halves)
         if saved and saved["digest"] != recipe.digest():
             raise RunFolderError(
-                f"{folder.path} holds an unfinished run of another recipe; choose another --run, or pass --overwrite"
+                f"{folder.path} holds an unfinished run of another recipe, at step {saved['step']:,}"
+                f"{folder.differs(recipe)}; go on with {folder.path / 'recipe.toml'}, choose another --run, or pass "
+                f"--overwrite, which deletes that run"
             )
         initial = None
         if not (saved and saved["step"]):  # else no device can begin it any more

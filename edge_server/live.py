@@ -164,7 +164,7 @@ class LiveRun:
         if len(classes) != expected:
             raise MismatchError(
                 f"the device's pictures have {len(classes)} classes, the recipe {self.recipe.name} has {expected}; "
-                f"use other data or change model.classes"
+                f"use other data, or change model.classes on the server"
             )
         if strange := [name for name in classes if not name.isprintable()]:
             raise MismatchError(

@@ -9,19 +9,19 @@ from typing import Any
 import click
 
 from common.checkpoint import EVERY
+from common.options import FILE, Amount, Folder
 from common.schedule import RECALLED
 from edge_server.limits import Limits
 
 _USUAL = Limits()
-_COUNT, _AMOUNT = click.IntRange(1), click.FloatRange(0, min_open=True)
+_COUNT, _AMOUNT = click.IntRange(1), Amount(0, min_open=True)
 _MB = 1_000_000
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 SERVE = [
     click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path)),
     click.option("--listen", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT",
                  help="Where to listen; port 0 picks a free one and says which."),
-    click.option("--run", "run_path", required=True, type=click.Path(file_okay=False, path_type=Path),
+    click.option("--run", "run_path", required=True, type=Folder(),
                  help="Folder of the run: written when RECIPE is given, else a finished run to serve."),
     click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder."),
     click.option("--once", is_flag=True,
@@ -31,11 +31,11 @@ SERVE = [
     click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores."),
     click.option("--device", "processor", default="auto", show_default=True, metavar="NAME",
                  help="Where the tail computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one."),
-    click.option("--tls-cert", type=_FILE, help="Certificate (PEM)."),
-    click.option("--tls-key", type=_FILE, help="Its key (PEM)."),
-    click.option("--tls-client-ca", type=_FILE,
+    click.option("--tls-cert", type=FILE, help="Certificate (PEM)."),
+    click.option("--tls-key", type=FILE, help="Its key (PEM)."),
+    click.option("--tls-client-ca", type=FILE,
                  help="Let in only devices whose certificate this authority (PEM) signed."),
-    click.option("--token-file", type=_FILE, help="Let in only devices with a token from this file, `NAME TOKEN` a "
+    click.option("--token-file", type=FILE, help="Let in only devices with a token from this file, `NAME TOKEN` a "
                  "line; default: the tokens in DEPRUNE_TOKEN."),
     click.option("--checkpoint-every", default=EVERY, show_default=True, type=click.IntRange(1), metavar="STEPS",
                  help="Steps between two checkpoints, on both sides; more are kept where a phase or a validation "

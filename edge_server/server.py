@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common import signals, tokens
-from common.channel import SERVER_OPTIONS, ServerTls, is_loopback, parse_address, server_credentials
+from common.channel import SERVER_OPTIONS, ServerTls, server_credentials
 from common.errors import DepruneError
 from common.rpc import split_pb2_grpc
+from edge_server.address import require_free
 from edge_server.health import Health
 from edge_server.host import Host
 from edge_server.identity import Guard
@@ -40,12 +38,7 @@ class Server:
     def __init__(
         self, host: Host, address: str, tls: ServerTls | None, insecure: bool, token_file: Path | None
     ) -> None:
-        name, _ = parse_address(address)
-        if not (tls or insecure or is_loopback(name)):
-            raise DepruneError(
-                f"{address} can be reached from outside and nothing would be encrypted: give --tls-cert and --tls-key, "
-                f"or --insecure where the network itself is trusted"
-            )
+        require_free(address, insecure or tls is not None)
         self.host = host
         known = tokens.known(token_file, host.note)
         if known and not tls:
@@ -53,7 +46,6 @@ class Server:
                 f"tokens are only taken over TLS: give --tls-cert and --tls-key too, or leave out --token-file and "
                 f"{tokens.VARIABLE}"
             )
-        _check_free(address)
         guard = Guard(bool(tls and tls.client_ca), known)
         # A stream holds its thread as long as it lives. What finds none is refused: the queue would have no end.
         calls = host.limits.calls
@@ -93,31 +85,6 @@ class Server:
                 self._grpc.stop(0).wait()
                 break
         host.close()
-
-
-def _check_free(address: str) -> None:
-    """Raise where nothing can listen on HOST:PORT: gRPC would print lines of its own before it says so."""
-    host, port = parse_address(address)
-    failed: list[OSError] = []
-    places: list[Any] = []
-    try:
-        places = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        failed.append(error)
-    for family, kind, protocol, _, place in places:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(place)
-                probe.listen(1)
-        except OSError as error:
-            failed.append(error)
-    # gRPC is content with one of a name's addresses: others may be none of this machine's, but not another server's.
-    taken = [error for error in failed if error.errno == errno.EADDRINUSE]
-    if taken or len(failed) >= max(1, len(places)):
-        cause = (taken or failed)[0]
-        reason = cause.strerror or str(cause)
-        raise DepruneError(f"cannot listen on {address}: {reason}; choose another --listen HOST:PORT") from cause
 
 
 def run(server: Server, once: bool, started: Callable[[], None]) -> str:

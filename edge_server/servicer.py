@@ -27,6 +27,7 @@ from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.rpc_errors import abort
 from common.wire import Place
+from common.words import several, size
 from edge_server.bucket import Bucket
 from edge_server.evaluate_stream import evaluate
 from edge_server.host import Host
@@ -89,10 +90,12 @@ class Servicer(split_pb2_grpc.SplitServicer):
             return
         untold, self._untold = self._untold, 0
         more = f" (and {untold:,} more since the last of these lines)" if untold else ""
-        # A device that comes back to a server that was restarted brings the session it had, and opens another.
         kind = "Note" if isinstance(error, StoppedError | SessionError) else "Refused"
+        text = str(error)
+        if isinstance(error, SessionError):  # whose sentence is for the device
+            text = "a device came with a session of an earlier start, or one idle too long; it opens another by itself"
         # A sentence may quote what came, which may be long.
-        self.host.console.print(f"[yellow]{kind}[/yellow]{more}: {escape(printable(str(error), 500))}", highlight=False)
+        self.host.console.print(f"[yellow]{kind}[/yellow]{more}: {escape(printable(text, 500))}", highlight=False)
 
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
@@ -149,12 +152,22 @@ class Servicer(split_pb2_grpc.SplitServicer):
             session = receive.session
             begun = self.host.begin(session, receive.begin, context)
             assert session.run
+            lost = True
             try:
                 with session.streaming():
                     yield from stream.sending(TrainStream(self.host, session.run, receive).frames(begun))
+                lost = False
+            except DepruneError:
+                lost = False  # told as what it is
+                raise
             finally:
                 receive.draft.drop()
                 session.run.part(context)
+                if lost and not context.is_active() and not self.host.stopping:
+                    self._tell(StoppedError(
+                        f"the connection to the device was lost; its run waits at step {session.run.step:,} for it to "
+                        f"come back"
+                    ))  # fmt: skip
 
     @_streaming
     def Evaluate(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:
@@ -177,6 +190,11 @@ class Servicer(split_pb2_grpc.SplitServicer):
             stack.enter_context(session.streaming())
             stack.callback(receive.draft.drop)
             yield from stream.sending(evaluate(self.host, receive, training))
+            if not training and self._lines.spare(1.0):
+                who, sent = escape(session.identity) or "A device", session.meter.total(UP).message
+                count = several(receive.begin.samples, "picture")
+                what = "judged" if receive.begin.subset == pb.TEST else "named"
+                self.host.console.print(f"{who} had {count} {what}: {size(sent)} up.", highlight=False)
 
     def _incoming(self, frames: Iterator[pb.Frame], stream: Watched) -> Incoming:
         context = stream.context

@@ -17,7 +17,7 @@ from benchmarks import pair
 from common.errors import DepruneError, RecipeError, RunFolderError
 from common.files import write_atomically
 from common.run import RunFolder
-from edge_server import bundled, server
+from edge_server import address, bundled
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,12 +118,12 @@ def test_all_addresses_of_a_name_must_be_free(monkeypatch: pytest.MonkeyPatch) -
 
         places("127.0.0.1", "127.0.0.2")
         with pytest.raises(DepruneError, match="Address already in use"):
-            server._check_free(f"localhost:{port}")
+            address.require_free(f"localhost:{port}", outside=False)
         places("192.0.2.1", "127.0.0.1")
-        server._check_free(f"localhost:{port}")
+        address.require_free(f"localhost:{port}", outside=False)
         places("192.0.2.1")
         with pytest.raises(DepruneError, match="Cannot assign requested address"):
-            server._check_free(f"localhost:{port}")
+            address.require_free(f"localhost:{port}", outside=False)
 
 
 def test_recipes_come_along_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
     assert (rows["3.png"][2], rows["7.png"][2]) == ("3", "7"), named.stdout + named.stderr
     assert "2 of 2 pictures are scaled to the model's 16x16" in named.stdout and "3.png" in text
     assert partly.returncode == 1 and partly.stdout.count("%") == 2 and f"{broken} cannot be read" in partly.stdout
-    assert "1 of 3 pictures were left out" in partly.stderr, partly.stderr
+    assert "1 of 3 pictures was left out" in partly.stderr, partly.stderr
     assert nothing.returncode == 1 and "none of 2 pictures can be read; the picture" in nothing.stderr, nothing.stderr
     assert mistyped.returncode == 1 and "holds no finished run; check --run" in mistyped.stderr.replace("\n", " ")
 

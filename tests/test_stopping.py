@@ -54,8 +54,8 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
         server_process.terminate()
         server_process.wait(timeout=30)
     log = (tmp_path / "log").read_text()
-    # 1: it gave up without its server; else as shells have it, for a script must see that the run is not finished.
-    assert device.returncode == (128 + number if side == "device" else 1) and server_process.returncode == 0
+    # 75: it gave up without its server; else as shells have it, for a script must see that the run is not finished.
+    assert device.returncode == (128 + number if side == "device" else 75) and server_process.returncode == 0
     assert "Error" not in log and "Refused: the server was stopped" not in log
     assert "Traceback" not in out + err + log, out + err + log
     steps = {path.name for side in ("device", "server") for path in (tmp_path / side / "checkpoints").glob("step-*")}
@@ -139,7 +139,7 @@ def test_both_sides_stopped_go_on_where_they_stood(gives_up: bool, tmp_path: Pat
             time.sleep(0.05)
         if not gives_up:
             device.send_signal(signal.SIGINT)
-        assert device.wait(timeout=60) == (1 if gives_up else 130), log.read_text()
+        assert device.wait(timeout=60) == (75 if gives_up else 130), log.read_text()
     stood = {side: max((tmp_path / side / "checkpoints").glob("step-*")).name for side in ("device", "server")}
     assert stood["device"] == stood["server"] > "step-000000000009", stood
     with pair.server(*serve, log=tmp_path / "log2") as (server, address):

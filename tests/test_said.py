@@ -1,0 +1,89 @@
+"""What each side says of the other: lost devices, uses, what is not the same as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import pair
+from benchmarks.recipes import recipe_text
+from common import recipe
+from common.recipe import differences
+from device_client.data import Dataset, Part
+from device_client.state import _other
+from edge_server import cli as server_cli
+from tests.conftest import Run, failed
+from tests.test_resume import leg
+
+
+def test_a_device_that_is_killed_is_missed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(recipe_text(schedule="phases = [[0, 500]]"))
+    log = tmp_path / "log"
+    with pair.server(tmp_path / "recipe.toml", "--run", tmp_path / "server", log=log) as (_, address):
+        line = pair.command("device-client", "train", address, "--data", "digits", "--run", tmp_path / "device")
+        with subprocess.Popen(line, stdout=subprocess.DEVNULL, env=pair.environment()) as device:
+            metrics, deadline = tmp_path / "device" / "metrics.jsonl", time.monotonic() + 60
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os.kill(device.pid, signal.SIGKILL)
+        while "was lost" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert log.read_text().count("Note: the connection to the device was lost; its run waits at step ") == 1
+
+
+def test_uses_are_logged_and_a_picture_has_one_answer(deprune_run: Run, tmp_path: Path) -> None:
+    """Whatever is beside it, which a codec rounds by one step with it, if it crosses with it."""
+    pictures = [tmp_path / f"{number}.png" for number in range(6)]
+    random = np.random.default_rng(0)
+    for number, path in enumerate(pictures):
+        Image.fromarray(random.integers(0, 40 * number + 2, (16, 16), dtype=np.uint8)).save(path)
+    log = tmp_path / "log"
+    run = ("--run", deprune_run.path / "device", "--json")
+    with pair.server("--run", deprune_run.path / "server", log=log) as (_, address):
+        together = pair.device("predict", address, *run, *pictures, tmp_path / "none.png", capture_output=True)
+        alone = [
+            pair.device("predict", address, *run, path, capture_output=True) for path in (pictures[0], pictures[5])
+        ]
+        pair.device("evaluate", address, "--data", "digits", *run, capture_output=True)
+    *named, missing = [json.loads(line) for line in together.stdout.splitlines()]
+    assert [json.loads(each.stdout) for each in alone] == [named[0], named[5]]
+    assert missing["picture"].endswith("none.png") and "cannot be read" in missing["error"]
+    assert together.returncode == 1 and "1 of 7 pictures was left out, for it cannot be read" in together.stderr
+    text = log.read_text()
+    assert "A device had 6 pictures named: " in text and "A device had 359 pictures judged: " in text, text
+
+
+@pytest.mark.parametrize(
+    ("began", "here", "words"),
+    [
+        ((3, ("a", "b")), (2, ("a", "b")), "the run began with 3 training pictures, and here are 2"),
+        ((2, ("a", "b")), (2, ("a", "b")), "these are not the 2 pictures that the run began with"),
+        ((2, ("a", "b")), (2, ("a", "c")), "not those that the run began with: without b and with c"),
+        ((2, ("a", "b")), (2, ("b", "a")), "not those that the run began with: in another order"),
+    ],
+)
+def test_other_pictures_are_told_apart(
+    began: tuple[int, tuple[str, ...]], here: tuple[int, tuple[str, ...]], words: str
+) -> None:
+    part = Part(np.zeros((here[0], 1, 4, 4), np.uint8), np.zeros(here[0], np.int64))
+    data = Dataset(here[1], part, part, part, ())
+    assert words in _other(data, {"pictures": began[0], "classes": list(began[1])})
+
+
+def test_what_a_changed_recipe_changes_is_told(few: Dataset, tmp_path: Path) -> None:
+    text = recipe_text(schedule="phases = [[0, 2]]")
+    other = text.replace("lr = 0.05", "lr = 0.02").replace("[[0, 2]]", "[[0, 3]]")
+    found = differences(recipe.parse(text), recipe.parse(other))
+    assert [key for key, *_ in found] == ["schedule.phases", "optimiser.lr"]
+    leg(tmp_path, text, few, until=8)
+    (tmp_path / "recipe.toml").write_text(other)
+    told = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "server")
+    assert "optimiser.lr is 0.02 and was 0.05" in told and "server/recipe.toml, choose another --run" in told
