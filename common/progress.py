@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, cast
 
@@ -96,6 +97,19 @@ class Counting:
         self._console.print(f"{self._doing} {done:,} of {total:,} {self._what}, {left} left", highlight=False)
 
 
+@dataclass
+class RunningMean:
+    """Loss and share of right answers over about 20 steps, for single batches jump; a run goes on with them."""
+
+    loss: float | None = None
+    accuracy: float = 0.0
+
+    def add(self, loss: float, accuracy: float) -> None:
+        if self.loss is None:
+            self.loss, self.accuracy = loss, accuracy
+        self.loss, self.accuracy = 0.95 * self.loss + 0.05 * loss, 0.95 * self.accuracy + 0.05 * accuracy
+
+
 class StepProgress:
     """Shows steps done, width, loss, accuracy, bytes and the time left, while it is entered."""
 
@@ -108,8 +122,6 @@ class StepProgress:
         self._late: deque[tuple[int, float]] = deque(maxlen=_LATE)
         self._shown = 0.0
         self._width = ""
-        self._loss: float | None = None
-        self._accuracy = 0.0
         # The bar is for wide terminals; what is told in place of steps may be longer than a line.
         bar = [BarColumn(bar_width=24)] if console.width >= 120 else []
         self._bar = Progress(
@@ -131,26 +143,21 @@ class StepProgress:
     def step(
         self,
         done: int,
-        loss: float,
-        accuracy: float,
+        mean: RunningMean,
         widths: Sequence[int] = (),
         crossed: tuple[int, int] | None = None,
         left_s: float | None = None,
     ) -> None:
-        """`done` steps are done; the last had this loss and share of right answers, and one of these widths; bytes up
-        and down, of the run, where any crossed; `left_s` until the end, else as the steps of late let expect.
+        """`done` steps are done, with this `mean` of late, and the last had one of these widths; bytes up and down, of
+        the run, where any crossed; `left_s` until the end, else as the steps of late let expect.
         """
-        # A running mean over about 20 steps: single batches jump.
-        if self._loss is None:
-            self._loss, self._accuracy = loss, accuracy
-        self._loss, self._accuracy = 0.95 * self._loss + 0.05 * loss, 0.95 * self._accuracy + 0.05 * accuracy
         now = time.monotonic()
         self._late.append((done, now))
         parts = {"step": f"{self._name} {done}/{self._steps}"}
         width = "/".join(map(str, sorted(widths)))
         if width:
             parts["width"] = f"width {width}"
-        parts |= {"loss": f"loss {self._loss:.3f}", "accuracy": f"acc {self._accuracy:.1%}"}
+        parts |= {"loss": f"loss {mean.loss:.3f}", "accuracy": f"acc {mean.accuracy:.1%}"}
         if crossed:
             parts |= {"up": f"up {size(crossed[0])}", "down": f"down {size(crossed[1])}"}
         first, since = self._late[0]

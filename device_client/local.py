@@ -24,7 +24,7 @@ from common.checkpoint import Checkpoints, due, part
 from common.errors import DataError, DivergedError, MismatchError, ModelError, RunFolderError
 from common.halves import MOST_WEIGHTED, reseed
 from common.processor import fits
-from common.progress import StepProgress, warn
+from common.progress import RunningMean, StepProgress, warn
 from common.schedule import Phase, steps_of, steps_per_epoch
 from common.words import several
 from device_client.inputs import batches_of, computing, training_batch
@@ -109,6 +109,7 @@ class Local:
             alone = several(self.recipe.local.epochs, "epoch")
             console.print(f"The head learns alone for {alone} before anything crosses{going}.", highlight=False)
         self.head.train(), self.classifier.train()
+        mean = RunningMean()
         with StepProgress(console, self.steps, self.step, "local step") as live:
             while self.step < self.steps:
                 if trainer.stopping:
@@ -119,7 +120,8 @@ class Local:
                 loss, right = self._learn_step()
                 trainer.busy_s += time.perf_counter() - started
                 self.step += 1
-                live.step(self.step, loss, right / trainer.batch)
+                mean.add(loss, right / trainer.batch)
+                live.step(self.step, mean)
                 if due(self.step, trainer.opened.checkpoint_every, turn=self.step == self.steps):
                     self.keep()
         self.optimiser.zero_grad()

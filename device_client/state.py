@@ -13,6 +13,7 @@ import torch
 from common import optim, weights
 from common.checkpoint import Checkpoint, part
 from common.errors import DataError
+from common.progress import RunningMean
 from common.run import HEAD
 from common.schedule import phase_from
 from common.words import some
@@ -35,6 +36,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         "then": trainer.then, "phases": [asdict(phase) for phase in trainer.phases],
         "meter": remote.meter.state(), "kernel": asdict(kernel) if kernel else None, "faults": asdict(remote.faults),
         "wall_s": trainer.elapsed_s, "busy_s": trainer.busy_s, "local": trainer.local,
+        "mean": asdict(trainer.mean),
     }  # fmt: skip
 
 
@@ -57,6 +59,7 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
     trainer.optimiser = optim.build(trainer.recipe.optimiser, head.layers, head.bottleneck)
     optim.restore(trainer.optimiser, part(kept.tensors, "optimiser"), source)
     trainer.step, trainer.then, trainer.busy_s = step, kept.state["then"], kept.state["busy_s"]
+    trainer.mean = RunningMean(**kept.state["mean"])
     trainer.local = kept.state["local"]
     trainer.phases = [phase_from(table) for table in kept.state["phases"]]
     if "basis" in kept.tensors:

@@ -20,7 +20,7 @@ from common.meter import DOWN, UP
 from common.metrics import metrics_line
 from common.phase_message import phase_of
 from common.processor import fits
-from common.progress import Counting, StepProgress, warn
+from common.progress import Counting, RunningMean, StepProgress, warn
 from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
@@ -69,6 +69,7 @@ class Trainer:
         self.local: dict[str, Any] | None = None  # what the head has learnt alone, for the summary
         self.sensitivity: torch.Tensor | None = None  # [C, C], of that classifier's loss, until the basis is made
         self.busy_s = 0.0  # spent computing in training steps
+        self.mean = RunningMean()  # for whoever looks on
         self.stopping = False  # set by whoever wants the run to rest after the present step
         self.resting = False  # it does: between two steps, so that a checkpoint can be kept
         self.checkpoints = Checkpoints(folder.checkpoints, self.opened.run_id, self.recipe.digest())
@@ -232,7 +233,7 @@ class Trainer:
                     )
             total = self.remote.meter.total
             crossed = total(UP).message, total(DOWN).message
-            live.step(self.step, line["loss"], line["accuracy"], phase.widths, crossed, left.seconds if left else None)
+            live.step(self.step, self.mean, phase.widths, crossed, left.seconds if left else None)
             if left and made == _TOLD_AFTER and left.seconds > _LONG_S:
                 live.say(f"About {duration(left.seconds)} and {size(left.bytes)} are left, as the link is now.")
         if self.recipe.schedule.budget_mb and self.step < planned:
@@ -304,6 +305,7 @@ class Trainer:
         if result.next:
             self._switch(result.next)
         width, accuracy = phase.width_at(self.recipe.seed, step), result.correct / self.batch
+        self.mean.add(result.loss, accuracy)
         line = metrics_line(step, phase, width, result.loss, accuracy, self.remote.meter.lap(), seconds)
         # Logged before a checkpoint says that the step is done: a process that dies in between leaves no gap.
         if warning := self.folder.log(line):

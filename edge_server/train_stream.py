@@ -227,7 +227,8 @@ class TrainStream:
             warn(run.console, warning)
         crossed = run.meter.total(UP).message, run.meter.total(DOWN).message
         live.plan(training.coordinator.steps)
-        live.step(training.step, loss, accuracy, phase.widths, crossed)
+        training.mean.add(loss, accuracy)
+        live.step(training.step, training.mean, phase.widths, crossed)
 
     def _pause(self, leave: pb.Leave) -> None:
         """The device's user has stopped it; both sides keep where they stand, and the run waits."""

@@ -19,6 +19,7 @@ from common.checkpoint import Checkpoint, part
 from common.errors import DivergedError, FrameError, ModelError
 from common.halves import Halves, reseed
 from common.processor import fits
+from common.progress import RunningMean
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.schedule import RANK, RECALL, STORE, Phase, phase_from, steps_per_epoch
@@ -46,6 +47,7 @@ class Training:
     rotated: bool = False  # the device's basis has come, where one is wanted
     wall_s: float = 0.0  # taken by the run before this process
     busy_s: float = 0.0  # spent computing
+    mean: RunningMean = field(default_factory=RunningMean)  # for whoever looks on
     test: Judgement | None = None
     evaluated: set[tuple[int, bool]] = field(default_factory=set)  # (step, on the test part) of those made so far
     store: Store | None = None
@@ -238,7 +240,7 @@ class Training:
             "outlived": {path.name: last for path, last in self._outlived.items()},
             "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,
             "evaluated": sorted(self.evaluated), "test": asdict(self.test) if self.test else None,
-            "judged_in": [self._judged_in[0], asdict(self._judged_in[1])],
+            "mean": asdict(self.mean), "judged_in": [self._judged_in[0], asdict(self._judged_in[1])],
         }  # fmt: skip
 
     def restore(self, kept: Checkpoint) -> None:
@@ -249,6 +251,7 @@ class Training:
         optim.restore(self._optimiser, part(kept.tensors, "optimiser"), source)
         self.step, self.rotated = kept.step, state["rotated"]
         self.wall_s, self.busy_s = state["wall_s"], state["busy_s"]
+        self.mean = RunningMean(**state["mean"])
         self.evaluated = {(step, on_test) for step, on_test in state["evaluated"]}
         self.test = Judgement(**state["test"]) if state["test"] else None
         self._outlived = {self.folder / name: last for name, last in state["outlived"].items()}

@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from common.progress import Counting, Screen, StepProgress
+from common.progress import Counting, RunningMean, Screen, StepProgress
 from common.words import several
 
 
@@ -19,7 +19,7 @@ def test_the_time_left_fits(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
     with StepProgress(console, 123_456) as live:
         for done in (10_001, 10_002):
-            live.step(done, 2.345, 0.5, (16,), (123_456_789, 98_765_432))
+            live.step(done, RunningMean(2.345, 0.5), (16,), (123_456_789, 98_765_432))
             live._bar.refresh()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
     line = next(line for line in reversed(re.split(r"[\r\n]", shown)) if "10002/123456" in line)
@@ -65,7 +65,7 @@ def test_a_log_on_a_full_disk_ends_nothing() -> None:
     with StepProgress(screen, 10) as live:
         for done in range(5):
             live.say(f"lost {done}")
-            live.step(done, 1.0, 0.5, (done,))
+            live.step(done, RunningMean(1.0, 0.5), (done,))
         disk.full = False
         live.say("there is room again")
     assert disk.getvalue() == "there is room again\n"
@@ -84,7 +84,7 @@ def test_a_terminal_that_is_gone_ends_nothing() -> None:
     screen = Screen(file=Gone(), force_terminal=True, width=140)
     screen.may_be_lost = True
     with StepProgress(screen, 10) as live:
-        live.step(1, 1.0, 0.5, (2,))
+        live.step(1, RunningMean(1.0, 0.5), (2,))
         live.say("a line")
     screen.may_be_lost = False
     with pytest.raises(OSError, match="Input/output error"):
@@ -99,5 +99,5 @@ def test_one_is_not_told_in_the_plural() -> None:
 def test_a_nested_phase_is_told_with_all_its_widths() -> None:
     console = Console(file=io.StringIO(), width=140)
     with StepProgress(console, 10) as live:
-        live.step(1, 2.3, 0.1, (2, 4, 8))
+        live.step(1, RunningMean(2.3, 0.1), (2, 4, 8))
     assert "width 2/4/8" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
 from common import recipe
+from common.progress import RunningMean, StepProgress
 from common.recipe import differences
 from device_client.data import Dataset, Part
 from device_client.state import _other
@@ -87,3 +89,23 @@ def test_what_a_changed_recipe_changes_is_told(few: Dataset, tmp_path: Path) -> 
     (tmp_path / "recipe.toml").write_text(other)
     told = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "server")
     assert "optimiser.lr is 0.02 and was 0.05" in told and "server/recipe.toml, choose another --run" in told
+
+
+def test_what_is_shown_goes_on_where_it_was(few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and accuracy over 20 steps, on both sides, and not of the first batch of a new process alone."""
+    shown: list[tuple[int, float | None, float]] = []
+    step = StepProgress.step
+
+    def watched(self: StepProgress, done: int, mean: RunningMean, *rest: Any) -> None:
+        shown.append((done, mean.loss, mean.accuracy))
+        step(self, done, mean, *rest)
+
+    monkeypatch.setattr(StepProgress, "step", watched)
+    text = recipe_text(schedule="phases = [[0, 2]]")
+    leg(tmp_path / "whole", text, few)
+    whole = {done: rest for done, *rest in shown}
+    shown.clear()
+    for until in (6, 11, None):
+        leg(tmp_path / "broken", text, few, until)
+    assert len(shown) > 2 * len(whole), "both sides, and some steps once more"
+    assert all(rest == whole[done] for done, *rest in shown)
