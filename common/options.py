@@ -1,4 +1,4 @@
-"""Kinds of values that options of both commands take."""
+"""What options of both commands have in common."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+TIMES = click.option("--times", is_flag=True, help="Begin each line with the time (UTC), in a log that nobody stamps.")
 
 
 class Amount(click.FloatRange):

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO, Any, cast
 
@@ -49,7 +50,7 @@ class _Losing:
 
     def write(self, text: str) -> int:
         with self._screen.losing():
-            return self._file.write(text)
+            return self._file.write(self._screen.stamped(text))
         return len(text)
 
     def flush(self) -> None:
@@ -63,10 +64,18 @@ class Screen(Console):
     """
 
     may_be_lost = False
+    timed = False  # each line begins with the time: for a log that nobody else stamps
 
     @property  # type: ignore[misc]
     def file(self) -> IO[str]:
         return cast(IO[str], _Losing(Console.file.fget(self), self))  # type: ignore[attr-defined]
+
+    def stamped(self, text: str) -> str:
+        """`text`, of whole lines where it goes to a file, as it is written."""
+        if not self.timed:
+            return text
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return "".join(f"{now} {line}" if line.strip() else line for line in text.splitlines(keepends=True))
 
     @contextlib.contextmanager
     def losing(self) -> Iterator[None]:

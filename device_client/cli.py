@@ -122,14 +122,14 @@ def _load(
 def train(
     server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, processor: str, source: str,
     skip_unreadable: bool, limit: int | None, overwrite: bool, head_path: Path | None, wait: float,
-    give_up_after: float, stalled_after: float, publish_head: bool, **access: Any,
+    give_up_after: float, stalled_after: float, publish_head: bool, times: bool, **access: Any,
 ) -> None:  # fmt: skip
     """Train the server's recipe on this device's pictures.
 
     A run in --run that was not finished goes on where its newest checkpoint was taken; one that was is left alone.
     """
     check_source(source)
-    console.may_be_lost = True
+    console.may_be_lost, console.timed = True, times and not console.is_terminal
     folder = RunFolder(run_path)
     click.get_current_context().with_resource(folder.claimed())
     saved = folder.left_by(HEAD)

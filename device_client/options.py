@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from common.options import FILE, Amount, Folder
+from common.options import FILE, TIMES, Amount, Folder
 from common.pulse import STALLED_S
 from device_client.connection import GIVE_UP_S
 
@@ -41,6 +41,7 @@ DATA = [
 ]  # fmt: skip
 TRAIN = [
     click.option("--run", "run_path", required=True, type=Folder(), help="Folder of the run on this device."),
+    TIMES,
     click.option("--limit", type=click.IntRange(1), help="Use only so many training pictures."),
     click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder."),
     click.option("--head", "head_path", type=Folder(),

@@ -45,7 +45,7 @@ def cli() -> None:
 def serve(
     recipe: Path | None, listen: str, run_path: Path, overwrite: bool, once: bool, allowed: tuple[str, ...],
     threads: int | None, processor: str, tls_cert: Path | None, tls_key: Path | None, tls_client_ca: Path | None,
-    token_file: Path | None, checkpoint_every: int, insecure: bool, **limits: Any,
+    token_file: Path | None, checkpoint_every: int, times: bool, insecure: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Train RECIPE with a device, then serve the finished run; without RECIPE, serve the finished run in --run.
 
@@ -61,7 +61,7 @@ def serve(
     for warning in exposed(tls_key, token_file):
         warn(console, warning)
     require_free(listen, insecure or tls_cert is not None)
-    console.may_be_lost = True
+    console.may_be_lost, console.timed = True, times and not console.is_terminal
     folder = RunFolder(run_path)
     if recipe:
         parsed, text = recipes.load(bundled.path_of(recipe))

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from common.checkpoint import EVERY
-from common.options import FILE, Amount, Folder
+from common.options import FILE, TIMES, Amount, Folder
 from common.schedule import RECALLED
 from edge_server.limits import Limits
 
@@ -40,6 +40,7 @@ SERVE = [
     click.option("--checkpoint-every", default=EVERY, show_default=True, type=click.IntRange(1), metavar="STEPS",
                  help="Steps between two checkpoints, on both sides; more are kept where a phase or a validation "
                  "begins."),
+    TIMES,
     click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS."),
 ]  # fmt: skip
 

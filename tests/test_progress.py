@@ -101,3 +101,16 @@ def test_a_nested_phase_is_told_with_all_its_widths() -> None:
     with StepProgress(console, 10) as live:
         live.step(1, RunningMean(2.3, 0.1), (2, 4, 8))
     assert "width 2/4/8" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_lines_of_a_log_may_begin_with_the_time() -> None:
+    file = io.StringIO()
+    screen = Screen(file=file, soft_wrap=True)
+    screen.print("one")
+    screen.timed = True
+    screen.print("two\n\nthree")
+    first, *rest = file.getvalue().splitlines()
+    assert first == "one" and rest[1] == ""
+    assert all(
+        re.fullmatch(rf"\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ {word}", rest[at]) for at, word in ((0, "two"), (2, "three"))
+    )
