@@ -16,7 +16,6 @@ from common.checkpoint import Checkpoints, due
 from common.codecs import NOTHING
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
 from common.inherit import adopt
-from common.meter import DOWN, UP
 from common.metrics import metrics_line
 from common.phase_message import phase_of
 from common.processor import fits
@@ -26,22 +25,19 @@ from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
 from common.schedule import RECALL, Phase, steps_per_epoch
-from common.words import duration, gives_up, several, size
+from common.words import duration, gives_up, size
 from device_client.basis import principal_basis
 from device_client.data import Dataset, Part
 from device_client.forecast import Forecast
 from device_client.inputs import computing, sent_batches, training_batch
 from device_client.link import CURABLE
 from device_client.local import Local
+from device_client.outlook import Outlook
 from device_client.remote_tail import RemoteTail, StepResult
 from device_client.state import fingerprint, restore, state_of
 
 _ROOM_S, _TOLD_EVERY_S = 10.0, 60.0  # between two attempts to write the trained head, and two words about that
 _ROLLBACKS = 5  # in a row that did not come further than the run had been
-
-
-_NOTICEABLE = 0.1  # by more of its length must a run's change that is told
-_TOLD_AFTER, _LONG_S = 24, 60.0  # steps after which it is told what is left, where that is long
 
 
 class Trainer:
@@ -173,11 +169,10 @@ class Trainer:
     def fit(self, publish: bool) -> None:
         """Train from the present step to the last; `publish`: the head is to be, at the end."""
         self._begin(publish)
-        planned = self.phase.steps
-        with StepProgress(self.console, planned, self.step) as live:
+        with StepProgress(self.console, self.phase.steps, self.step) as live:
             self.remote.say = live.waiting
             try:
-                self._loop(live, planned)
+                self._loop(live)
             finally:
                 self.remote.say = self._say
 
@@ -203,11 +198,11 @@ class Trainer:
         """Bytes of the head that are given to the server at the end."""
         return len(weights.to_bytes(self.head)) if publish else 0
 
-    def _loop(self, live: StepProgress, planned: int) -> None:
-        """Step after step; `planned`: how many the run was to have."""
-        told, made = planned, 0
+    def _loop(self, live: StepProgress) -> None:
+        """Step after step."""
         parts = len(self.data.train), len(self.data.validation), len(self.data.test)
         forecast = Forecast(self.recipe, self.channels, self.batch, parts, self.remote.kernel.flow)
+        outlook = Outlook(live, self.recipe, self.remote.meter, forecast, self.phase.steps)
         while self.then != pb.FINISH:
             if self.stopping:
                 self.resting = True
@@ -217,29 +212,8 @@ class Trainer:
                 continue
             phase = self.phase
             line = self._recall_step() if phase.kind == RECALL else self._train_step()
-            forecast.observe(phase, sum(line["seconds"].values()), line["bytes"][UP], line["bytes"][DOWN])
-            left = forecast.left(self.step, self.phase.steps)
-            made += 1
-            if self.phase.steps != planned:
-                planned = self.phase.steps
-                live.plan(planned)
-                if abs(planned - told) > _NOTICEABLE * told:
-                    told = planned
-                    warmup = self.recipe.optimiser.warmup
-                    rising = f", of which {warmup:,} warm up (optimiser.warmup)" if 3 * warmup > planned else ""
-                    live.say(
-                        f"The budget of {self.recipe.schedule.budget_mb:g} MB is enough for about {planned:,} steps"
-                        f"{rising}."
-                    )
-            total = self.remote.meter.total
-            crossed = total(UP).message, total(DOWN).message
-            live.step(self.step, self.mean, phase.widths, crossed, left.seconds if left else None)
-            if left and made == _TOLD_AFTER and left.seconds > _LONG_S:
-                live.say(f"About {duration(left.seconds)} and {size(left.bytes)} are left, as the link is now.")
-        if self.recipe.schedule.budget_mb and self.step < planned:
-            live.say(
-                f"The budget of {self.recipe.schedule.budget_mb:g} MB was enough for {several(self.step, 'step')}."
-            )
+            outlook.after(line, self.mean, phase, self.phase)
+        outlook.end(self.step)
 
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""

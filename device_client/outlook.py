@@ -1,0 +1,56 @@
+"""What a person is told while a run trains: each step, how long it still takes, and what its budget comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.meter import DOWN, UP, Meter
+from common.progress import RunningMean, StepProgress
+from common.recipe import Recipe
+from common.schedule import Phase
+from common.words import duration, several, size
+from device_client.forecast import Forecast
+
+_NOTICEABLE = 0.1  # by more of its length must a run's change that is told
+_TOLD_AFTER, _LONG_S = 24, 60.0  # steps after which it is told what is left, where that is long
+
+
+class Outlook:
+    """On one run, by one process."""
+
+    def __init__(self, live: StepProgress, recipe: Recipe, meter: Meter, forecast: Forecast, planned: int) -> None:
+        """`planned`: how many steps the run was to have."""
+        self._live, self._recipe, self._meter, self._forecast = live, recipe, meter, forecast
+        self._planned = self._told = planned
+        self._made = 0
+
+    def after(self, line: Mapping[str, Any], mean: RunningMean, phase: Phase, present: Phase) -> None:
+        """A step of `phase` was made, of which `line` is that of metrics.jsonl; the next is of the `present` one."""
+        live, crossed = self._live, self._meter.total
+        done, steps = line["step"] + 1, present.steps
+        self._forecast.observe(phase, sum(line["seconds"].values()), line["bytes"][UP], line["bytes"][DOWN])
+        left = self._forecast.left(done, steps)
+        self._made += 1
+        if steps != self._planned:
+            self._planned = steps
+            live.plan(steps)
+            if abs(steps - self._told) > _NOTICEABLE * self._told:
+                self._told = steps
+                warmup = self._recipe.optimiser.warmup
+                rising = f", of which {warmup:,} warm up (optimiser.warmup)" if 3 * warmup > steps else ""
+                live.say(f"{self._budget} is enough for about {steps:,} steps{rising}.")
+        live.step(
+            done, mean, phase.widths, (crossed(UP).message, crossed(DOWN).message), left.seconds if left else None
+        )
+        if left and self._made == _TOLD_AFTER and left.seconds > _LONG_S:
+            live.say(f"About {duration(left.seconds)} and {size(left.bytes)} are left, as the link is now.")
+
+    def end(self, steps: int) -> None:
+        """The run is over after so many."""
+        if self._recipe.schedule.budget_mb and steps < self._planned:
+            self._live.say(f"{self._budget} was enough for {several(steps, 'step')}.")
+
+    @property
+    def _budget(self) -> str:
+        return f"The budget of {self._recipe.schedule.budget_mb:g} MB"
