@@ -18,6 +18,7 @@ from edge_server.watch import Watched
 # While a device that sends too fast is held up, it is looked so often whether the stream has ended.
 _NAP_S = 0.25
 
+LOST = "the connection to the device was lost; what it trains waits for it to come back"
 STOPPED = "the server was stopped by its operator; the run is not finished and goes on when the server is back"
 
 
@@ -46,7 +47,7 @@ class Incoming:
             hold_up(self._caller.bytes.take(frame.ByteSize()), self._stream.context, self._host)
         self.wait_s += time.perf_counter() - started
         if frame is None:
-            raise StoppedError("the device is gone, without a word; what it trains waits for it to come back")
+            raise StoppedError(LOST)
         if self._host.stopping and not frame.HasField("leave"):
             raise StoppedError(STOPPED)
         return self.draft.frame(UP, wire.unsealed(frame))

@@ -32,7 +32,7 @@ from edge_server.bucket import Bucket
 from edge_server.evaluate_stream import evaluate
 from edge_server.host import Host
 from edge_server.identity import Guard
-from edge_server.incoming import Incoming
+from edge_server.incoming import LOST, Incoming
 from edge_server.train_stream import TrainStream
 from edge_server.watch import Watched
 
@@ -164,10 +164,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
                 receive.draft.drop()
                 session.run.part(context)
                 if lost and not context.is_active() and not self.host.stopping:
-                    self._tell(StoppedError(
-                        f"the connection to the device was lost; its run waits at step {session.run.step:,} for it to "
-                        f"come back"
-                    ))  # fmt: skip
+                    self._tell(StoppedError(LOST))
 
     @_streaming
     def Evaluate(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:

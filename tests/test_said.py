@@ -38,7 +38,7 @@ def test_a_device_that_is_killed_is_missed_at_once(tmp_path: Path) -> None:
             os.kill(device.pid, signal.SIGKILL)
         while "was lost" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert log.read_text().count("Note: the connection to the device was lost; its run waits at step ") == 1
+    assert log.read_text().count("Note: the connection to the device was lost; what it trains waits for it") == 1
 
 
 def test_uses_are_logged_and_a_picture_has_one_answer(deprune_run: Run, tmp_path: Path) -> None:
