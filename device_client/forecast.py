@@ -16,7 +16,7 @@ from common.schedule import LEARN, RANK, RECALL, Phase
 from common.tcp_info import Flow
 
 _MEMORY = 32  # steps that a running mean looks back
-_AGAIN = 16  # steps after which the link is measured anew
+_AGAIN, _TELLING = 16, 1500  # steps after which the link is measured anew, and bytes that say nothing of it yet
 _FORWARD = 1 / 3  # of a step's computing, what judging as many pictures takes
 
 
@@ -40,7 +40,7 @@ class Forecast:
         self._phases, self._planned = schedule.planned(recipe, channels, self._epoch)
         self._flow, self._before = flow, flow()
         self._rate: float | None = None  # bytes a second
-        self._sends = 0  # since the link was measured
+        self._sends = self._steps = 0  # since the link was measured
         self._seen = -1  # steps of the present phase that were observed; the process's first waits for its set-up
         self._index = -1
         self._seconds = self._up = self._down = 0.0  # of a step of late
@@ -50,6 +50,7 @@ class Forecast:
     def observe(self, phase: Phase, seconds: float, up: int, down: int) -> None:
         """A step of `phase` took so many seconds, and so many bytes of messages."""
         self._sends += bool(up)
+        self._steps += 1
         if self._seen < 0:
             self._seen = 0
             return
@@ -60,7 +61,7 @@ class Forecast:
         self._seconds += (seconds - self._seconds) * share
         self._up += (up - self._up) * share
         self._down += (down - self._down) * share
-        if self._sends >= _AGAIN or (self._rate is None and self._sends):
+        if self._steps >= _AGAIN or self._rate is None:
             self._measure()
         load_up, load_down = _load(phase)
         if load_up:
@@ -85,7 +86,7 @@ class Forecast:
             seconds += count * self._computing_of(phase)
         last = self._phases[-1]
         judged = self._test + self._validation * ((steps - step) // self._epoch)
-        sent += judged * self._up_of_load * _load(last)[0]
+        sent += judged * self._up_of_load * _width(last) * bits(last.activation_codec)
         seconds += judged * self._computing_of(last) * _FORWARD
         return Left(seconds + (sent / self._rate if self._rate else 0.0), sent)
 
@@ -98,15 +99,22 @@ class Forecast:
         return self._computing.get(phase.kind, max(self._computing.values()))
 
     def _measure(self) -> None:
-        now = self._flow()
-        if now and self._before and (rate := now.rate_since(self._before, self._sends)):
-            self._rate = rate
+        """Evaluations tell of the link too, where hardly anything crosses in steps."""
+        now, self._steps = self._flow(), 0
+        if now and self._before:
+            if now.acknowledged - self._before.acknowledged < _TELLING:
+                return
+            self._rate = now.rate_since(self._before, self._sends)
         self._before, self._sends = now, 0
 
 
 def _load(phase: Phase) -> tuple[float, float]:
     """What the bytes of a step go with, up and down: channels that cross, and bits that their codecs take."""
-    width = sum(phase.widths) / len(phase.widths)
+    width = _width(phase)
     up = 0.0 if phase.kind == RECALL else width * bits(phase.activation_codec)
     down = width * bits(phase.gradient_codec) if phase.kind in (LEARN, RANK) else 0.0
     return up, down
+
+
+def _width(phase: Phase) -> float:
+    return sum(phase.widths) / len(phase.widths)

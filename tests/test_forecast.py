@@ -9,7 +9,7 @@ import pytest
 from benchmarks.recipes import recipe_text
 from common import recipe, schedule
 from common.room import bits
-from common.schedule import RECALL, STORE, Phase
+from common.schedule import LEARN, RECALL, STORE, Phase
 from common.tcp_info import Flow
 from device_client.forecast import Forecast
 
@@ -34,12 +34,12 @@ class Link:
 
     def step(self, phase: Phase) -> tuple[float, int, int]:
         seconds, up, down = self.of(phase)
-        busy = self.flow.busy_s + up / self.rate + self.delay
+        busy = self.flow.busy_s + (up / self.rate + self.delay if up else 0.0)
         self.flow = Flow(self.flow.acknowledged + int(up), busy, self.delay)
         return seconds, int(up), int(down)
 
     def judging(self, phase: Phase, pictures: int) -> tuple[float, float]:
-        up = self.of(phase)[1] * pictures / BATCH
+        up = self.of(replace(phase, kind=LEARN))[1] * pictures / BATCH
         return up / self.rate + self.computing / 3 * pictures / BATCH, up
 
 
