@@ -38,6 +38,7 @@ class Forecast:
         self._epoch = schedule.steps_per_epoch(samples, batch)
         self._validation, self._test = validation / batch, test / batch  # in steps' worth of pictures
         self._phases, self._planned = schedule.planned(recipe, channels, self._epoch)
+        self._plateau = recipe.schedule.kind == "plateau"
         self._flow, self._before = flow, flow()
         self._rate: float | None = None  # bytes a second
         self._sends = self._steps = 0  # since the link was measured
@@ -71,20 +72,22 @@ class Forecast:
         crossing = (self._up + self._down) / self._rate if self._rate else 0.0
         self._computing[phase.kind] = max(0.0, self._seconds - crossing)
 
-    def left(self, step: int, steps: int) -> Left | None:
-        """After `step` of `steps`; None as long as nothing is known."""
+    def left(self, step: int, present: Phase) -> Left | None:
+        """Before `step`, which is of the `present` phase; None as long as nothing is known."""
         if not self._computing:
             return None
-        # A budget may have made another length of the run, or a plateau: what comes when moves in proportion.
+        # Under a plateau nobody knows the next phase. A budget may have made another length of the run: what comes when
+        # moves in proportion.
+        steps, phases = present.steps, [present] if self._plateau else self._phases
         scale = steps / self._planned
-        ends = [*(phase.from_step * scale for phase in self._phases[1:]), steps]
+        ends = [*(phase.from_step * scale for phase in phases[1:]), steps]
         seconds = sent = 0.0
-        for phase, end in zip(self._phases, ends, strict=True):
+        for phase, end in zip(phases, ends, strict=True):
             count = max(0.0, end - max(step, phase.from_step * scale))
             up, down = self._bytes_of(phase)
             sent += count * (up + down)
             seconds += count * self._computing_of(phase)
-        last = self._phases[-1]
+        last = phases[-1]
         judged = self._test + self._validation * ((steps - step) // self._epoch)
         sent += judged * self._up_of_load * _width(last) * bits(last.activation_codec)
         seconds += judged * self._computing_of(last) * _FORWARD
@@ -101,7 +104,7 @@ class Forecast:
     def _measure(self) -> None:
         """Evaluations tell of the link too, where hardly anything crosses in steps."""
         now, self._steps = self._flow(), 0
-        if now and self._before:
+        if now and self._before and now.acknowledged >= self._before.acknowledged:  # else it is of a new connection
             if now.acknowledged - self._before.acknowledged < _TELLING:
                 return
             self._rate = now.rate_since(self._before, self._sends)

@@ -30,7 +30,7 @@ class Outlook:
         live, crossed = self._live, self._meter.total
         done, steps = line["step"] + 1, present.steps
         self._forecast.observe(phase, sum(line["seconds"].values()), line["bytes"][UP], line["bytes"][DOWN])
-        left = self._forecast.left(done, steps)
+        left = self._forecast.left(done, present)
         self._made += 1
         if steps != self._planned:
             self._planned = steps

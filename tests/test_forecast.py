@@ -62,7 +62,7 @@ def test_what_is_left_is_known_from_the_first_steps_on(phases: str, rate: float,
     each = [[phase for phase in planned if phase.from_step <= step][-1] for step in range(steps)]
     for step, phase in enumerate(each[:-1]):
         forecast.observe(phase, *link.step(phase))
-        left = forecast.left(step + 1, steps)
+        left = forecast.left(step + 1, replace(each[step + 1], steps=steps))
         if step < 20:
             continue
         assert left
@@ -75,12 +75,12 @@ def test_what_is_left_is_known_from_the_first_steps_on(phases: str, rate: float,
 def test_nothing_is_said_before_anything_is_known_and_a_link_that_is_not_told_of_counts_as_computing() -> None:
     parsed = recipe.parse(recipe_text(schedule="phases = [[0, 1]]"), "here")
     forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
-    phase = schedule.planned(parsed, 32, EPOCH)[0][0]
-    assert forecast.left(0, EPOCH) is None
+    phase = replace(schedule.planned(parsed, 32, EPOCH)[0][0], steps=EPOCH)
+    assert forecast.left(0, phase) is None
     forecast.observe(phase, 60.0, 1000, 1000)  # in which all was set up
-    assert forecast.left(1, EPOCH) is None
+    assert forecast.left(1, phase) is None
     forecast.observe(phase, 2.0, 1000, 1000)
-    left = forecast.left(2, EPOCH)
+    left = forecast.left(2, phase)
     assert left and left.seconds == pytest.approx(2 * 98) and left.bytes == pytest.approx(2000 * 98)
 
 
@@ -91,6 +91,35 @@ def test_a_run_that_a_budget_shortens_has_less_of_each_phase_left() -> None:
     phase = schedule.planned(parsed, 32, EPOCH)[0][0]
     for _ in range(3):
         forecast.observe(phase, 1.0, 1000, 1000)
-    whole, half = forecast.left(3, 4 * EPOCH), forecast.left(3, 2 * EPOCH)
+    whole, half = (forecast.left(3, replace(phase, steps=count * EPOCH)) for count in (4, 2))
     assert whole and half
     assert whole.bytes == pytest.approx(2000 * (197 + 2 * 200)) and half.bytes == pytest.approx(2000 * (97 + 2 * 100))
+
+
+def test_under_a_plateau_what_is_left_is_of_the_present_width_at_most() -> None:
+    schedule_ = 'kind = "plateau"\nwidths = [4, 8]\nmax_epochs = 10'
+    text = recipe_text("deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', schedule=schedule_)
+    parsed = recipe.parse(text, "here")
+    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
+    first = schedule.planned(parsed, 32, EPOCH)[0][0]
+    wider = replace(first, index=1, width=8, from_step=300)
+    for _ in range(3):
+        forecast.observe(first, 1.0, 1000, 0)
+    for _ in range(3):
+        forecast.observe(wider, 1.0, 2000, 0)
+    left = forecast.left(400, replace(wider, steps=1000))
+    assert left and left.bytes == pytest.approx(2000 * 600)
+
+
+def test_a_new_connection_is_measured_from_its_own_start() -> None:
+    parsed = recipe.parse(recipe_text(schedule="phases = [[0, 4]]"), "here")
+    flows = iter([Flow(0, 0.0, 0.0), Flow(10**6, 1.0, 0.0), Flow(1000, 0.1, 0.0), Flow(101_000, 1.1, 0.0)])
+    now = next(flows)
+    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: now)
+    phase = schedule.planned(parsed, 32, EPOCH)[0][0]
+    rates = []
+    for now in flows:  # noqa: B007 - which the forecast asks for
+        for _ in range(17):
+            forecast.observe(phase, 1.0, 1000, 1000)
+        rates.append(forecast._rate)
+    assert rates == [10**6, 10**6, 10**5]
