@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import numpy as np
 
@@ -18,11 +18,15 @@ from common.wire import Place
 from edge_server.host import Host
 from edge_server.incoming import Incoming
 from edge_server.judging import Judgement, judge, logits_of
+from edge_server.sessions import Session
 from edge_server.training import Training
 
 
-def evaluate(host: Host, receive: Incoming, training: Training | None) -> Generator[pb.Frame, None, None]:
-    """What is sent down; `training` is that of the run which the device trains, None where a finished run is used."""
+def evaluate(
+    host: Host, receive: Incoming, training: Training | None, tell: Callable[[Session, int, bool], None]
+) -> Generator[pb.Frame, None, None]:
+    """What is sent down; `training` is that of the run which the device trains, None where a finished run is used, of
+    which `tell` is told, and whether pictures were judged."""
     draft, begin = receive.draft, receive.begin
     draft.frame(UP, receive.first)
     if training:
@@ -75,6 +79,8 @@ def evaluate(host: Host, receive: Incoming, training: Training | None) -> Genera
                 training.coordinator.book(host.run.meter)
                 # The device may go on from here without judging again: a server that is lost now must know it.
                 host.run.keep(anew=True)
+        if not training:  # before the device has it, who may hang up then
+            tell(receive.session, pictures, total.count > 0)
         yield last
     finally:
         if training and not host.served:  # which may have ended while its device did not read

@@ -33,6 +33,7 @@ from edge_server.evaluate_stream import evaluate
 from edge_server.host import Host
 from edge_server.identity import Guard
 from edge_server.incoming import LOST, Incoming
+from edge_server.sessions import Session
 from edge_server.train_stream import TrainStream
 from edge_server.watch import Watched
 
@@ -96,6 +97,13 @@ class Servicer(split_pb2_grpc.SplitServicer):
             text = "a device came with a session of an earlier start, or one idle too long; it opens another by itself"
         # A sentence may quote what came, which may be long.
         self.host.console.print(f"[yellow]{kind}[/yellow]{more}: {escape(printable(text, 500))}", highlight=False)
+
+    def _tell_use(self, session: Session, pictures: int, judged: bool) -> None:
+        """What a finished run was used for."""
+        if self._lines.spare(1.0):
+            who, sent = escape(session.identity) or "A device", session.meter.total(UP).message
+            what = f"had {several(pictures, 'picture')} {'judged' if judged else 'named'}"
+            self.host.console.print(f"{who} {what}: {size(sent)} up.", highlight=False)
 
     @_unary
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
@@ -186,12 +194,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
                     stack.callback(self.host.sessions.leave, session)
             stack.enter_context(session.streaming())
             stack.callback(receive.draft.drop)
-            yield from stream.sending(evaluate(self.host, receive, training))
-            if not training and self._lines.spare(1.0):
-                who, sent = escape(session.identity) or "A device", session.meter.total(UP).message
-                count = several(receive.begin.samples, "picture")
-                what = "judged" if receive.begin.subset == pb.TEST else "named"
-                self.host.console.print(f"{who} had {count} {what}: {size(sent)} up.", highlight=False)
+            yield from stream.sending(evaluate(self.host, receive, training, self._tell_use))
 
     def _incoming(self, frames: Iterator[pb.Frame], stream: Watched) -> Incoming:
         context = stream.context
