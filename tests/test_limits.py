@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from benchmarks import inprocess, pair
-from benchmarks.recipes import CLASSES, PHASE, recipe_text
+from benchmarks.recipes import BATCH, CLASSES, PHASE, recipe_text
 from common import wire
 from common.cli import with_options
 from common.errors import BusyError, FrameError, MismatchError, ModelError, SessionError, StoreError, TooLargeError
@@ -166,6 +166,15 @@ def test_a_published_head() -> None:
     text = recipe_text(schedule="phases = [[0, 1]]")
     with pytest.raises(TooLargeError, match="one of this model takes up to"):
         inprocess.train(text, pictures, Large, publish=True, give_up_s=0)
+
+
+def test_steps_after_the_last(tmp_path: Path) -> None:
+    remote = RemoteTail("127.0.0.1:1", stub=inprocess.Stub(Servicer(quiet_host(tmp_path))))
+    remote.open(trains=True)
+    remote.begin(64, CLASSES)
+    assert remote.learn(0, PHASE, *BATCH)[1].then == pb.FINISH
+    with pytest.raises(FrameError, match="all are done; Leave was expected"):
+        remote.learn(1, PHASE, *BATCH)
 
 
 def test_a_verdict_is_of_all_that_was_announced(tmp_path: Path) -> None:
