@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -77,6 +79,14 @@ def test_ranking_finds_the_channels_that_matter() -> None:
     assert importance.reorder((1, 0, 2), 1, scores) == (1, 2, 0)
 
 
+def test_a_channels_worth_is_what_the_loss_of_each_picture_would_change_without_it() -> None:
+    """Places of a picture may make up for each other; pictures may not."""
+    gradient = torch.zeros(2, 2, 1, 2)
+    gradient[:, 0] = torch.tensor([1.0, -1.0])
+    gradient[0, 1], gradient[1, 1] = 1.0, -1.0
+    assert importance.rank_channels(torch.ones(2, 2, 1, 2), gradient).tolist() == [0, 4]
+
+
 def test_epochs_become_steps() -> None:
     parsed = parse(
         recipe_text(
@@ -86,6 +96,21 @@ def test_epochs_become_steps() -> None:
     plan, steps = schedule.planned(parsed, 32, 10)
     assert steps == 15
     assert [(s.from_step, s.width, s.kind) for s in plan] == [(0, 32, "rank"), (2, 2, "learn"), (5, 32, "learn")]
+
+
+def test_without_restart_all_phases_share_one_course_of_the_rate() -> None:
+    text = recipe_text("deprune", bottleneck='kind = "linear"', schedule="phases = [[2, 1], [4, 1]]")
+    plan, _ = schedule.planned(parse(text), 32, 10)
+    assert [(phase.lr, phase.decay_from, phase.decay_until) for phase in plan] == [(0.05, 0, 20)] * 2
+
+
+def test_less_than_a_step_is_one() -> None:
+    """Of a run, and of what is sent of a phase that recalls: a recall of nothing could not learn."""
+    plan, steps = schedule.planned(parse(recipe_text(schedule="phases = [[0, 0.01]]")), 32, 10)
+    assert steps == 1 and len(plan) == 1
+    text = recipe_text("fixed", schedule="phases = [{ width = 0, epochs = 2, views = 0.01 }]")
+    plan, _ = schedule.planned(parse(text), 32, 10)
+    assert [(phase.kind, phase.from_step) for phase in plan] == [("store", 0), ("recall", 1)]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +139,34 @@ def test_a_run_by_channels_goes_on_with_those_that_its_network_knows() -> None:
     coordinator.observe(worth.T, torch.ones(1, 6))
     assert coordinator.after_step(0).phase
     assert coordinator.phase.order[:3] == (3, 4, 1) and coordinator.phase.width == 2
+
+
+def _observe(coordinator: Coordinator, *worth: float) -> None:
+    coordinator.observe(torch.tensor([worth]), torch.ones(1, 4))
+
+
+def test_ranks_are_of_all_steps_of_their_phase_and_of_no_other() -> None:
+    """And the channels that were sent stay, also where a checkpoint lies in between."""
+    text = recipe_text(
+        "deprune", bottleneck='kind = "channels"\nranking_steps = 2', schedule="phases = [[1, 1], [2, 1]]"
+    )
+    coordinator = Coordinator(parse(text), 4, 8)
+    for step, worth in enumerate([(0.0, 9.0, 0.0, 0.0), (1.0, 0.0, 8.0, 0.0)]):
+        _observe(coordinator, *worth)
+        coordinator.after_step(step)
+    assert coordinator.phase.kind == "learn" and coordinator.phase.order[0] == 1, "the last step alone would say 2"
+    for step in range(2, 5):
+        coordinator.after_step(step)
+    again = Coordinator(parse(text), 4, 8)
+    again.restore(json.loads(json.dumps(coordinator.state())))
+    for made in (coordinator, again):
+        for step in range(5, 8):
+            made.after_step(step)
+        assert made.phase.kind == "rank"
+        _observe(made, 0.0, 0.0, 0.0, 5.0)
+        for step in (8, 9):
+            made.after_step(step)
+        assert made.phase.kind == "learn" and made.phase.order[:2] == (1, 3), "what 2 was worth before is forgotten"
 
 
 def test_a_plateau_decides_nothing_while_channels_are_ranked() -> None:

@@ -238,6 +238,15 @@ def test_choosing_channels_is_paid_for_and_ends_no_run(
     assert summary["steps"] >= steps and spent(summary) <= budget * 1e6
 
 
+def test_a_step_that_chooses_channels_is_reckoned_with_as_the_dearest_was() -> None:
+    text = recipe_text("deprune", bottleneck='kind = "channels"', schedule="phases = [[2, 5]]\nbudget_mb = 9")
+    budget = Budget(parse(text), CHANNELS, EPOCH, BATCH, Beside())
+    rank = Phase(0, 0, CHANNELS, "fp32", "fp32", 0.1, 0, 1, kind="rank")
+    for payload in (1000, 1100):
+        budget.book(payload, payload, rank)
+    assert budget.state()["spent"]["ranked"] == 2000
+
+
 def test_a_prune_narrows_early_where_only_the_narrow_test_can_be_paid_for(tmp_path: Path) -> None:
     init = tmp_path / "whole.safetensors"
     safetensors.torch.save_file(models.build("tiny", (1, 16, 16), 10).state_dict(), init)

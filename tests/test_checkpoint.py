@@ -60,8 +60,10 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, where: st
         data[at] ^= 1
     path.write_bytes(data)
     (tmp_path / ".step-000000000003.safetensors.abc").write_bytes(b"half")
-    found, warnings = Checkpoints(tmp_path, "run", "digest").sound()
+    again = Checkpoints(tmp_path, "run", "digest")
+    found, warnings = again.sound()
     assert found == [1] and len(warnings) == 1 and "step-000000000002" in warnings[0] and "damaged" in warnings[0]
+    assert again.written == {1}, "the other side is told of no other"
     assert not list(tmp_path.glob(".step-*")), "what a process that died had begun is gone"
     head = checkpoint.newest(tmp_path)
     assert head and head["step"] == 1

@@ -177,6 +177,14 @@ def test_the_snr_asked_for_is_met(coder: str, wanted: int) -> None:
         assert wanted - 0.3 < reached < wanted + (5 if aside is NOTHING else 0.3)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e22])
+def test_the_snr_is_met_where_float32_cannot_square(scale: float) -> None:
+    tensor = gradient() * np.float32(scale)
+    data = codec("step:20").encode(tensor)
+    assert len(data) < tensor.nbytes / 3
+    assert 19.7 < snr(tensor, codec("step:20").decode(data, tensor.shape)) < 22
+
+
 @pytest.mark.parametrize("name", ["step:3", "step:15", "context:3"])
 def test_rounding_with_dither_has_no_bias(name: str) -> None:
     """The mean over many steps comes to the gradient itself; to nearest it does not, whatever the number of steps."""

@@ -16,6 +16,8 @@ import pytest
 from benchmarks import counters, pair
 from benchmarks.recipes import recipe_text
 from common import tcp_info
+from common.meter import DOWN, UP, Draft, Meter
+from common.rpc import split_pb2 as pb
 from common.tcp_info import Kernel, find, find_server
 from device_client.remote_tail import RemoteTail
 from tests.conftest import needs_link
@@ -115,6 +117,33 @@ def test_a_reconnect_adds_up(proxy: Proxy) -> None:
         time.sleep(0.1)
     assert seen.sent > before.sent and seen.received > before.received and off < 200
     remote.close()
+
+
+def test_what_a_fault_cost_stands_apart_also_in_a_new_process() -> None:
+    """Whatever was counted since the checkpoint, and by a process before: the books are those of a run without it."""
+
+    def frame() -> pb.Frame:
+        return pb.Frame(role=pb.CONTROL, step=5, phase=1)
+
+    size, meter = frame().ByteSize(), Meter()
+    meter.frame(UP, frame())
+    meter.frame(UP, frame(), again=True)
+    state = meter.state()
+    meter.lap()
+    meter.frame(UP, frame())
+    meter.restore(state)
+    assert meter.total(UP).message == size and meter.report(0, 0)["up"]["again"] == 2 * size
+    meter.frame(UP, frame())
+    assert meter.lap()["up"] == size, "a step's bytes are counted from where the run stands now"
+    new = Meter()
+    new.restore(state, {"up": 1000, "down": 7})
+    assert new.report(0, 0)["up"]["again"] == size + 1000 and new.report(0, 0)["down"]["again"] == 7
+    new.frame(UP, frame())
+    assert new.lap()["up"] == size
+    draft = Draft(new)
+    draft.frame(DOWN, frame())
+    draft.drop()
+    assert new.report(0, 0)["down"]["again"] == 7 + size and not new.total(DOWN).message
 
 
 @pytest.mark.parametrize("wrong", [OSError(errno.EMFILE, "Too many open files"), psutil.NoSuchProcess(1)])

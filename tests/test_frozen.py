@@ -30,6 +30,7 @@ from common.wire import Place
 from device_client.data import Dataset, Part, load
 from device_client.inputs import training_batch
 from device_client.remote_tail import RemoteTail
+from device_client.trainer import Trainer
 from edge_server.host import Host
 from edge_server.store import Store
 from edge_server.training import Training
@@ -98,6 +99,18 @@ def test_leaving_a_recall_forgets_nothing(few: Dataset, monkeypatch: pytest.Monk
     inprocess.train(recipe_text("fixed", schedule=phases), few)
     assert len(remembered) == 3 and remembered[-1][0] > 0
     assert all(before == after for before, after in remembered)
+
+
+def test_a_frozen_head_stays_in_its_mode_when_it_has_been_judged() -> None:
+    """Else its batch norm would go on learning, and every later step send something else."""
+    data, modes = load("digits", (1, 16, 16), 3, 0.2, limit=160), set()
+
+    def watch(_step: int, phase: Phase, trainer: Trainer, _training: Training) -> None:
+        modes.add((phase.kind, trainer.head.training))
+
+    phases = "phases = [{ width = 0, epochs = 3, views = 2 }]"
+    inprocess.train(recipe_text("fixed", data="batch = 16\nvalidation = 0.2", schedule=phases), data, watch=watch)
+    assert modes == {("store", False), ("recall", False)}
 
 
 def test_a_view_has_each_picture_once_wherever_its_phase_begins() -> None:
@@ -240,13 +253,14 @@ def test_frames_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_recalled_maps_are_flipped_and_shifted_the_same_each_time(tmp_path: Path) -> None:
-    store = Store(tmp_path, Phase(0, 0, 2, "fp32", "fp32", 0.1, 0, 1), (8, 1, 4, 4), 7, 1 << 20)
-    ramp = np.broadcast_to(np.arange(4, dtype=np.float32), (8, 1, 4, 4))
-    store.add(codec("fp32").encode(np.ascontiguousarray(ramp)), np.zeros(8, int))
+    store = Store(tmp_path, Phase(0, 0, 2, "fp32", "fp32", 0.1, 0, 1), (32, 1, 4, 4), 7, 1 << 20)
+    ramp = np.broadcast_to(np.arange(4, dtype=np.float32), (32, 1, 4, 4))
+    store.add(codec("fp32").encode(np.ascontiguousarray(ramp)), np.zeros(32, int))
     flipped, _ = store.draw(0, flip=True)
     falls = flipped[:, 0, 0, 0] > flipped[:, 0, 0, 1]
-    assert 0 < falls.sum() < 8, "some are mirrored, some are not"
+    assert 0 < falls.sum() < 32, "some are mirrored, some are not"
     assert np.array_equal(flipped, store.draw(0, flip=True)[0])
+    assert not np.array_equal(flipped, store.draw(1, flip=True)[0]), "others in the next batch"
     moved = store.draw(1, shift=1)[0][:, 0, 0]
     assert {tuple(row) for row in moved} <= {(0, 1, 2, 3), (1, 0, 1, 2), (1, 2, 3, 2)}
     assert len({tuple(row) for row in moved}) > 1
@@ -286,4 +300,5 @@ def test_what_is_kept_is_what_came_though_the_tail_works_in_place(
         inprocess.train(text, data, folder=tmp_path / factory)
         lines = (tmp_path / factory / "device" / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
+        assert not (tmp_path / factory / "server" / "checkpoints").exists(), "what was kept is gone with the run's end"
     assert losses[0] == losses[1] and len(losses[0]) == 10

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common import memory, wire
 from common.codecs import NOTHING, Aside, codec, context, frame
-from common.errors import CodecError, FrameError, printable
+from common.errors import CodecError, FrameError, TooLargeError, printable
 from common.meter import count_of
 from common.rpc import split_pb2 as pb
 from common.wire import Place
@@ -160,6 +160,22 @@ def test_a_shape_with_a_million_sides_is_refused_unmultiplied() -> None:
         wire.payload_of(frame, lambda: frame, Place(pb.ACTIVATION, 0, 0), (2, 3), "fp32")
     assert len(str(refused.value)) < 400
     assert printable("a\x1b[2Jb" * 100, 8) == "a?[2Jba?"
+
+
+def test_later_parts_belong_where_the_first_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are as many as its size takes: no more are asked for, however many are announced."""
+    monkeypatch.setattr(wire, "FRAME_BYTES", 16)
+    place, tensor = Place(pb.ACTIVATION, 4, 1), np.ones((2, 4), np.float32)
+    first, second = wire.pack_raw(place, tensor)
+    assert np.array_equal(wire.unpack(first, lambda: second, place, (2, 4), "fp32"), tensor)
+    for field, value in (("role", pb.GRADIENT), ("step", 5), ("phase", 0)):
+        other = pb.Frame.FromString(second.SerializeToString())
+        setattr(other, field, value)
+        with pytest.raises(FrameError, match="activation of step 4, phase 1 was expected"):
+            wire.unpack(first, lambda other=other: other, place, (2, 4), "fp32")
+    first.part.tensor.parts = 1 << 31
+    with pytest.raises(TooLargeError, match="2147483648 parts"):
+        wire.unpack(first, lambda: pytest.fail("asked for more"), place, (2, 4), "fp32")
 
 
 @pytest.mark.parametrize("zero", [0, 127])

@@ -343,6 +343,21 @@ def test_a_bare_token_goes_with_every_certificate_and_one_that_is_called_token_d
         told(f"token {one}\npi {other}", one)
 
 
+def test_a_caller_shows_one_token() -> None:
+    """Which of two would be another program's guess: a proxy may look at the first and a server at the last."""
+    one = "a" * 20
+    guard = Guard(False, lambda: tokens.Known(tokens.parse(f"pi {one}", "tokens")))
+
+    def told(*shown: str) -> str:
+        context: Any = SimpleNamespace(invocation_metadata=lambda: [("authorization", value) for value in shown])
+        return guard.identity(context)
+
+    assert told(f"Bearer {one}") == "token pi"
+    for wrong in ((f"Bearer {one}", f"Bearer {one}"), (f"Basic {one}",), (one,)):
+        with pytest.raises(AuthError, match="not one that this server knows"):
+            told(*wrong)
+
+
 def test_an_authenticated_caller_has_a_name() -> None:
     guard = Guard(certificates=True)
     for names in ((), (b"pi", b"hut"), (b"\xff",)):

@@ -24,8 +24,11 @@ from common.run import Manifest, RunFolder
 from common.schedule import Phase
 from device_client import basis, data
 from device_client.data import Dataset, Part
+from device_client.remote_tail import RemoteTail
+from device_client.trainer import Trainer
 from edge_server.host import Host
 from edge_server.initial import initial_weights
+from edge_server.servicer import Servicer
 from tests import test_resume
 from tests.conftest import Run
 from tests.test_resume import assert_same_end, leg
@@ -50,6 +53,47 @@ def test_whole_model_weights_are_split(tmp_path: Path) -> None:
     safetensors.torch.save_file(other, path)
     with pytest.raises(ModelError, match="of another model"):
         initial_weights(recipe, halves.build(recipe), ())
+
+
+def test_every_nested_width_begins_with_the_statistics_of_the_first_weights(tmp_path: Path) -> None:
+    whole = models.build("tiny", (1, 16, 16), 10)
+    for name, value in whole.named_buffers():
+        if name.endswith("running_mean"):
+            value.fill_(7)
+    path = tmp_path / "whole.safetensors"
+    safetensors.torch.save_file(whole.state_dict(), path)
+    table = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "{path}"'
+    phases = "phases = [{ width = 8, epochs = 1, nested = [2] }]"
+    recipe = parse(recipe_text("fixed", model=table, bottleneck='kind = "linear"', schedule=phases))
+    fresh = halves.build(recipe)
+    initial_weights(recipe, halves.build(recipe), ()).fill(fresh)
+    fresh.tail.resize(2)
+    for name, value in fresh.tail.layers.named_buffers():
+        if name.endswith("running_mean"):
+            assert (value == 7).all(), name
+    assert fresh.tail.norms.begun.all()
+
+
+def test_no_head_of_another_run_is_taken(few: Dataset, tmp_path: Path) -> None:
+    """Neither by the server, which looks for one beside the tail, nor by a device that is given a folder."""
+    text = recipe_text(data="batch = 32", schedule="phases = [[0, 0.2]]")
+    for name in ("one", "two"):
+        inprocess.train(text, few, folder=tmp_path / name)
+    away, other = tmp_path / "away", tmp_path / "one" / "device"
+    other.rename(away)
+    (tmp_path / "two" / "device").rename(other)
+    table = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:{tmp_path}/one"'
+    text = recipe_text("fixed", model=table)
+    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    first = host.run and host.run.initial
+    assert first and not first.head
+    assert first.run_id == RunFolder(tmp_path / "one" / "server").read()[2].run_id
+    remote = RemoteTail("127.0.0.1:1", stub=inprocess.Stub(Servicer(host)))
+    remote.open(trains=True)
+    trainer = Trainer(remote, few, RunFolder(tmp_path / "mine"), Console(quiet=True))
+    trainer.prepare((), RunFolder(away))
+    with pytest.raises(MismatchError, match="holds the head of run"):
+        trainer.prepare((), RunFolder(other))
 
 
 def test_a_run_goes_on_at_another_cut(plain_run: Run, deprune_run: Run) -> None:
@@ -216,6 +260,12 @@ def test_nested_widths_that_cannot_cross(tmp_path: Path) -> None:
     schedule = "phases = [{ width = 0, epochs = 1, nested = [2, 64] }]"
     text = recipe_text("fixed", bottleneck='kind = "linear"', schedule=schedule)
     with pytest.raises(ModelError, match=r"nested \[2, 64\], and 32 channels cross"):
+        Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(file=io.StringIO()), (), False)
+
+
+def test_a_width_that_cannot_cross(tmp_path: Path) -> None:
+    text = recipe_text("fixed", bottleneck='kind = "linear"', schedule="phases = [[33, 1]]")
+    with pytest.raises(ModelError, match="only 32 channels cross the cut"):
         Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(file=io.StringIO()), (), False)
 
 

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from benchmarks import inprocess, pair
-from benchmarks.recipes import PHASE, recipe_text
+from benchmarks.recipes import BATCH, CLASSES, PHASE, recipe_text
 from common import wire
 from common.cli import with_options
 from common.errors import BusyError, FrameError, MismatchError, ModelError, SessionError, StoreError, TooLargeError
@@ -148,6 +148,42 @@ def test_labels() -> None:
     (frame,) = wire.pack_labels(place, np.array([0, 10]), 10)
     with pytest.raises(FrameError, match="label 10 came; the recipe has classes 0 to 9"):
         wire.unpack_labels(frame, pb.Frame, place, 2, 10)
+
+
+def test_opaque_bytes() -> None:
+    with pytest.raises(TooLargeError, match="weights of 1,073,741,825 bytes are over the limit"):
+        wire.unpack_bytes(pb.Frame(), pb.Frame, Place(pb.WEIGHTS, 0, 0), wire.MAX_WEIGHTS_BYTES + 1)
+
+
+def test_a_published_head() -> None:
+    """It is no larger than this model's can be."""
+
+    class Large(RemoteTail):
+        def leave(self, step: int, phase: Phase, head: bytes = b"") -> None:
+            super().leave(step, phase, head * 100)
+
+    pictures = load("digits", (1, 16, 16), 3, 0.0, limit=64)
+    text = recipe_text(schedule="phases = [[0, 1]]")
+    with pytest.raises(TooLargeError, match="one of this model takes up to"):
+        inprocess.train(text, pictures, Large, publish=True, give_up_s=0)
+
+
+def test_steps_after_the_last(tmp_path: Path) -> None:
+    remote = RemoteTail("127.0.0.1:1", stub=inprocess.Stub(Servicer(quiet_host(tmp_path))))
+    remote.open(trains=True)
+    remote.begin(64, CLASSES)
+    assert remote.learn(0, PHASE, *BATCH)[1].then == pb.FINISH
+    with pytest.raises(FrameError, match="all are done; Leave was expected"):
+        remote.learn(1, PHASE, *BATCH)
+
+
+def test_a_verdict_is_of_all_that_was_announced(tmp_path: Path) -> None:
+    remote = RemoteTail("127.0.0.1:1", stub=inprocess.Stub(Servicer(quiet_host(tmp_path))))
+    remote.open(trains=True)
+    remote.begin(64, CLASSES, judged=(0, 3))
+    assert remote.evaluate(lambda: [], 0, pb.TEST, PHASE, CLASSES).count == 0
+    with pytest.raises(FrameError, match="the server judged 0 pictures, 3 were sent"):
+        remote.evaluate(lambda: [], 3, pb.TEST, PHASE, CLASSES)
 
 
 def test_recalled_steps_and_cached_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,20 +9,28 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from unittest.mock import Mock
 
 import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
+from rich.console import Console
 
+from benchmarks import inprocess
+from benchmarks.recipes import recipe_text
 from common import wire
-from common.errors import AuthError, BusyError, FaultError, FrameError, LinkError, StoppedError
+from common.errors import AuthError, BusyError, FaultError, FrameError, LinkError, MismatchError, StoppedError
 from common.meter import UP, Draft, Meter
+from common.recipe import parse
 from common.rpc import split_pb2 as pb
+from common.run import RunFolder
 from common.wire import Place
 from device_client.link import CURABLE, Backoff, Stream
 from device_client.remote_tail import RemoteTail
+from edge_server.host import Host
+from edge_server.servicer import Servicer
 
 
 class Lost(grpc.RpcError):
@@ -67,6 +75,9 @@ def test_attempts_may_go_on_for_days(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3000):
         backoff.wait(LinkError("lost"), lambda text: None)
     assert pauses[0] < 0.5 and max(pauses) < 25
+    pauses.clear()
+    Backoff(give_up_s=1e6).wait(BusyError("full", 5.0), lambda text: None)
+    assert pauses[0] >= 5, "a server that says when is believed"
 
 
 def test_a_fault_of_the_servers_own_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +207,28 @@ def test_a_server_that_is_full_or_stopping_is_waited_for(monkeypatch: pytest.Mon
         remote.open(trains=True, wait_s=60)
     assert answers.call_count == 3
     remote.close()
+
+
+def test_a_recipe_that_is_read_otherwise_than_the_server_does_is_not_trained(tmp_path: Path) -> None:
+    """Of another release, say: the halves would be of two networks."""
+    text = recipe_text()
+    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    host.text = text.replace("lr = 0.05", "lr = 0.06")
+    remote = RemoteTail("127.0.0.1:1", stub=inprocess.Stub(Servicer(host)))
+    with pytest.raises(MismatchError, match="the recipe's digest is not the one"):
+        remote.open(trains=True)
+
+
+@pytest.mark.parametrize("changed", ["run_id", "digest"])
+def test_a_server_that_came_back_with_another_run_is_not_gone_on_with(
+    changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = RemoteTail("127.0.0.1:1", stub=Mock())
+    remote.opened, remote._joined = Mock(run_id="mine", recipe=Mock(digest=lambda: "ours")), True
+    reply = pb.OpenReply(**{"run_id": "mine", "digest": "ours", changed: "other"}, resumed=True)
+    monkeypatch.setattr(remote, "_handshake", lambda *_, **__: reply)
+    with pytest.raises(MismatchError, match="has another run now"):
+        remote._reopen(3)
 
 
 def test_a_link_that_moves_in_between_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

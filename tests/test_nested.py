@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from benchmarks import pair
-from benchmarks.recipes import recipe_text
+from benchmarks.recipes import BATCH, recipe_text
+from common import halves
 from common import recipe as recipes
 from common.errors import RecipeError
 from common.norms import Norms
+from common.run import RunFolder
+from edge_server.host import Host
+from edge_server.judging import judge
 from tests.conftest import Run, train
+from tests.test_put_back import begun
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +120,49 @@ def test_norms_whose_names_look_alike_are_kept_apart() -> None:
     norms.switch(2)
     assert layers["a_b"]["n"].running_mean.unique().tolist() == [2.0]
     assert layers["a"]["b_n"].running_mean.unique().tolist() == [20.0]
+
+
+def test_a_tail_that_is_written_has_what_each_width_learnt_in_its_own_place() -> None:
+    """Also the width that it stands at, whose statistics are in the layers until then."""
+    schedule = "phases = [{ width = 8, epochs = 1, nested = [2, 4] }]"
+    tail = halves.build(recipes.parse(recipe_text("deprune", bottleneck='kind = "linear"', schedule=schedule))).tail
+    for width in (8, 4, 8):
+        tail.resize(width)
+    for name, value in tail.layers.named_buffers():
+        if name.endswith("running_mean"):
+            value.fill_(7)
+    tail.settle(8)
+    places = {name: value for name, value in tail.norms.named_buffers() if "running_mean_at" in name}
+    assert places
+    for name, value in places.items():  # of width 2, which had no step, those of the widest
+        assert (value == (0 if name.endswith("_at_4") else 7)).all(), name
+
+
+def test_what_the_loss_feels_is_noted_where_all_channels_cross(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = "phases = [{ width = 8, epochs = 50, nested = [2, 4] }]"
+    text = recipe_text("deprune", bottleneck='kind = "linear"', schedule=phases)
+    host = Host.to_train(recipes.parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    begun(host)
+    assert host.run and host.run.training
+    training, noted, came = host.run.training, [], set()
+    monkeypatch.setattr(halves.Tail, "note_sensitivity", lambda _, gradient: noted.append(gradient.shape[1]))
+    for _ in range(60):
+        came.add(training.sent_shape[1])
+        training.learn(np.ones(training.sent_shape, np.float32), BATCH[1])
+        training.apply()
+    assert came == {2, 4, 8} and set(noted) == {8}
+
+
+def test_an_evaluation_waits_for_another_that_may_be_at_another_width() -> None:
+    made = halves.build(recipes.parse(recipe_text()))
+    made.tail.eval()
+    thread = threading.Thread(target=judge, args=(made, *BATCH, 32, "fp32"))
+    with made.lock:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("nested", ["[8]", "[2, 2]", "[0]"])

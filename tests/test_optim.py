@@ -8,6 +8,7 @@ from torch import nn
 
 from common import optim
 from common.recipe import OptimiserRecipe
+from common.schedule import Phase
 
 
 @pytest.mark.parametrize(
@@ -87,3 +88,13 @@ def test_channels_that_are_sent_late_have_first_steps_of_their_own() -> None:
 def test_who_must_imitate_bf16_is_told(able: dict[str, bool], slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert bool(optim.imitated("bf16")) is slow and not optim.imitated("fp32")
+
+
+def test_the_rate_rises_and_falls_within_its_own_course() -> None:
+    """Counted from where the course begins, and the fall from where the rise is over."""
+    phase = Phase(1, 100, 2, "fp32", "fp32", 0.2, 100, 200)
+    rates = [optim.learning_rate(OptimiserRecipe(warmup=10), step, phase) for step in range(100, 200)]
+    assert rates[:10] == pytest.approx([0.02 * number for number in range(1, 11)])
+    assert rates[10] == pytest.approx(0.2) and rates[55] == pytest.approx(0.1) and 0 < rates[-1] < 0.001
+    steady = OptimiserRecipe(warmup=10, decay="constant")
+    assert {optim.learning_rate(steady, step, phase) for step in range(110, 300)} == {0.2}

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks.recipes import recipe_text
+from benchmarks.recipes import BATCH, recipe_text
 from common import halves, optim, processor
 from common.errors import ModelError
 from common.processor import choose
 from common.recipe import parse
+from edge_server.judging import judge
 
 ELSEWHERE = torch.device("meta")
 KINDS = {
@@ -79,3 +80,11 @@ def test_a_step_of_the_tail_stays_where_it_is_put(kind: str) -> None:
     optimiser.step()
     assert sent.grad is not None and sent.grad.device == ELSEWHERE
     built.tail.resize(built.channels)
+
+
+def test_what_is_judged_is_computed_as_precisely_as_what_is_learnt() -> None:
+    made = halves.build(parse(recipe_text()))
+    made.tail.eval()
+    sent = np.random.default_rng(0).standard_normal(BATCH[0].shape).astype(np.float32)
+    single, half = (judge(made, sent, BATCH[1], 32, precision).loss for precision in ("fp32", "bf16"))
+    assert single != half == pytest.approx(single, rel=0.05)

@@ -140,6 +140,18 @@ def test_a_device_that_stayed_while_its_server_was_replaced_can_still_be_replace
     assert run.checkpoints.written == {8, 10}
 
 
+def test_what_failed_half_way_is_neither_kept_nor_judged(host: Host) -> None:
+    run = host.run
+    assert run and run.training
+    session, _ = begun(host, 8, run.run_id, (8,))
+    run.training.spoiled = True
+    before = sorted(run.checkpoints.written)
+    run.keep()
+    assert sorted(run.checkpoints.written) == before and run.step not in before
+    with pytest.raises(SessionError, match="failed half-way"), host.judging(session, Mock()):
+        pass
+
+
 def test_what_was_taken_for_a_checkpoint_does_not_change(host: Host) -> None:
     """It is written while the next thing may happen to the network already."""
     run = host.run
@@ -183,3 +195,23 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="characters in its name that no terminal shows"):
         host.begin(session, pb.Begin(samples=64, classes=classes), Mock())
     begun(host)
+
+
+def test_a_beginning_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    """And leaves the run to whoever begins it next."""
+    text = recipe_text()
+    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    for wrong in ({"samples": 0}, {"samples": 2**41}, {"samples": 64, "test": 2**41}):
+        session, _ = host.open(True, "", (), "", "")
+        with pytest.raises(FrameError, match="Begin says"):
+            host.begin(session, pb.Begin(classes=CLASSES, **wrong), Mock())
+    begun(host)
+
+
+def test_a_head_for_which_a_budget_has_set_nothing_aside_is_refused(tmp_path: Path) -> None:
+    """Of a device that publishes only when it comes back."""
+    text = recipe_text("deprune", bottleneck='kind = "linear"', schedule="phases = [[2, 10]]\nbudget_mb = 5")
+    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (), False)
+    session, _ = begun(host)
+    with pytest.raises(MismatchError, match="began without --publish-head"):
+        host.begin(session, pb.Begin(samples=64, classes=CLASSES, head=1), Mock())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import threading
 import time
@@ -20,7 +21,7 @@ from torch import nn
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
 from common import halves, wire
-from common.errors import CodecError, DepruneError, FrameError, TooLargeError, VersionError
+from common.errors import CodecError, DepruneError, FrameError, MismatchError, TooLargeError, VersionError
 from common.meter import Draft, count_of
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
@@ -196,16 +197,25 @@ def test_second_device_on_a_one_device_session(server: str) -> None:
         time.sleep(0.3)
 
 
-def test_classes_that_do_not_match(server: str, tmp_path: Path) -> None:
+def test_classes_that_do_not_match(tmp_path: Path) -> None:
+    """Each side looks, and who is refused takes nothing: the command put right uses its folder and trains the run."""
+    (tmp_path / "recipe.toml").write_text(recipe_text(schedule="phases = [[0, 0.03]]"))
+    device = ("--run", tmp_path / "device", "--threads", 1, "--give-up-after", 5)
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--once", "--threads", 1)
     pictures = np.zeros((40, 16, 16), np.uint8)
     labels = np.arange(40) % 3
     np.savez(tmp_path / "three.npz", train_x=pictures, train_y=labels, test_x=pictures, test_y=labels)
     source = f"npz:{tmp_path / 'three.npz'}"
-    done = pair.device("train", server, "--data", source, "--run", tmp_path / "run", capture_output=True)
-    assert done.returncode == 1 and "has 3 classes and the recipe 10; use other data" in done.stderr
-    # The command put right may use the same folder.
-    again = pair.device("train", server, "--data", source, "--run", tmp_path / "run", capture_output=True)
-    assert "3 classes" in again.stderr
+    with pair.server(*arguments, log=tmp_path / "log") as (process, address):
+        done = pair.device("train", address, "--data", source, *device, capture_output=True)
+        assert done.returncode == 1 and "has 3 classes and the recipe 10; use other data" in done.stderr
+        with contextlib.closing(RemoteTail(address)) as other:  # which does not look at them itself
+            other.open(trains=True)
+            with pytest.raises(MismatchError, match="the device's pictures have 3 classes, .* has 10"):
+                other.begin(40, CLASSES[:3])
+        again = pair.device("train", address, "--data", "digits", *device, capture_output=True)
+        assert again.returncode == 0 and "after 1 step," in again.stdout, again.stdout + again.stderr
+        assert process.wait(timeout=30) == 0
 
 
 def test_no_server_and_no_traceback(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +57,16 @@ def test_a_metrics_line_that_does_not_fit_is_taken_back_whole(tmp_path: Path, mo
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step":0}\n{"step":3}\n'
 
 
+def test_metrics_go_back_to_a_step_and_know_what_is_made_again(tmp_path: Path) -> None:
+    """Though the process died over its last line."""
+    path, line = tmp_path / "metrics.jsonl", '{"step":%d,"bytes":{"up":3,"down":2}}\n'
+    path.write_text("".join(line % step for step in range(4)) + '{"step":4,"by')
+    log = MetricsLog(path, resume=True)
+    assert log.rewind(2) == {"up": 6, "down": 4, "steps": 2}
+    log.close()
+    assert path.read_text() == line % 0 + line % 1
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be used"):
@@ -95,6 +107,32 @@ def test_a_run_that_made_no_step_is_no_run(tmp_path: Path) -> None:
     (folder.path / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(RunFolderError, match="already holds an unfinished run"):
         folder.prepare(overwrite=False)
+    folder.start("name = 'begun'")
+    folder.close()
+    checkpoint.Checkpoints(folder.checkpoints, "id", "digest").write(0, {"a": torch.zeros(3)}, {})
+    with pytest.raises(RunFolderError, match="unfinished run, and not this one"):  # its device may come back
+        folder.prepare(overwrite=False)
+
+
+def test_a_run_needs_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=(8 << 20) + 99))
+    RunFolder(tmp_path / "run").prepare(overwrite=False, needed_bytes=99)
+    with pytest.raises(RunFolderError, match="has 8 MB of free disk"):
+        RunFolder(tmp_path / "run").prepare(overwrite=False, needed_bytes=100)
+
+
+def test_nothing_of_an_earlier_end_is_taken_for_this_runs(tmp_path: Path) -> None:
+    """Of another run that lay here, or of this one's, which is made once more."""
+    folder, halves = RunFolder(tmp_path), ("run.json", "head.safetensors", "tail.safetensors")
+    for name in (*halves, "summary.json"):
+        (tmp_path / name).write_text("{}")
+    folder.start("name = 'mine'")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "recipe.toml"]
+    for name in halves:
+        (tmp_path / name).write_text("{}")
+    folder.resume(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "recipe.toml"]
+    folder.close()
 
 
 @pytest.mark.parametrize("kind", ["damaged", "other release"])

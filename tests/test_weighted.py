@@ -202,3 +202,17 @@ def test_a_basis_that_cannot_be_undone_is_refused(
 
     with pytest.raises(FrameError, match="the basis is of no use: the principal components cannot be undone"):
         inprocess.train(_text(source), digits, Singular, give_up_s=0)
+
+
+@pytest.mark.parametrize("shape", [(41, 40), (5, 5), (1, 0)])
+def test_a_basis_of_a_shape_that_cannot_be_one_is_refused(
+    shape: tuple[int, int], digits: Dataset, source: Path, seen: type[_Seen]
+) -> None:
+    """Of more channels than cross the cut, too."""
+
+    class Wide(_Seen):
+        def send_basis(self, basis: np.ndarray) -> None:
+            super().send_basis(np.eye(*shape, dtype=np.float32))
+
+    with pytest.raises(FrameError, match="the basis has shape .*with w up to 32 fits"):
+        inprocess.train(_text(source), digits, Wide, give_up_s=0)
