@@ -169,9 +169,8 @@ class TrainStream:
     def _check_step(self) -> None:
         training = self.training
         if training.step >= training.coordinator.steps:
-            raise FrameError(
-                f"all of the run's {several(training.coordinator.steps, 'step')} are done; Leave was expected"
-            )
+            steps = several(training.coordinator.steps, "step")
+            raise FrameError(f"the run has {steps} and all are done; Leave was expected")
 
     def _recall(self, frame: pb.Frame, live: StepProgress) -> Iterator[pb.Frame]:
         """Steps on what was kept: a StepDone each, until so many are done or something else comes next."""
