@@ -43,7 +43,7 @@ class Reloaded(Generic[T]):
                 self._seen = seen
                 try:
                     self._value = self._load()
-                    self._tell(f"{', '.join(map(str, self._paths))} changed and is in force from now on")
+                    self._tell(f"{', '.join(map(str, self._paths))} changed: in force from now on")
                 except DepruneError as error:
                     self._tell(f"{error}; what was there before stays in force")
             return self._value

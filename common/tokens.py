@@ -40,8 +40,9 @@ def parse(text: str, source: str) -> dict[str, str]:
         if name in tokens or token in tokens.values():
             raise AuthError(f"{source} has the name or the token of {name} twice; each device has its own")
         if len(token) < MIN_CHARACTERS or not (token.isascii() and token.isprintable()):
+            whose = "" if name == BARE else f" of {name}"
             raise AuthError(
-                f"the token of {name} in {source} has {len(token)} characters; {MIN_CHARACTERS} or more of ASCII are "
+                f"the token{whose} in {source} has {len(token)} characters; {MIN_CHARACTERS} or more of ASCII are "
                 f"needed, at random: {_HOW}"
             )
         tokens[name] = token

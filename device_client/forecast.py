@@ -44,12 +44,13 @@ class Forecast:
         self._sends = self._steps = 0  # since the link was measured
         self._seen = -1  # steps of the present phase that were observed; the process's first waits for its set-up
         self._index = -1
-        self._seconds = self._up = self._down = 0.0  # of a step of late
+        self._seconds = self._waiting = self._up = self._down = 0.0  # of a step of late
         self._up_of_load = self._down_of_load = 0.0
         self._computing: dict[str, float] = {}  # seconds by kind of step
+        self._elsewhere = 0.0  # of those of the newest kind, on the server
 
-    def observe(self, phase: Phase, seconds: float, up: int, down: int) -> None:
-        """A step of `phase` took so many seconds, and so many bytes of messages."""
+    def observe(self, phase: Phase, seconds: float, up: int, down: int, waiting: float = 0.0) -> None:
+        """A step of `phase` took so many seconds, `waiting` of them for its answer, and so many bytes of messages."""
         self._sends += bool(up)
         self._steps += 1
         if self._seen < 0:
@@ -60,6 +61,7 @@ class Forecast:
         self._seen += 1
         share = 1 / min(self._seen, _MEMORY)
         self._seconds += (seconds - self._seconds) * share
+        self._waiting += (waiting - self._waiting) * share
         self._up += (up - self._up) * share
         self._down += (down - self._down) * share
         if self._steps >= _AGAIN or self._rate is None:
@@ -71,6 +73,8 @@ class Forecast:
             self._down_of_load = self._down / load_down
         crossing = (self._up + self._down) / self._rate if self._rate else 0.0
         self._computing[phase.kind] = max(0.0, self._seconds - crossing)
+        if phase.kind != RECALL:
+            self._elsewhere = max(0.0, self._waiting - crossing)
 
     def left(self, step: int, present: Phase) -> Left | None:
         """Before `step`, which is of the `present` phase; None as long as nothing is known."""
@@ -98,8 +102,10 @@ class Forecast:
         return self._up_of_load * up, self._down_of_load * down
 
     def _computing_of(self, phase: Phase) -> float:
-        """Of a kind that has not come yet, as the dearest of those that have."""
-        return self._computing.get(phase.kind, max(self._computing.values()))
+        """Of a kind that has not come yet, as the dearest of those that have; where the device has no part in it, the
+        server's share of that."""
+        unknown = self._elsewhere if phase.kind == RECALL else max(self._computing.values())
+        return self._computing.get(phase.kind, unknown)
 
     def _measure(self) -> None:
         """Evaluations tell of the link too, where hardly anything crosses in steps."""

@@ -29,7 +29,8 @@ class Outlook:
         """A step of `phase` was made, of which `line` is that of metrics.jsonl; the next is of the `present` one."""
         live, crossed = self._live, self._meter.total
         done, steps = line["step"] + 1, present.steps
-        self._forecast.observe(phase, sum(line["seconds"].values()), line["bytes"][UP], line["bytes"][DOWN])
+        seconds, sent = line["seconds"], line["bytes"]
+        self._forecast.observe(phase, sum(seconds.values()), sent[UP], sent[DOWN], seconds["wait"])
         left = self._forecast.left(done, present)
         self._made += 1
         if steps != self._planned:
@@ -38,7 +39,7 @@ class Outlook:
             if abs(steps - self._told) > _NOTICEABLE * self._told:
                 self._told = steps
                 warmup = self._recipe.optimiser.warmup
-                rising = f", of which {warmup:,} warm up (optimiser.warmup)" if 3 * warmup > steps else ""
+                rising = f", of which {min(warmup, steps):,} warm up (optimiser.warmup)" if 3 * warmup > steps else ""
                 live.say(f"{self._budget} is enough for about {steps:,} steps{rising}.")
         live.step(
             done, mean, phase.widths, (crossed(UP).message, crossed(DOWN).message), left.seconds if left else None

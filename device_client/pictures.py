@@ -25,7 +25,10 @@ _LYING = 5  # from this orientation on width and height are exchanged
 
 def require_channels(shape: Shape) -> None:
     if shape[0] not in MODES:
-        raise DataError(f"pictures have 1 or 3 channels and the model wants {shape[0]}; choose another model")
+        raise DataError(
+            f"pictures have 1 or 3 channels and the model wants {shape[0]}; choose another model, "
+            f"or give numbers as float32: arrays in an .npz, to predict each in an .npy"
+        )
 
 
 @cache

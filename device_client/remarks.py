@@ -39,12 +39,19 @@ def remarks(recipe: Recipe, data: Dataset, *, begun: bool) -> Iterator[str]:
 
 
 def _far_from_usual(recipe: Recipe, numbers: Pictures) -> Iterator[str]:
-    """Numbers come in any unit, and networks learn next to nothing from those that are far from 0, or from 1 apart."""
+    """Each channel comes in a unit of its own, and networks learn next to nothing from what is far from 0, or from 1
+    apart."""
     made = normalise(numbers, recipe.data.mean, recipe.data.std)
-    middle, spread = float(made.mean(dtype=np.float64)), float(made.std(dtype=np.float64))
-    if abs(middle) > 3 or not 0.1 <= spread <= 10:
-        mean, std = float(numbers.mean(dtype=np.float64)), float(numbers.std(dtype=np.float64))
+    middles, spreads = (made.mean((0, 2, 3), dtype=np.float64), made.std((0, 2, 3), dtype=np.float64))
+    means, stds = (numbers.mean((0, 2, 3), dtype=np.float64), numbers.std((0, 2, 3), dtype=np.float64))
+    for channel in np.flatnonzero(stds == 0):
+        yield f"channel {channel} has the same number everywhere: nothing can be learnt from it"
+    odd = np.flatnonzero((stds > 0) & ((np.abs(middles) > 3) | (spreads < 0.1) | (spreads > 10)))
+    if len(odd):
+        mean, std = (", ".join(f"{value:.4g}" for value in np.where(stds > 0, each, rest)) for each, rest in
+                     ((means, 0), (stds, 1)))  # fmt: skip
         yield (
-            f"by data.mean and data.std the head is given numbers around {middle:.3g}, {spread:.3g} apart, and learns "
-            f"best from such around 0, 1 apart: these would be by mean = [{mean:.4g}] and std = [{std:.4g}]"
+            f"by data.mean and data.std the head is given numbers around {middles[odd[0]]:.3g}, {spreads[odd[0]]:.3g} "
+            f"apart, in channel {odd[0]}, and learns best from such around 0, 1 apart: these would be by "
+            f"mean = [{mean}] and std = [{std}]"
         )

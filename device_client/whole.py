@@ -53,7 +53,9 @@ def train(
         return trainer.run(publish)
     except KeyboardInterrupt:
         trainer.rest()
-        console.print(f"Stopped{trainer.where}; the run is not finished: {how}.", highlight=False)
+        kept = max(trainer.checkpoints.written, default=0)
+        back = f" from step {kept:,}, for none was kept since" if trainer.begun and kept != trainer.step else ""
+        console.print(f"Stopped{trainer.where}; the run is not finished: {how}{back}.", highlight=False)
         sys.exit(128 + caught)
     except DivergedError as error:
         if trainer.begun:

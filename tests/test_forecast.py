@@ -32,11 +32,11 @@ class Link:
         down = 0.0 if phase.kind in (RECALL, STORE) else width * bits(phase.gradient_codec) * UNIT
         return self.computing + (up + down) / self.rate, up, down
 
-    def step(self, phase: Phase) -> tuple[float, int, int]:
+    def step(self, phase: Phase) -> tuple[float, int, int, float]:
         seconds, up, down = self.of(phase)
         busy = self.flow.busy_s + (up / self.rate + self.delay if up else 0.0)
         self.flow = Flow(self.flow.acknowledged + int(up), busy, self.delay)
-        return seconds, int(up), int(down)
+        return seconds, int(up), int(down), seconds
 
     def judging(self, phase: Phase, pictures: int) -> tuple[float, float]:
         up = self.of(replace(phase, kind=LEARN))[1] * pictures / BATCH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_numbers_far_from_what_networks_learn_by_are_told(mean: float, std: floa
     told = list(remarks(recipe.parse(text, "here"), found, begun=False))
     assert len(told) == said, told
     if said:
-        assert f"mean = [{found.train.pictures.mean():.4g}]" in told[0]
+        assert f"mean = [{found.train.pictures[:, 0].mean():.4g}, " in told[0]
     assert not list(remarks(recipe.parse(text, "here"), found, begun=True))
 
 
@@ -136,3 +137,22 @@ def test_a_network_learns_from_numbers_and_names_one(tmp_path: Path) -> None:
             "predict", address, "--run", run.path / "device", "--json", tmp_path / "one.npy", capture_output=True
         )
     assert json.loads(answer.stdout)["class"] == "middle", answer.stderr
+
+
+def test_each_channel_has_its_own_unit(tmp_path: Path) -> None:
+    """One mean for all would put each far from 0 and next to no distance apart."""
+    far = numbers(12) * np.array([1, 10], np.float32)[:, None, None] + np.array([0, 5000], np.float32)[:, None, None]
+    text = recipe_text(
+        model='name = "tiny"\ninput = [2, 6, 10]\nclasses = 3\ncut = "stage1_relu2"',
+        data="batch = 4\nmean = [5]\nstd = [3]",
+    )
+    found = load(save_numbers(tmp_path / "a.npz", train_x=far), SHAPE, 1, 0)
+    (told,) = remarks(recipe.parse(text, "here"), found, begun=False)
+    assert ", in channel 1, and" in told and re.search(
+        r"mean = \[(4|5)\.\d+, 50\d\d\] and std = \[\d\.\d+, \d\d\.\d+\]", told
+    )
+    flat = load(
+        save_numbers(tmp_path / "b.npz", train_x=far * np.array([1, 0], np.float32)[:, None, None]), SHAPE, 1, 0
+    )
+    (told,) = remarks(recipe.parse(text, "here"), flat, begun=False)
+    assert told == "channel 1 has the same number everywhere: nothing can be learnt from it"
