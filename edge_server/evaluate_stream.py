@@ -108,5 +108,5 @@ def _check_classes(came: tuple[str, ...], expected: tuple[str, ...]) -> None:
         odd = [f"{a} for {b}" for a, b in zip(came, expected, strict=False) if a != b][:3]
         raise FrameError(
             f"the device's classes are not those of the run ({len(came)} for {len(expected)}: "
-            f"{', '.join(odd) or 'others'}); use data whose classes have these names: its folders, or `classes` in an .npz"
+            f"{', '.join(odd) or 'others'}); use data with classes of those names"
         )
