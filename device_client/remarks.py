@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.recipe import Recipe
 from common.schedule import courses, steps_per_epoch
@@ -42,16 +43,24 @@ def _far_from_usual(recipe: Recipe, numbers: Pictures) -> Iterator[str]:
     """Each channel comes in a unit of its own, and networks learn next to nothing from what is far from 0, or from 1
     apart."""
     made = normalise(numbers, recipe.data.mean, recipe.data.std)
-    middles, spreads = (made.mean((0, 2, 3), dtype=np.float64), made.std((0, 2, 3), dtype=np.float64))
-    means, stds = (numbers.mean((0, 2, 3), dtype=np.float64), numbers.std((0, 2, 3), dtype=np.float64))
+    middles, spreads = _by_channel(made)
+    means, stds = _by_channel(numbers)
     for channel in np.flatnonzero(stds == 0):
         yield f"channel {channel} has the same number everywhere: nothing can be learnt from it"
     odd = np.flatnonzero((stds > 0) & ((np.abs(middles) > 3) | (spreads < 0.1) | (spreads > 10)))
     if len(odd):
-        mean, std = (", ".join(f"{value:.4g}" for value in np.where(stds > 0, each, rest)) for each, rest in
-                     ((means, 0), (stds, 1)))  # fmt: skip
+        mean, std = _listed(np.where(stds > 0, means, 0)), _listed(np.where(stds > 0, stds, 1))
         yield (
             f"by data.mean and data.std the head is given numbers around {middles[odd[0]]:.3g}, {spreads[odd[0]]:.3g} "
             f"apart, in channel {odd[0]}, and learns best from such around 0, 1 apart: these would be by "
             f"mean = [{mean}] and std = [{std}]"
         )
+
+
+def _listed(values: NDArray[np.float64]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _by_channel(numbers: Pictures) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of each channel."""
+    return numbers.mean((0, 2, 3), dtype=np.float64), numbers.std((0, 2, 3), dtype=np.float64)
