@@ -23,8 +23,9 @@ from common.words import duration, size
 _EVERY_S = 10.0
 _COUNTED_S = 3.0  # before the first line of what is counted
 _LATE = 64  # steps that an estimate looks back
+_BAR, _ENDLESS = 24, 100_000  # columns of a bar, and of a file
 # What a terminal that is too narrow goes without, the first of them first.
-_SPARED = ("accuracy", "width", "loss")
+_SPARED = ("loss", "down", "width", "up", "accuracy")
 
 
 def note(console: Console, sentence: str) -> None:
@@ -131,8 +132,10 @@ class StepProgress:
         self._late: deque[tuple[int, float]] = deque(maxlen=_LATE)
         self._shown = 0.0
         self._width = ""
+        self._columns = self._spared = 0  # of the terminal; how many of _SPARED it goes without
         # The bar is for wide terminals; what is told in place of steps may be longer than a line.
-        bar = [BarColumn(bar_width=24)] if console.width >= 120 else []
+        bar = [BarColumn(bar_width=_BAR)] if console.width >= 120 else []
+        self._room = _BAR + 1 if bar else 0
         self._bar = Progress(
             TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
             *bar,
@@ -174,17 +177,25 @@ class StepProgress:
             left_s = (now - since) / (done - first) * (self._steps - done)
         if left_s is not None:
             parts["left"] = f"{duration(left_s)} left"
-        text = "  ".join(parts.values())
-        for name in _SPARED:
-            if self._console.is_terminal and len(text) > self._console.width:
-                parts.pop(name, None)
-                text = "  ".join(parts.values())
+        text = self._fitting(parts)
         self._bar.update(self._task, completed=done, description=text)
         if self._console.is_terminal:
             return
         if now - self._shown >= _EVERY_S or width != self._width:
             self._console.print(text, highlight=False)
             self._shown, self._width = now, width
+
+    def _fitting(self, parts: dict[str, str]) -> str:
+        """The parts as one line, without those that a narrow terminal has no room for; one that had to go stays away,
+        for the line's length changes with every step."""
+        columns = self._console.width - self._room if self._console.is_terminal else _ENDLESS
+        if columns != self._columns:
+            self._columns, self._spared = columns, 0
+        while True:
+            text = "  ".join(part for name, part in parts.items() if name not in _SPARED[: self._spared])
+            if len(text) <= columns or self._spared == len(_SPARED):
+                return text
+            self._spared += 1
 
     def plan(self, steps: int) -> None:
         """The run will have so many steps."""

@@ -197,7 +197,8 @@ def train(
     finally:
         remote.close()
     report.show(console, summary)
-    console.print(f"The trained head and summary.json are in {run_path}.", highlight=False, markup=False)
+    published = ", and the server has the head to give to others" if publish_head else ""
+    console.print(f"The trained head and summary.json are in {run_path}{published}.", highlight=False, markup=False)
 
 
 @cli.command()

@@ -291,7 +291,9 @@ class Connection:
                 return
             self._start(step)
         self.offline = False
-        self.faults.reconnects += again
+        if again:
+            self.faults.reconnects += 1
+            self.say(f"connected again, at step {step:,}")
 
     def _start(self, step: int) -> None:
         """Begin and Ready."""

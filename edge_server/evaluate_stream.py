@@ -76,6 +76,9 @@ def evaluate(
         if not again:
             draft.keep()  # one whose verdict was lost is in the books already
             if training and host.run:
+                if begin.subset == pb.VALIDATION:  # the test's is in the summary
+                    found = f"validation loss {verdict.loss:.4f}, accuracy {verdict.accuracy:.2%}"
+                    host.console.print(f"step {training.step}: {found}", highlight=False)
                 training.coordinator.book(host.run.meter)
                 # The device may go on from here without judging again: a server that is lost now must know it.
                 host.run.keep(anew=True)

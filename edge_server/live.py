@@ -335,6 +335,8 @@ class LiveRun:
         # What the run could go on from is not needed any more.
         self.checkpoints.clear()
         report.show(self.console, summary)
+        if head:
+            self.console.print("The device has published its head: others can use it without a folder of their own.")
         return manifest
 
 

@@ -14,17 +14,32 @@ from common.progress import Counting, RunningMean, Screen, StepProgress
 from common.words import several
 
 
-@pytest.mark.parametrize("width", [60, 80, 140])
-def test_the_time_left_fits(width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "told"),
+    [
+        (30, "step 10002/123456"),
+        (40, "step 10002/123456  acc 50.0%"),
+        (60, "step 10002/123456  acc 50.0%  up 123.5 MB"),
+        (80, "step 10002/123456  width 16  acc 50.0%  up 123.5 MB  down 98.8 MB"),
+        (140, "step 10002/123456  width 16  loss 2.345  acc 50.0%  up 123.5 MB  down 98.8 MB"),
+    ],
+)
+def test_what_matters_most_fits(width: int, told: str) -> None:
+    """The time left and the accuracy above all; what once had no room does not come and go with a number's length."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
     with StepProgress(console, 123_456) as live:
-        for done in (10_001, 10_002):
-            live.step(done, RunningMean(2.345, 0.5), (16,), (123_456_789, 98_765_432))
+        for done, up in ((9_999, 99_999_999), (10_000, 123_456_789), (10_001, 9_000_000), (10_002, 123_456_789)):
+            live.step(done, RunningMean(2.345, 0.5), (16,), (up, 98_765_432))
             live._bar.refresh()
+    lines = [line for line in _lines(console) if "/123456" in line]
+    assert re.fullmatch(rf"{told}  [0-9:]+ left", lines[-1].rstrip("━╸╺ "))
+    assert max(len(line.rstrip()) for line in lines) <= width and "…" not in lines[-1]
+    assert re.findall("[a-z]+", lines[-1]) == re.findall("[a-z]+", next(line for line in lines if "10001/" in line))
+
+
+def _lines(console: Console) -> list[str]:
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
-    line = next(line for line in reversed(re.split(r"[\r\n]", shown)) if "10002/123456" in line)
-    assert re.search(r"up 123.5 MB  down 98.8 MB  [0-9:]+ left", line) and len(line.rstrip()) <= width
-    assert ("acc 50.0%" in line) == (width > 80) and "…" not in line
+    return re.split(r"[\r\n]", shown)
 
 
 def test_what_is_told_in_place_of_steps_is_not_cut_off() -> None:

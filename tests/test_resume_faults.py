@@ -50,4 +50,7 @@ def test_the_run_is_the_one_without_faults(reference: Path, tmp_path: Path, blow
         # The link alone never costs a process: whoever restarts it then is not there in the field.
         killed = {blow.kind.split()[0] for blow in blows if "SIG" in blow.kind}
         assert {side for side, number in rig.restarts.items() if number} == killed
+        if not killed:
+            told = (tmp_path / "device-1.log").read_text()
+            assert 0 < told.count("reconnecting, attempt 1 ") <= told.count("connected again, at step "), told
     assert compare.differences(reference, tmp_path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -95,6 +96,7 @@ def test_summary_has_every_field(deprune_run: Run) -> None:
     assert {"step", "phase", "width", "loss", "bytes", "seconds"} <= line.keys()
     assert line["seconds"].keys() == {"head", "encode", "wait", "decode"}
     assert "times fewer" in deprune_run.output and "times fewer" in deprune_run.log
+    assert "the server has the head" in deprune_run.output and "has published its head" in deprune_run.log
 
 
 def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path: Path) -> None:
@@ -156,7 +158,8 @@ def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [True, False])
 def test_once_on_a_finished_run_ends_at_once(plain_run: Run, given: bool) -> None:
     recipe = (plain_run.recipe,) if given else ()
-    line = pair.command("edge-server", "serve", *recipe, "--run", plain_run.path / "server", "--once")
+    options = ("--run", plain_run.path / "server", "--once", "--listen", "127.0.0.1:0")
+    line = pair.command("edge-server", "serve", *recipe, *options)
     done = subprocess.run(line, capture_output=True, text=True, timeout=30, env=pair.environment())
     assert done.returncode == 0 and "is complete already" in done.stdout and "listens" not in done.stdout, done
 
@@ -206,6 +209,9 @@ def test_plateau_widens_when_validation_stops_gaining(tmp_path: Path) -> None:
     per_epoch = run.summary("device")["steps"] // 4
     assert phases == [(0, 2), (2 * per_epoch, 4)]
     assert json.dumps(run.summary("server")["phases"]) == json.dumps(run.summary("device")["phases"])
+    # Both tell what decided it, in the same figures.
+    told = [re.findall(r"step \d+: validation .*", text) for text in (run.output, run.log)]
+    assert told[0] == told[1] and len(told[0]) == 4, told
 
 
 def test_the_kernel_is_asked_whatever_the_servers_name(deprune_run: Run, tmp_path: Path) -> None:
