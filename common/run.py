@@ -95,8 +95,9 @@ class RunFolder:
                     for place in missing:
                         place.rmdir()
 
-    def prepare(self, overwrite: bool, needed_bytes: int = 0) -> None:
-        """Make sure that a run can be written here; RunFolderError where another lies here or space is short."""
+    def prepare(self, overwrite: bool, needed_bytes: int = 0, wanted: Recipe | None = None) -> None:
+        """Make sure that a run, of the `wanted` recipe, can be written here; RunFolderError where another lies here or
+        space is short."""
         try:
             # Made only when the run starts, so that one that never did leaves nothing behind.
             present = [name for name in _OURS if (self.path / name).exists()]
@@ -114,9 +115,10 @@ class RunFolder:
                     f"{self.path} holds an unfinished run that cannot be gone on with: {why}; choose another --run, or "
                     f"pass --overwrite, which deletes that run"
                 )
+            differs = self.differs(wanted) if wanted else ""
             raise RunFolderError(
-                f"{self.path} already holds {kind} run, and not this one; choose another --run, or pass --overwrite, "
-                "which deletes that run"
+                f"{self.path} already holds {kind} run, and not this one{differs}; choose another --run, or pass "
+                f"--overwrite, which deletes that run"
             )
         if free < needed_bytes + _SPARE_BYTES:
             raise RunFolderError(

@@ -253,6 +253,7 @@ def predict(
         answers, classes = use.predict(remote, head, pictures, _say, wait), remote.opened.classes
     finally:
         remote.close()
+    unreadable = {path: found for path, found in answers if isinstance(found, DataError)}
     if as_json:
         for path, found in answers:
             answer: dict[str, Any] = {"picture": str(path)}
@@ -262,7 +263,7 @@ def predict(
                 answer["class"] = classes[int(found.argmax())]
                 answer["probabilities"] = dict(zip(classes, found.tolist(), strict=True))
             click.echo(json.dumps(answer))
-    else:
+    elif len(unreadable) < len(dict(answers)):
         table = Table(show_edge=False, pad_edge=False)
         for name in ("picture", "class"):
             table.add_column(name, overflow="fold")
@@ -273,6 +274,9 @@ def predict(
         if not console.is_terminal:
             console.width = _LONG  # a line for each picture where a program reads them, however long a path is
         console.print(table)
-    if missing := sum(isinstance(found, DataError) for _, found in answers):
+    if unreadable and len(unreadable) == len(dict(answers)):
+        none = f"none of {len(unreadable):,} pictures can be read; " if len(unreadable) > 1 else ""
+        raise DataError(f"{none}{next(iter(unreadable.values()))}")
+    if missing := sum(path in unreadable for path in pictures):
         them = "was left out, for it" if missing == 1 else "were left out, for they"
         raise DataError(f"{missing:,} of {several(len(pictures), 'picture')} {them} cannot be read")

@@ -139,6 +139,10 @@ def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> tuple[Pict
     float32 [C,H,W]; and the width and height that it had. Raises DataError."""
     if Path(path).suffix.lower() == ".npy":
         return npy(Path(path), input_shape)
+    if Path(path).suffix.lower() == ".npz":
+        raise DataError(f"{path} holds many arrays; give one of what it holds, saved as an .npy file")
+    if Path(path).is_dir():
+        raise DataError(f"{path} is a folder; give the pictures in it")
     require_channels(input_shape)
     try:
         with bombs_are_errors():

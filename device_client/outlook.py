@@ -45,7 +45,8 @@ class Outlook:
             done, mean, phase.widths, (crossed(UP).message, crossed(DOWN).message), left.seconds if left else None
         )
         if left and self._made == _TOLD_AFTER and left.seconds > _LONG_S:
-            live.say(f"About {duration(left.seconds)} and {size(left.bytes)} are left, as the link is now.")
+            about = "At most about" if self._recipe.schedule.kind == "plateau" else "About"
+            live.say(f"{about} {duration(left.seconds)} and {size(left.bytes)} are left, as the link is now.")
 
     def end(self, steps: int) -> None:
         """The run is over after so many."""

@@ -128,7 +128,7 @@ def predict(
     remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None], wait_s: float = 0.0
 ) -> list[tuple[Path, np.ndarray | DataError]]:
     """The probabilities [classes] for each picture file, in the order given, or why it cannot be read, of which `say`
-    is told too. DataError where none can.
+    is told too where others can.
     """
     opened = remote.opened
     recipe: Recipe = opened.recipe
@@ -147,8 +147,7 @@ def predict(
         except DataError as error:
             unreadable[path] = error
     if not read:
-        none = f"none of {len(unreadable):,} pictures can be read; " if len(unreadable) > 1 else ""
-        raise DataError(f"{none}{next(iter(unreadable.values()))}")
+        return [(path, unreadable[path]) for path in paths]
     for refused in unreadable.values():
         say(str(refused))
     sound = [path for path in paths if path in read]

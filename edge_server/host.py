@@ -116,7 +116,7 @@ class Host:
         if not saved:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
             # The tail and three checkpoints of it with its optimiser.
-            folder.prepare(overwrite, 10 * size)
+            folder.prepare(overwrite, 10 * size, recipe)
         for wasted in checks.wasteful(recipe, halves):
             host.note(wasted)
         codecs.load(*recipe.codecs, say=console.print)  # now, for a stream of a run would have to wait

@@ -61,6 +61,8 @@ def train(
 
 def failed(command: Any, *arguments: object) -> str:
     """The sentence that a command ends with."""
+    if arguments[0] == "serve" and "--listen" not in arguments:
+        arguments += ("--listen", "127.0.0.1:0")  # whoever tries the program here may have a server on its usual port
     result = CliRunner().invoke(command, [str(argument) for argument in arguments], standalone_mode=False)
     assert isinstance(result.exception, DepruneError), (result.output, result.exception)
     return str(result.exception)

@@ -138,7 +138,7 @@ def device(address: str) -> Iterator[tuple[RemoteTail, Proxy, list[str]]]:
 
 
 def steps_over(device: tuple[RemoteTail, Proxy, list[str]], fault: Fault) -> list[str]:
-    """Steps that suffer `fault`; what was said of the link."""
+    """Steps that suffer `fault`; what was said of the link, until it was back."""
     remote, between, said = device
     remote._lose()  # the next stream is looked at with the times of this test
     first = between.step + 1
@@ -150,6 +150,7 @@ def steps_over(device: tuple[RemoteTail, Proxy, list[str]], fault: Fault) -> lis
         _, result, _ = remote.learn(step, PHASE, *BATCH)
         assert np.isfinite(result.loss)
     assert fault.fired.is_set() and remote.faults.reconnects > reconnects
+    assert said.pop().startswith("connected again, at step")
     return said
 
 
@@ -168,7 +169,7 @@ def test_a_black_hole_in_an_evaluation(device: Any, monkeypatch: pytest.MonkeyPa
     batches = [BATCH] * 3
     verdict = remote.evaluate(lambda: batches, 96, pb.SUBSET_UNSPECIFIED, PHASE, CLASSES, between.step + 1)
     assert verdict.count == 96 and fault.fired.is_set()
-    assert len(said) == 1 and "the link is dead" in said[0]
+    assert len(said) == 2 and "the link is dead" in said[0] and "connected again" in said[1]
 
 
 def test_a_black_hole_under_the_weights(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:

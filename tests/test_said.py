@@ -55,10 +55,14 @@ def test_uses_are_logged_and_a_picture_has_one_answer(deprune_run: Run, tmp_path
             pair.device("predict", address, *run, path, capture_output=True) for path in (pictures[0], pictures[5])
         ]
         pair.device("evaluate", address, "--data", "digits", *run, capture_output=True)
+        unread = pair.device("predict", address, *run, tmp_path, tmp_path / "a.npz", capture_output=True)
     *named, missing = [json.loads(line) for line in together.stdout.splitlines()]
     assert [json.loads(each.stdout) for each in alone] == [named[0], named[5]]
     assert missing["picture"].endswith("none.png") and "cannot be read" in missing["error"]
     assert together.returncode == 1 and "1 of 7 pictures was left out, for it cannot be read" in together.stderr
+    errors = [json.loads(line)["error"].partition("; ")[2] for line in unread.stdout.splitlines()]
+    assert errors == ["give the pictures in it", "give one of what it holds, saved as an .npy file"], unread
+    assert unread.returncode == 1 and "none of 2 pictures can be read; " in unread.stderr
     text = log.read_text()
     assert "A device had 6 pictures named: " in text and "A device had 359 pictures judged: " in text, text
 
@@ -89,6 +93,12 @@ def test_what_a_changed_recipe_changes_is_told(few: Dataset, tmp_path: Path) -> 
     (tmp_path / "recipe.toml").write_text(other)
     told = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "server")
     assert "optimiser.lr is 0.02 and was 0.05" in told and "server/recipe.toml, choose another --run" in told
+
+
+def test_what_a_finished_run_had_otherwise_is_told(plain_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(plain_run.recipe.read_text().replace("lr = 0.05", "lr = 0.02"))
+    told = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", plain_run.path / "server")
+    assert "a finished run, and not this one (optimiser.lr is 0.02 and was 0.05); choose another --run" in told
 
 
 def test_what_is_shown_goes_on_where_it_was(few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
     if side == "device":
         assert "Stopping after this step" in out and "Interrupted" not in out and "The device left at step" in log
         # A server without the recipe has nothing to do with the run, and says what to give it.
-        line = pair.command("edge-server", "serve", "--run", tmp_path / "server")
+        line = pair.command("edge-server", "serve", "--run", tmp_path / "server", "--listen", "127.0.0.1:0")
         done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=pair.environment())
         assert done.returncode == 1 and "holds an unfinished run, at step " in done.stderr
         assert f"{tmp_path / 'server' / 'recipe.toml'} is a copy" in " ".join(done.stderr.split())
