@@ -16,7 +16,7 @@ from rich.table import Table
 
 from common import recipe as recipes
 from common.channel import ServerTls
-from common.cli import with_options
+from common.cli import leave_at_once, with_options
 from common.errors import ModelError
 from common.progress import Screen, note, warn, warn_unencrypted
 from common.run import RunFolder
@@ -103,8 +103,10 @@ def serve(
         note(console, f"{slow}.")
     where = f" The tail computes on {torch.cuda.get_device_name(chosen)}." if chosen.type == "cuda" else ""
     words = f"edge-server listens on [bold]{address}[/bold], {doing}.{where}"
-    caught = run(server, once, lambda: console.print(words, highlight=False))
+    caught, computing = run(server, once, lambda: console.print(words, highlight=False))
     console.print(f"Stopped{f' by {caught}' if caught else ''}{_left(host)}", highlight=False, markup=False)
+    if computing:
+        leave_at_once()
 
 
 def _left(host: Host) -> str:

@@ -154,10 +154,11 @@ class Host:
         return self.served.manifest.run_id if self.served else self.run.run_id if self.run else ""
 
     @property
-    def learning(self) -> bool:
-        """Whether a step, or an evaluation of the run, is at work at this moment."""
-        training = self.run.training if self.run and not self.served else None
-        return training is not None and training.lock.locked()
+    def at_work(self) -> bool:
+        """Whether at this moment a step of the run is computed, a batch of it judged, or its end written: not where an
+        evaluation waits for its device."""
+        training = self.run.training if self.run else None
+        return training is not None and training.lock.locked() and self.watch.at_work
 
     def note(self, sentence: str) -> None:
         """Tell the operator."""

@@ -67,28 +67,37 @@ class Server:
     def start(self) -> None:
         self._grpc.start()
 
-    def stop(self, at_once: Callable[[], bool]) -> None:
+    def stop(self, at_once: Callable[[], bool]) -> bool:
         """Refuse new work, let a step under way end and its answer go, keep a checkpoint, close: within 10 s of that
-        step's end, which is not waited for where `at_once` says so."""
+        step's end, which is not waited for where `at_once` says so. Whether it has ended."""
         host = self.host
         host.stopping = True
         ended, started, told = self._grpc.stop(_STEP_S), time.monotonic(), False
-        learning = started
-        while not ended.wait(0.1):
+        worked = started
+        while True:
+            time.sleep(0.1)
             now = time.monotonic()
-            if host.learning:
-                learning = now
+            # Where a device is gone its streams have ended for gRPC, whatever is computed for it.
+            if host.at_work:
+                worked = now
                 if now - started > _GRACE_S and not told:
                     told = True
                     host.console.print("Stopping after this step; stop it again not to wait for that.")
-            if at_once() or now - learning > _GRACE_S or now - started > _STEP_S:
+            elif ended.is_set():
+                break
+            elif now - worked > _GRACE_S:  # a device that does not hear
+                ended = self._grpc.stop(0)
+            if at_once() or now - started > _STEP_S:
                 self._grpc.stop(0).wait()
                 break
+        whole = not host.at_work
         host.close()
+        return whole
 
 
-def run(server: Server, once: bool, started: Callable[[], None]) -> str:
-    """Serve until a signal (the answer is its name), with `once` also until the run's device knows it is finished.
+def run(server: Server, once: bool, started: Callable[[], None]) -> tuple[str, bool]:
+    """Serve until a signal, with `once` also until the run's device knows it is finished: the signal's name, "" without
+    one, and whether a thread is still at work that was not waited for.
 
     `started` is called when devices and signals are heard.
     """
@@ -111,5 +120,5 @@ def run(server: Server, once: bool, started: Callable[[], None]) -> str:
             host.console.print("The run is served from now on: device-client evaluate and predict reach it here.")
         if once and since and (host.ended.is_set() or time.monotonic() - since > _LINGER_S):
             break
-    server.stop(lambda: len(caught) > 1)
-    return caught[0] if caught else ""
+    whole = server.stop(lambda: len(caught) > 1)
+    return caught[0] if caught else "", not whole

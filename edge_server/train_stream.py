@@ -258,7 +258,8 @@ class TrainStream:
         goodbye = wire.seal(Place(pb.CONTROL, training.step, training.phase.index).frame(goodbye=pb.Goodbye()))
         self.run.meter.frame(DOWN, goodbye)
         try:
-            self.host.finish(head)
+            with training.lock:  # so that a stop waits for it
+                self.host.finish(head)
         except RunFolderError as error:
             self.run.meter.restore(before)
             raise BusyError(

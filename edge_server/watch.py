@@ -31,6 +31,7 @@ class Watched:
         self.context = context
         self.session: _Session | None = None  # once the device has said which
         self.waits: float | None = None  # since when for the device, on the clock of time.monotonic()
+        self.ended = False  # by us: what is computed for it may go on for a while
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -72,6 +73,12 @@ class Watch:
             with self._lock:
                 self._streams.discard(stream)
 
+    @property
+    def at_work(self) -> bool:
+        """Whether the server itself is at work on a stream."""
+        with self._lock:
+            return any(stream.session and stream.waits is None for stream in self._streams)
+
     def tend(self, now: float) -> None:
         """End the streams whose device has been silent for too long.
 
@@ -86,14 +93,21 @@ class Watch:
                 continue
             allowed = self._limits.idle_s if session else min(self._limits.first_frame_s, self._limits.idle_s)
             if now - max(since, session.touched if session else 0.0) > allowed:
-                self._say(
-                    f"nothing was heard for {duration(allowed)} from the device at {stream.context.peer()}; its stream "
-                    f"is ended, and a run that it trains can be gone on with"
+                peer = stream.context.peer()
+                self._end(
+                    stream,
+                    f"nothing was heard for {duration(allowed)} from the device at {peer}; its stream is ended, and a "
+                    f"run that it trains can be gone on with",
                 )
-                stream.context.cancel()
         if now - self._looked >= _LOOK_S:
             self._looked = now
             self._feel(now, {stream for stream in streams if stream.session})
+
+    def _end(self, stream: Watched, why: str) -> None:
+        if not stream.ended:
+            stream.ended = True
+            self._say(why)
+            stream.context.cancel()
 
     def _feel(self, now: float, streams: set[Watched]) -> None:
         """End the streams of dead links."""
@@ -103,7 +117,6 @@ class Watch:
             if stream in self._links:
                 connection, pulse = self._links[stream]
                 if wrong := pulse.look(now, connection.moved()):
-                    self._say(f"{wrong}; the stream of the device at {stream.context.peer()} is ended")
-                    stream.context.cancel()
+                    self._end(stream, f"{wrong}; the stream of the device at {stream.context.peer()} is ended")
             elif found := find_peer(stream.context.peer()):
                 self._links[stream] = found, Pulse(now)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
 
 from benchmarks import pair
-from benchmarks.recipes import recipe_text
+from benchmarks.recipes import BATCH, CLASSES, PHASE, recipe_text
+from common.rpc import split_pb2 as pb
+from common.run import RunFolder
+from device_client.remote_tail import RemoteTail
 
 
 @pytest.mark.parametrize(
@@ -78,46 +84,103 @@ _calls = 0
 
 
 @fx.wrap
-def _slowly(x: torch.Tensor) -> torch.Tensor:
+def _slowly(x: torch.Tensor, seconds: int) -> torch.Tensor:
     """The second step takes longer than a stop waits for anything else."""
     global _calls
     _calls += len(x) == 32
     if _calls == 2:
         _calls += 1
-        time.sleep(10)
+        time.sleep(seconds)
     return x
 
 
 class Slow(nn.Module):
+    seconds = 10
+
     def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
         self.first, self.last = nn.Conv2d(shape[0], 4, 3), nn.Linear(4, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(_slowly(torch.relu(self.first(x))).mean((2, 3)))
+        return self.last(_slowly(torch.relu(self.first(x)), self.seconds).mean((2, 3)))
 
 
-def test_a_stopped_server_ends_the_step_that_is_under_way(tmp_path: Path) -> None:
-    """It computes it anyway, for nothing stops it; left out of the checkpoint it would be lost."""
-    text = recipe_text(schedule="phases = [[0, 50]]").replace('"tiny"', '"tests.test_stopping:Slow"')
-    (tmp_path / "recipe.toml").write_text(text.replace('"stage1_relu2"', '"relu"'))
-    allow = ("--allow-model", "tests.test_stopping:Slow")
-    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", *allow)
-    options = ("--data", "digits", "--run", tmp_path / "device", "--give-up-after", 1, *allow)
-    with pair.server(*arguments, log=tmp_path / "log") as (server_process, address):
-        line = pair.command("device-client", "train", address, *options)
-        with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=pair.environment()) as device:
-            metrics, deadline = tmp_path / "device" / "metrics.jsonl", time.monotonic() + 60
-            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            time.sleep(0.5)
-            server_process.terminate()
-            out, err = device.communicate(timeout=60)
-        server_process.wait(timeout=30)
+class Stuck(Slow):
+    seconds = 600
+
+
+@contextlib.contextmanager
+def in_the_second_step(folder: Path, model: str) -> Iterator[tuple[Any, Any]]:
+    """The server that is computing it, and its device."""
+    text = recipe_text(schedule="phases = [[0, 50]]").replace('"tiny"', f'"tests.test_stopping:{model}"')
+    (folder / "recipe.toml").write_text(text.replace('"stage1_relu2"', '"relu"'))
+    allow = ("--allow-model", f"tests.test_stopping:{model}")
+    arguments = (folder / "recipe.toml", "--run", folder / "server", *allow)
+    options = ("--data", "digits", "--run", folder / "device", "--give-up-after", 1, *allow)
+    with pair.server(*arguments, log=folder / "log") as (server, address):
+        device = pair.start("device-client", "train", address, *options, log=folder / "device.log")
+        metrics, deadline = folder / "device" / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        yield server, device
+        device.kill()
+        device.wait()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_stopped_server_ends_the_step_that_is_under_way(waits: bool, tmp_path: Path) -> None:
+    """It computes it anyway, for nothing stops it; left out of the checkpoint it would be lost. Also where the device
+    is gone meanwhile, and gRPC knows of nothing any more that is under way."""
+    with in_the_second_step(tmp_path, "Slow") as (server, device):
+        if not waits:
+            device.kill()
+            device.wait()
+        server.terminate()
+        server.wait(timeout=60)
+        device.wait(timeout=60)
+    log, told = (tmp_path / "log").read_text(), (tmp_path / "device.log").read_text()
+    assert "Stopping after this step" in log and "Stopped by SIGTERM at step 2" in log, (log, told)
+    for side in ("device", "server") if waits else ("server",):
+        assert (tmp_path / side / "checkpoints" / f"step-{2:012}.safetensors").exists(), (side, log, told)
+
+
+def test_a_server_that_is_stopped_once_more_waits_for_no_step(tmp_path: Path) -> None:
+    """Nor does its process, in which the step is computed on; and nobody else has its folder before that is over."""
+    with in_the_second_step(tmp_path, "Stuck") as (server, _):
+        server.terminate()
+        deadline = time.monotonic() + 60
+        while "stop it again" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        server.terminate()
+        assert server.wait(timeout=60) == 0
     log = (tmp_path / "log").read_text()
-    assert "Stopping after this step" in log and "Stopped by SIGTERM at step 2" in log, (log, out, err)
-    for side in ("device", "server"):
-        assert (tmp_path / side / "checkpoints" / f"step-{2:012}.safetensors").exists(), (side, log, out, err)
+    assert "Stopped by SIGTERM at step 1; the run is not finished and goes on from step 0, which is kept" in log, log
+    with RunFolder(tmp_path / "server").claimed():
+        pass
+
+
+def test_a_stopped_server_waits_for_no_device_that_is_silent(tmp_path: Path) -> None:
+    """In the middle of an evaluation, which waits for more of it."""
+    (tmp_path / "recipe.toml").write_text(recipe_text())
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
+    with pair.server(*arguments, log=tmp_path / "log") as (server, address):
+        remote = RemoteTail(address, give_up_s=0)
+        remote.open(trains=True)
+        remote.begin(1438, CLASSES)
+        remote.learn(0, PHASE, *BATCH)
+
+        def batches() -> Iterator[Any]:
+            yield BATCH
+            time.sleep(2)  # until that is judged
+            server.terminate()
+            assert server.wait(timeout=60) == 0
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            remote.evaluate(batches, 1000, pb.SUBSET_UNSPECIFIED, PHASE, CLASSES, 1)
+        remote.close()
+    assert "at step 1; the run is not finished and goes on from there" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("gives_up", [False, True])
