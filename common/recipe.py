@@ -22,12 +22,14 @@ from common.errors import CodecError, RecipeError
 from common.tables import build, demand, one_of
 
 METHODS = ("plain", "fixed", "deprune", "prune")
+MOST, MOST_CLASSES = 1024, 65535  # channels, or pixels along a side
+_EPOCHS = 1_000_000
 
 
 def channels_first(shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
-    """What was meant where the shape of a picture has its channels last; None where it hasn't."""
+    """What was meant where the shape of a square picture has its channels last; None where it hasn't."""
     first, second, third = shape
-    return (third, first, second) if third in (1, 3) and first not in (1, 3) else None
+    return (third, first, second) if third in (1, 3) and first == second not in (1, 3) else None
 
 
 def _given(table: Any, name: str) -> bool:
@@ -44,11 +46,11 @@ class ModelRecipe:
     init: str = ""  # "" random, "run:DIR" a finished run's server folder, or a .safetensors of the whole model
 
     def __post_init__(self) -> None:
-        legal_input = all(1 <= side <= 1024 for side in self.input)
+        legal_input = all(1 <= side <= MOST for side in self.input)
         turned = channels_first(self.input)
         demand(not turned, f"model.input is {list(self.input)}; channels come first: {list(turned or ())}")
-        demand(legal_input, f"model.input is {list(self.input)}; give channels, height, width, each 1 to 1024")
-        demand(2 <= self.classes <= 65535, f"model.classes is {self.classes}; give 2 to 65535")
+        demand(legal_input, f"model.input is {list(self.input)}; give channels, height, width, each 1 to {MOST}")
+        demand(2 <= self.classes <= MOST_CLASSES, f"model.classes is {self.classes}; give 2 to {MOST_CLASSES}")
         known = not self.init or self.init.startswith("run:") or self.init.endswith(".safetensors")
         demand(known, f'model.init is {self.init!r}; give "run:DIR" or the path of a .safetensors file')
 
@@ -142,7 +144,8 @@ class PhaseRecipe:
 
     def __post_init__(self) -> None:
         demand(self.width >= 0, f"schedule.phases has width {self.width}; give 0 (all channels) or more")
-        demand(self.epochs > 0, f"schedule.phases has {self.epochs} epochs; they must be above 0")
+        fits = 0 < self.epochs <= _EPOCHS
+        demand(fits, f"schedule.phases has {self.epochs} epochs; give more than 0, up to {_EPOCHS:,}")
         demand(self.lr >= 0, f"schedule.phases has lr {self.lr}; it must be 0 (as in optimiser) or more")
         demand(0 <= self.views <= 1000, f"schedule.phases has {self.views} views; give 0 to 1000")
         demand(
@@ -194,7 +197,10 @@ class ScheduleRecipe:
         else:
             demand(not self.phases, 'schedule.phases belongs to kind "epochs"; a plateau schedule has widths')
             demand(len(self.widths) > 0, "schedule.widths is empty; a plateau schedule needs the widths in order")
-            demand(self.patience >= 1 and self.max_epochs >= 1, "schedule.patience and max_epochs must be 1 or more")
+            demand(all(width >= 0 for width in self.widths), "schedule.widths: give 0 (all channels) or more")
+            demand(self.patience >= 1, f"schedule.patience is {self.patience}; it must be 1 or more")
+            fits = 1 <= self.max_epochs <= _EPOCHS
+            demand(fits, f"schedule.max_epochs is {self.max_epochs}; give 1 to {_EPOCHS:,}")
             demand(
                 all(one != other for one, other in pairwise(self.widths)),
                 f"schedule.widths has {list(self.widths)}; the next width must be another",
@@ -224,7 +230,7 @@ class LocalRecipe:
     lr: float = 0.0  # highest learning rate; 0 as in [optimiser], whose other settings hold here too
 
     def __post_init__(self) -> None:
-        demand(self.epochs >= 0, f"local.epochs is {self.epochs}; it must be 0 (none) or more")
+        demand(0 <= self.epochs <= _EPOCHS, f"local.epochs is {self.epochs}; give 0 (none) to {_EPOCHS:,}")
         demand(self.lr >= 0, f"local.lr is {self.lr}; it must be 0 (as in optimiser) or more")
         demand(
             self.epochs > 0 or not self.lr,

@@ -104,7 +104,10 @@ def _left_out(recipe: Recipe, channels: int, phases: Sequence[Phase]) -> int:
         for entry in recipe.schedule.phases
     ] or [(width or channels, (), codec.activation, codec.gradient) for width in recipe.schedule.widths]
     had = [(one.width, one.nested, one.activation_codec, one.gradient_codec) for one in phases if one.kind != RANK]
-    return max(0, sum(1 for _ in groupby(asked)) - sum(1 for _ in groupby(had)))
+    rest = [one for one, _ in groupby(asked)]
+    for one, _ in groupby(had):  # entries in between that came to no step are not the last
+        rest = rest[rest.index(one) + 1 :] if one in rest else rest
+    return len(rest)
 
 
 def _trained(bytes_: dict[str, Any], way: str) -> int:

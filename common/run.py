@@ -84,9 +84,10 @@ class RunFolder:
                     f"run folder {self.path} cannot be locked against other processes ({error.strerror}); choose one "
                     f"on a local disk"
                 ) from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
+            with contextlib.suppress(OSError):  # on a full disk nobody is told by whom it is held, and it is held
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
             try:
                 yield
             finally:

@@ -186,8 +186,12 @@ class Budget:
         share, last = 0.0, coming[-1]
         for last in reversed(coming):
             kept = range(entry, last + 1)
+            wanted = sum(self._asked[other] * costs[other] for other in kept)
+            if not wanted:  # entries that come to no step
+                share = 0.0
+                break
             left = self._allowed - self._spent.total - costs[entry] - beside[last]
-            share = (left + (done - start) * costs[entry]) / sum(self._asked[other] * costs[other] for other in kept)
+            share = (left + (done - start) * costs[entry]) / wanted
             # No more steps in all than were asked for: where earlier phases had fewer, these may have more.
             most = (sum(self._asked) - start) / sum(self._asked[other] for other in kept)
             if share >= most and last == len(self._loads) - 1:

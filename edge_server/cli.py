@@ -183,12 +183,14 @@ def show_recipes(name: str | None) -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--input", "input_text", default="3x32x32", show_default=True, metavar="CxHxW", help="One picture.")
-@click.option("--classes", default=10, show_default=True, type=click.IntRange(2))
+@click.option("--classes", default=10, show_default=True, type=click.IntRange(2, recipes.MOST_CLASSES))
 def cuts(model: str, input_text: str, classes: int) -> None:
     """List every legal cut of MODEL, a built-in name or PACKAGE.MODULE:FACTORY."""
     sides = input_text.lower().split("x")
-    if len(sides) != 3 or not all(side.isascii() and side.isdecimal() and int(side) > 0 for side in sides):
-        raise ModelError(f"--input {input_text!r} is not CxHxW, such as 3x32x32")
+    if len(sides) != 3 or not all(
+        side.isascii() and side.isdecimal() and 0 < int(side) <= recipes.MOST for side in sides
+    ):
+        raise ModelError(f"--input {input_text!r} is not CxHxW, such as 3x32x32, each 1 to {recipes.MOST}")
     shape = (int(sides[0]), int(sides[1]), int(sides[2]))
     if turned := recipes.channels_first(shape):
         raise ModelError(f"--input is {input_text}; channels come first: {by(turned)}")

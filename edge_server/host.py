@@ -293,6 +293,7 @@ class Host:
             _check_whole(run.training)
             run.training.answered_from(begin.step)
             run.take_over(context)
+            run.owner = run.owner or session.identity
             run.faults.reconnects += session.joined
             session.joined = True
             return False

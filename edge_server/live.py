@@ -115,7 +115,13 @@ class LiveRun:
             )
 
     def check_owner(self, identity: str) -> None:
-        if self.owner not in (None, identity):
+        """Raise where the run is another's; where nobody had to say who they are it is the first one's who does."""
+        if self.owner and not identity:
+            raise ForbiddenError(
+                "this run was begun by a device that proved who it is: start the server with --tls-client-ca or "
+                "--token-file as then"
+            )
+        if self.owner and self.owner != identity:
             raise ForbiddenError(
                 "this run was begun by another device and is its own; start another server for a second"
             )

@@ -14,7 +14,7 @@ from common.schedule import RECALLED
 from edge_server.limits import Limits
 
 _USUAL = Limits()
-_COUNT, _AMOUNT = click.IntRange(1), Amount(0, min_open=True)
+_COUNT, _AMOUNT = click.IntRange(1, 10**15), Amount(0, min_open=True)
 _MB = 1_000_000
 
 SERVE = [
@@ -37,7 +37,7 @@ SERVE = [
                  help="Let in only devices whose certificate this authority (PEM) signed."),
     click.option("--token-file", type=FILE, help="Let in only devices with a token from this file, `NAME TOKEN` a "
                  "line; default: the tokens in DEPRUNE_TOKEN."),
-    click.option("--checkpoint-every", default=EVERY, show_default=True, type=click.IntRange(1), metavar="STEPS",
+    click.option("--checkpoint-every", default=EVERY, show_default=True, type=click.IntRange(1, 10**9), metavar="STEPS",
                  help="Steps between two checkpoints, on both sides; more are kept where a phase or a validation "
                  "begins."),
     TIMES,

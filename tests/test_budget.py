@@ -19,9 +19,9 @@ from benchmarks.recipes import recipe_text
 from common import models, report
 from common.errors import RecipeError
 from common.meter import Count
-from common.recipe import parse
+from common.recipe import Recipe, parse
 from common.rpc import split_pb2 as pb
-from common.schedule import Phase
+from common.schedule import Phase, planned
 from device_client import trainer
 from device_client.data import Dataset, load
 from edge_server import live
@@ -183,6 +183,29 @@ def test_a_phase_that_was_left_out_is_said(digits: Dataset) -> None:
     report.show(console, summary)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "of 12 epochs, without the last phase." in shown and "width 2." in shown, shown
+
+
+def pruned(schedule: str) -> Recipe:
+    model = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:x"'
+    return parse(recipe_text("prune", model=model, bottleneck='kind = "linear"', codec=CODEC, schedule=schedule))
+
+
+def test_an_entry_that_comes_to_no_step_is_no_obstacle() -> None:
+    """Here the second; the first cannot be paid for any more, nor what the third takes beside its one step."""
+    recipe = pruned("phases = [[8, 5], [4, 0.1], [4, 0.5]]\nbudget_mb = 0.1")
+    budget = Budget(recipe, CHANNELS, 2, BATCH, Beside(0, 300))
+    phase = planned(recipe, CHANNELS, 2)[0][0]
+    for step in range(9):
+        budget.book(step * 6000, step * 4000, phase)
+    budget.leave(9)
+    assert budget.ends == [9, 9, 9]
+
+
+def test_which_phases_never_came() -> None:
+    """Those after the last that did; one before it had come to no step."""
+    recipe = pruned("phases = [[8, 1], [6, 0.001], [4, 1], [2, 1]]")
+    ran = [phase for phase in planned(recipe, CHANNELS, EPOCH)[0] if phase.width in (8, 4)]
+    assert [report._left_out(recipe, CHANNELS, ran[:count]) for count in (1, 2)] == [3, 1]
 
 
 def test_evaluations_of_a_nested_phase_take_its_whole_width() -> None:

@@ -33,6 +33,7 @@ from device_client import cli as device_cli
 from device_client.remote_tail import RemoteTail
 from edge_server import certs
 from edge_server import cli as server_cli
+from edge_server.live import LiveRun
 from tests.conftest import failed
 
 TOKENS = {"alice": "alice-" + "a" * 26, "bob": "bob-" + "b" * 28}
@@ -187,6 +188,17 @@ def test_a_session_is_its_openers_alone(mutual: tuple[str, Path], ours: Path) ->
         assert isinstance(error, ForbiddenError) and "begun by another device" in str(error)
     pi.close()
     time.sleep(0.3)  # the server notices that this device is gone
+
+
+def test_a_run_of_nobodys_is_its_first_devices_that_says_who_it_is() -> None:
+    """A server that got its certificates later; the other way round it must get them back."""
+    run = LiveRun.__new__(LiveRun)
+    for owner, identity in ((None, "pi"), ("", "pi"), ("", ""), ("pi", "pi")):
+        run.owner = owner
+        run.check_owner(identity)
+    for identity, words in (("", "start the server with --tls-client-ca"), ("hut", "begun by another device")):
+        with pytest.raises(ForbiddenError, match=words):
+            run.check_owner(identity)
 
 
 def presented(address: str, folder: Path) -> bytes:

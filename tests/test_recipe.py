@@ -64,6 +64,11 @@ from common.recipe import load, parse
         ),
         ({"top": 'name = " "\nmethod = "plain"'}, "name is empty; give the run one"),
         ({"top": 'name = "a\\u001b[31m"\nmethod = "plain"'}, "leave control characters out"),
+        ({"schedule": "phases = [[0, 1e20]]"}, "has 1e+20 epochs; give more than 0, up to 1,000,000"),
+        (
+            {"schedule": 'kind = "plateau"\nwidths = [8, -2]', "data": "validation = 0.2"},
+            "schedule.widths: give 0 (all channels) or more",
+        ),
         ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
         ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
         ({"top": 'name = "a"\nmethod = "plain"\nbatch = 16'}, "unknown key batch; it belongs in [data]"),
@@ -95,6 +100,12 @@ def test_recipes(change: dict[str, str], words: str) -> None:
     with pytest.raises(RecipeError) as refused:
         parse(recipe_text(**change), "my.toml")
     assert words in str(refused.value) and str(refused.value).startswith("my.toml: ")
+
+
+def test_what_a_sensor_gives_is_no_picture_with_its_channels_last() -> None:
+    for shape in ([9, 128, 1], [2, 64, 3], [3, 32, 32]):
+        model = f'name = "tiny"\ninput = {shape}\nclasses = 10\ncut = "stage1_relu2"'
+        assert list(parse(recipe_text(model=model, data="batch = 32")).model.input) == shape
 
 
 def test_codecs_that_a_recipe_leaves_out() -> None:
