@@ -199,12 +199,18 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _digest(head: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    import torch
 
     result = hashlib.sha256(head.encode())
     for name in sorted(tensors):
         value = tensors[name]
         result.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        if value.numel():
-            result.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        result.update(raw(value))
     return result.hexdigest()
+
+
+def raw(value: torch.Tensor) -> memoryview:
+    """The bytes of a tensor of any type, wherever it is."""
+    import torch
+
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -30,6 +30,8 @@ it without a traceback; how they cross the wire is rpc_errors.py's matter.
 
 from __future__ import annotations
 
+import unicodedata
+
 _MAY_PASS = 75  # EX_TEMPFAIL of sysexits.h: the same command may do later
 
 
@@ -136,4 +138,9 @@ class RolledBackError(DepruneError):
 
 def printable(text: str, most: int) -> str:
     """What came from elsewhere, fit for a terminal and a log: cut to `most` characters, without control characters."""
-    return "".join(character if character.isprintable() else "?" for character in text[:most])
+    return "".join(character if _harmless(character) else "?" for character in text[:most])
+
+
+def _harmless(character: str) -> bool:
+    """Spaces of every width are, and what joins letters, or keeps them apart, in some scripts."""
+    return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"

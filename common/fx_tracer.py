@@ -8,11 +8,13 @@ grad modes, of draws, of counters. Such a model would be trained as another one,
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import ModelError
 
@@ -28,10 +30,11 @@ _SIMPLE = (bool, int, float, complex, str, torch.Tensor)
 def traced(root: nn.Module) -> fx.Graph:
     """The graph of `root` in its mode; may raise anything, for forward is anybody's code."""
     values, drawn = _values(root), _drawn()
-    with torch.enable_grad():
+    with torch.enable_grad(), _Writes([*root.named_parameters(), *root.named_buffers()]) as writes:
         graph = _Tracer().trace(root)
     after = _values(root)
-    moved = [name for name, value in values.items() if after.get(name) != value] + _changed(root, graph)
+    moved = [name for name, value in values.items() if after.get(name) is not value and after.get(name) != value]
+    moved += writes.names + _changed(root, graph)
     if moved:
         raise ModelError(
             f"its forward changes {moved[0]} itself, which its halves would not do; leave such state to modules, such "
@@ -45,6 +48,40 @@ def traced(root: nn.Module) -> fx.Graph:
     return graph
 
 
+class _Writes(TorchDispatchMode):
+    """Notes which of some tensors are overwritten while it is entered, through `.data` too, of which they know nothing
+    themselves."""
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().__init__()
+        made = [(name, tensor) for name, tensor in tensors if not nn.parameter.is_lazy(tensor) and tensor.numel()]
+        self._known = {tensor.untyped_storage().data_ptr(): name for name, tensor in made}
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in value if isinstance(value, list | tuple) else (value,):
+                    if isinstance(tensor, torch.Tensor):
+                        name = self._known.get(tensor.untyped_storage().data_ptr())
+                        self.names += [name] if name else []
+        return func(*args, **kwargs)
+
+
+class _Proxy(fx.Proxy):
+    """Would take an attribute without a word, and the graph know nothing of it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "grad", "requires_grad"):
+            raise ModelError(
+                f"its forward sets the {name} of a tensor, which its halves would not; compute what is needed from the "
+                f"weight, as in F.conv2d(x, torch.renorm(self.weight, 2, 0, 1.0))"
+            )
+        super().__setattr__(name, value)
+
+
 class _Tracer(fx.Tracer):
     # Else what is computed of buffers alone would keep what they hold now, whatever is loaded into them.
     proxy_buffer_attributes = True
@@ -52,6 +89,9 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self._depth = _autocasts()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *arguments: Any, **options: Any) -> fx.Node:
         if not torch.is_grad_enabled():
@@ -98,13 +138,16 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _values(root: nn.Module) -> dict[str, object]:
-    """What the modules hold, tensors by how often they were overwritten."""
+    """What the modules hold, tensors by where they lie and how often they were overwritten."""
     result: dict[str, object] = {}
     for path, module in root.named_modules():
         held = {**vars(module), **module._parameters, **module._buffers}
         for name, value in held.items():
             if isinstance(value, _SIMPLE):
-                known = (id(value), value._version) if isinstance(value, torch.Tensor) else value
+                known: object = value
+                if isinstance(value, torch.Tensor):
+                    place = 0 if nn.parameter.is_lazy(value) else value.data_ptr()
+                    known = id(value), place, value._version
                 result[f"{path}.{name}".removeprefix(".")] = known
     return result
 

@@ -167,9 +167,9 @@ class _Plan:
             return f"{some([n.name for n in crossing], 3)} would have to cross it too"
         if not any(node in self.from_input and node.op != "output" for node in tail):
             return "nothing would be left for the server"
-        shared = _union(self.state[n] for n in head) & _union(self.state[n] for n in tail)
-        if shared:
-            return f"{some(self._names(shared), 3)} would be needed on both sides of it"
+        # Constants, which have no name, may be in both.
+        if shared := self._names(_union(self.state[n] for n in head) & _union(self.state[n] for n in tail)):
+            return f"{some(shared, 3)} would be needed on both sides of it"
         for user in cut.users:
             if changes_in_place(self.roots[0], user) and user.all_input_nodes[0] is cut:
                 return f"{user.name} changes it in place"

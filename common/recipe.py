@@ -27,9 +27,10 @@ _EPOCHS = 1_000_000
 
 
 def channels_first(shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
-    """What was meant where the shape of a square picture has its channels last; None where it hasn't."""
+    """What was meant where the shape is that of a picture with its channels last; None where it may be a sensor's."""
     first, second, third = shape
-    return (third, first, second) if third in (1, 3) and first == second not in (1, 3) else None
+    like_a_picture = first == second or (third == 3 and first >= 16)
+    return (third, first, second) if third in (1, 3) and first not in (1, 3) and like_a_picture else None
 
 
 def _given(table: Any, name: str) -> bool:

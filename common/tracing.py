@@ -37,6 +37,7 @@ _BATCHES = (2, 3)
 def trace(model: nn.Module) -> tuple[tuple[nn.Module, nn.Module], fx.Graph]:
     """Two copies of the modules of `model` around the same tensors, in its mode, and the graph that fits both."""
     kind = type(model).__name__
+    _require_own_memory(kind, model)
     roots, graphs = [], []
     for training in (True, False):
         try:
@@ -64,6 +65,23 @@ def trace(model: nn.Module) -> tuple[tuple[nn.Module, nn.Module], fx.Graph]:
         for copied, original in zip(root.modules(), model.modules(), strict=False):
             copied.training = original.training
     return (roots[0], roots[1]), graphs[0]
+
+
+def _require_own_memory(kind: str, model: nn.Module) -> None:
+    """Halves that have one tensor each of two that lie in one memory would train them apart; and what lies over itself
+    cannot be filled."""
+    seen: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in named_state(model).items():
+        if nn.parameter.is_lazy(tensor) or not tensor.numel():
+            continue
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ModelError(f"{kind} cannot be cut: {name} is an expanded view; give it memory by clone()")
+        other, known = seen.setdefault(tensor.data_ptr(), (name, tensor))
+        if known is not tensor:
+            raise ModelError(
+                f"{kind} cannot be cut: {name} and {other} are two tensors in one memory; tie them by making them one, "
+                f"as in b.weight = a.weight, or give one memory of its own by clone()"
+            )
 
 
 def _unify(kind: str, roots: list[nn.Module], graphs: list[fx.Graph], training: bool) -> None:

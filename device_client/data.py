@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.draw import SPLIT, generator
-from common.errors import DataError
+from common.errors import DataError, printable
 from common.words import by, some
 from device_client.arrays import npy
 from device_client.batches import Pictures
@@ -91,6 +91,8 @@ def load(
             f"{source} has {len(opened.classes)} classes and the recipe {classes}; use other data"
             f"{'' if known else ', or change model.classes on the server'}"
         )
+    if strange := [shown for name in opened.classes if (shown := printable(name, len(name))) != name]:
+        raise DataError(f"{source} has the class {strange[0]!r}, with a character that no terminal shows: rename it")
     wanted: dict[str, tuple[Side, NDArray[np.int64]]] = {}
     if opened.train:
         train, held_out = _split(len(opened.train.labels), seed, validation, limit)
@@ -129,9 +131,15 @@ def load(
             raise DataError(f"none of the {len(chosen):,} {name} pictures of {source} can be read: {some(unreadable)}")
     empty = Part(np.empty((0, *input_shape), dtype=np.uint8), np.empty(0, dtype=np.int64))
     train_part, validation_part, test_part = (read.get(name, empty) for name in ("train", "validation", "test"))
+    left_out = opened.left_out
+    if train_part.labels.size and (
+        bare := set(opened.classes) - {opened.classes[label] for label in set(train_part.labels)}
+    ):
+        named = some([name for name in opened.classes if name in bare])
+        left_out += (f"no training pictures of {len(bare)} of {len(opened.classes)} classes: {named}",)
     if source == "digits":  # whose size no user can be mistaken in
         scaled = ""
-    return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled, opened.left_out)
+    return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled, left_out)
 
 
 def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> tuple[Pictures, tuple[int, int]]:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from common import importance, optim, weights
 from common.bottleneck import LinearEncoder
-from common.checkpoint import Checkpoints, due, part
+from common.checkpoint import Checkpoints, due, part, raw
 from common.errors import DataError, DivergedError, MismatchError, ModelError, RunFolderError
 from common.halves import MOST_WEIGHTED, reseed
 from common.processor import fits
@@ -234,5 +234,6 @@ class Local:
         ]  # fmt: skip
         digest = hashlib.sha256(f"{self.trainer.data_id} {json.dumps(settings)}".encode())
         for name, value in self.head.state_dict().items():
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(raw(value))
         return digest.hexdigest()

@@ -20,7 +20,7 @@ Shape = tuple[int, int, int]
 MODES = {1: "L", 3: "RGB"}
 # Where a file may say how it is to be turned: EXIF, the same as ImageMagick puts it into a PNG, or XMP.
 _TURNS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
-_LYING = 5  # from this orientation on width and height are exchanged
+_LYING = (5, 6, 7, 8)  # the orientations in which width and height are exchanged
 
 
 def require_channels(shape: Shape) -> None:
@@ -47,7 +47,8 @@ def size_of(path: Path) -> tuple[int, int]:
 
 def _upright(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    turned = _TURNS & image.info.keys() and image.getexif().get(ExifTags.Base.Orientation, 1) >= _LYING
+    # What is no number of one of these turns nothing, in Pillow neither.
+    turned = _TURNS & image.info.keys() and image.getexif().get(ExifTags.Base.Orientation) in _LYING
     return (height, width) if turned else (width, height)
 
 

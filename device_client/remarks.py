@@ -26,7 +26,7 @@ def remarks(recipe: Recipe, data: Dataset, *, begun: bool) -> Iterator[str]:
     if begun:
         return
     if data.train.pictures.dtype == np.float32:
-        yield from _far_from_usual(recipe, data.train.pictures[:_SAMPLE])
+        yield from _far_from_usual(recipe, data.train.pictures[:: max(1, pictures // _SAMPLE)])  # which may be sorted
     rest = pictures % batch
     if any(0 < phase.views <= 1 for phase in recipe.schedule.phases) and 0.05 * pictures < rest < pictures:
         yield (

@@ -182,11 +182,13 @@ class Training:
                 # Of nested widths the widest alone: it has all directions.
                 self.halves.tail.note_sensitivity(activation.grad)
         correct = int((logits.argmax(1) == truth).sum())
-        if activation.grad is None:
+        if self.phase.frozen:
             return None, loss.item(), correct
+        # A tail may detach what it is given.
+        gradient = torch.zeros_like(activation) if activation.grad is None else activation.grad
         if self.phase.kind == RANK:
-            self.coordinator.observe(activation.detach(), activation.grad)
-        return activation.grad.cpu().numpy(), loss.item(), correct
+            self.coordinator.observe(activation.detach(), gradient)
+        return gradient.cpu().numpy(), loss.item(), correct
 
     def apply(self) -> Decision:
         """Move the weights, count the step, and say what comes next."""

@@ -324,6 +324,25 @@ def test_a_test_folder_may_lack_some_of_the_runs_classes(folder):
         load(f"folder:{folder}", RGB, 1, 0, parts=("test",), classes=3, known=("ant", "bee", "dog"))
 
 
+@pytest.mark.parametrize(
+    ("name", "fits"), [("\u0645\u200c\u0647", True), ("a\u00a0b\u3000c", True), ("a\u202eb", False)]
+)
+def test_class_names_may_have_what_scripts_have(folder, name, fits):
+    """And nothing that turns a terminal's line around: before a head learns alone for hours, not after it."""
+    for part in ("train", "test"):
+        (folder / part / "cat").rename(folder / part / name)
+    if fits:
+        assert name in load(f"folder:{folder}", RGB, 1, 0).classes
+    else:
+        refused("a character that no terminal shows: rename it", f"folder:{folder}", RGB, 1, 0)
+
+
+def test_classes_without_a_picture_to_learn_from_are_told(folder):
+    found = load(f"folder:{folder}", RGB, 1, 0, limit=1)
+    assert re.fullmatch("no training pictures of 2 of 3 classes: [a-z]{3}, [a-z]{3}", found.left_out[0])
+    assert load(f"folder:{folder}", RGB, 1, 0).left_out == ()
+
+
 def test_a_class_that_cannot_be_sent_is_named(folder):
     (folder / "train" / "cat").rename(folder / "train" / os.fsdecode(b"caf\xe9"))
     with pytest.raises(DataError, match=r"names are not UTF-8 \(caf\?\); rename"):

@@ -229,9 +229,10 @@ def test_a_full_disk_is_told_and_nothing_is_lost(
     assert not (tmp_path / "full" / "device" / "local").exists()
 
 
-def test_tied_weights_are_kept(digits: Dataset, tmp_path: Path) -> None:
+def test_tied_weights_and_short_ones_are_kept(digits: Dataset, tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, _text(0.5), digits)
     trainer.head.layers.register_parameter("tied", next(trainer.head.layers.parameters()))
+    trainer.head.layers.register_buffer("short", torch.ones(2, dtype=torch.bfloat16))  # which numpy does not know
     alone = Local(trainer)
     alone.keep()
     assert Checkpoints(alone.checkpoints.folder, alone.checkpoints.run_id, alone.checkpoints.digest).sound() == (

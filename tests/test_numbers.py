@@ -110,6 +110,19 @@ def test_numbers_far_from_what_networks_learn_by_are_told(mean: float, std: floa
     assert not list(remarks(recipe.parse(text, "here"), found, begun=True))
 
 
+def test_all_classes_are_looked_at_where_they_come_sorted(tmp_path: Path) -> None:
+    """A channel that says the class itself is the same over each of them."""
+    text = recipe_text(
+        model='name = "tiny"\ninput = [2, 2, 2]\nclasses = 3\ncut = "stage1_relu2"', data="mean = [0]\nstd = [1]"
+    )
+    rows = np.random.default_rng(0).normal(0, 1, (6000, 2, 2, 2)).astype(np.float32)
+    rows[:, 1] = np.repeat([-1, 0, 1], 2000)[:, None, None]
+    labels = np.repeat([0, 1, 2], 2000)
+    source = save_npz(tmp_path / "a.npz", train_x=rows, train_y=labels, test_x=rows[::999], test_y=labels[::999])
+    found = load(source, (2, 2, 2), 1, 0)
+    assert list(remarks(recipe.parse(text, "here"), found, begun=False)) == []
+
+
 def test_a_network_learns_from_numbers_and_names_one(tmp_path: Path) -> None:
     """Three classes that differ in where the second channel is high, which no picture could have."""
     random = np.random.default_rng(0)

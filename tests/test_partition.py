@@ -155,6 +155,13 @@ def test_a_residual_edge_across_the_cut_is_refused() -> None:
         split(Residual(), "second", INPUT)
 
 
+def tied(how: Callable[[nn.Module, nn.Module], Any]) -> nn.Module:
+    """Two layers, one on each side of the cut."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    how(model[0], model[2])
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "cut", "error", "words"),
     [
@@ -162,6 +169,9 @@ def test_a_residual_edge_across_the_cut_is_refused() -> None:
         (Shared(), "relu", CutError, "would be needed on both sides"),
         (Modal(), "relu", ModelError, "differs between training and evaluation"),
         (Two(), "add", ModelError, "must have one input, not 2"),
+        (tied(lambda one, other: setattr(other, "weight", nn.Parameter(one.weight))), "1", ModelError, "in one memory"),
+        (tied(lambda one, other: setattr(other.weight, "data", one.weight.data)), "1", ModelError, "in one memory"),
+        (tied(lambda one, _: one.register_buffer("k", torch.ones(1).expand(8))), "1", ModelError, "k is an expanded"),
     ],
 )
 def test_what_cannot_be_cut(model: nn.Module, cut: str, error: type[Exception], words: str) -> None:
@@ -199,10 +209,11 @@ class Odd(nn.Module):
     def __init__(self, deed: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.conv, self.last, self.count, self.deed = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), 0, deed
+        self.scale, self.unknown = torch.tensor(2.0), float("nan")
         self.register_buffer("mean", torch.zeros(4, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.deed(self, self.conv(x)).relu()).mean((2, 3))
+        return self.last(self.scale * self.deed(self, self.scale * self.conv(x)).relu()).mean((2, 3))
 
 
 def _frozen(odd: Any, x: torch.Tensor) -> torch.Tensor:
@@ -230,9 +241,30 @@ def _averaged(odd: Any, x: torch.Tensor) -> torch.Tensor:
     return x - odd.mean
 
 
+def _within(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    odd.last.weight.data = torch.renorm(odd.last.weight.data, 2, 0, 1.0)
+    return x
+
+
+def _clamped(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    """What changes nothing as yet."""
+    for parameter in odd.parameters():
+        parameter.data.clamp_(-9, 9)
+    return x
+
+
+def _replaced(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    for parameter in odd.parameters():
+        parameter.data = parameter.data.clamp(-9, 9)
+    return x
+
+
 @pytest.mark.parametrize(
     ("deed", "words"),
     [
+        (_within, "sets the data of a tensor"),
+        (_clamped, "changes conv.weight itself"),
+        (_replaced, "changes conv.weight itself"),
         (_frozen, "runs without gradients"),
         (_exact, "sets torch.autocast"),
         (_counted, "changes count itself"),

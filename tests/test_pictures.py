@@ -107,6 +107,9 @@ def test_photographs_are_turned_upright(tmp_path):
         assert found[:, :, 5:].min() > 240 and found[:, :, :3].max() < 15, name
     Image.fromarray(pixels[:, :4]).save(tmp_path / "a.jpg", exif=exif)
     assert size_of(tmp_path / "a.jpg") == (8, 4)
+    exif[0x0112] = 9  # which there is not: no turn
+    Image.fromarray(pixels[:, :4]).save(tmp_path / "a.jpg", exif=exif)
+    assert size_of(tmp_path / "a.jpg") == (4, 8) and picture(tmp_path / "a.jpg", RGB).shape == RGB
 
 
 def test_load_picture_names_the_file_and_the_reason(tmp_path):

@@ -6,9 +6,11 @@ import threading
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from benchmarks.recipes import BATCH, CLASSES, recipe_text
 from common.errors import FrameError, MismatchError, SessionError
@@ -184,6 +186,26 @@ def test_a_run_that_another_device_began_since_is_not_the_first_ones(tmp_path: P
             pass
     with pytest.raises(MismatchError, match=f"holds run {was}, this server trains run {host.run_id}"):
         host.open(True, was, (0,), "", "")
+
+
+class Detaching(nn.Module):
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(shape[0], 4, 3), nn.Linear(4, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(x)).detach().mean((2, 3)))
+
+
+def test_a_tail_that_detaches_what_it_is_given_has_a_gradient_of_zeros(tmp_path: Path) -> None:
+    """None at all would be waited for by the device."""
+    name = "tests.test_put_back:Detaching"
+    text = recipe_text(model=f'name = "{name}"\ninput = [1, 16, 16]\nclasses = 10\ncut = "relu"')
+    host = Host.to_train(parse(text), text, RunFolder(tmp_path / "run"), Console(quiet=True), (name,), False)
+    begun(host)
+    assert host.run and host.run.training
+    gradient, _, _ = host.run.training.learn(np.ones((64, 4, 14, 14), np.float32), np.zeros(64, np.int64))
+    assert gradient is not None and gradient.shape == (64, 4, 14, 14) and not gradient.any()
 
 
 def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
