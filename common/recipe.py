@@ -33,6 +33,15 @@ def channels_first(shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
     return (third, first, second) if third in (1, 3) and first not in (1, 3) and like_a_picture else None
 
 
+def in_toml(value: Any) -> str:
+    """A value of a recipe as a file may have it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(in_toml, value))}]"
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _given(table: Any, name: str) -> bool:
     """Whether a key of a part of the recipe has another value than its default."""
     return bool(getattr(table, name) != getattr(type(table), name))
@@ -142,6 +151,14 @@ class PhaseRecipe:
     views: float = 0.0
     flip: bool = False  # with views: what was kept is mirrored half of the time when it is learnt from again
     shift: int = 0  # with views: and moved by up to so many places each way
+
+    def __str__(self) -> str:
+        """As short as a file may have it."""
+        given = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        more = {name: value for name, value in given.items() if value != getattr(PhaseRecipe, name, None)}
+        if more.keys() == {"width", "epochs"}:
+            return f"[{self.width}, {self.epochs:g}]"
+        return f"{{ {', '.join(f'{name} = {in_toml(value)}' for name, value in more.items())} }}"
 
     def __post_init__(self) -> None:
         demand(self.width >= 0, f"schedule.phases has width {self.width}; give 0 (all channels) or more")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import settings
 
 from benchmarks import netns, pair
 from benchmarks.recipes import recipe_text
@@ -17,6 +18,8 @@ from common.errors import DepruneError
 from device_client.data import Dataset, load
 from tests import forked
 
+settings.register_profile("deprune", deadline=None)  # no test is about seconds
+settings.load_profile("deprune")
 torch.set_num_threads(1)  # networks this small gain nothing by more, and lose much where another program has the core
 
 forked.use()

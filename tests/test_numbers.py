@@ -161,7 +161,7 @@ def test_each_channel_has_its_own_unit(tmp_path: Path) -> None:
     )
     found = load(save_numbers(tmp_path / "a.npz", train_x=far), SHAPE, 1, 0)
     (told,) = remarks(recipe.parse(text, "here"), found, begun=False)
-    assert ", in channel 1, and" in told and re.search(
+    assert " in channel 1, and" in told and re.search(
         r"mean = \[(4|5)\.\d+, 50\d\d\] and std = \[\d\.\d+, \d\d\.\d+\]", told
     )
     flat = load(

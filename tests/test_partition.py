@@ -310,6 +310,8 @@ def test_costs_of_cuts() -> None:
 
 
 def test_foreign_code_needs_its_users_word() -> None:
+    with pytest.raises(ModelError, match="names a file; leave .py out: mymodel:net"):
+        models.build("mymodel.py:net", INPUT, 2, allowed=["mymodel.py:net"])
     with pytest.raises(ModelError, match="--allow-model tests.test_partition:factory"):
         models.build("tests.test_partition:factory", INPUT, 2)
     built = models.build("tests.test_partition:factory", INPUT, 2, allowed=["tests.test_partition:factory"])

@@ -60,6 +60,7 @@ def test_long_counting_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
         "Read 400 of 2,000 pictures, 0:16 left",
         "Read 1,500 of 2,000 pictures, 0:05 left",
+        "Read all 2,000 pictures in 0:20.",
     ]
 
 

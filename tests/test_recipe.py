@@ -69,7 +69,7 @@ from common.recipe import load, parse
             {"schedule": 'kind = "plateau"\nwidths = [8, -2]', "data": "validation = 0.2"},
             "schedule.widths: give 0 (all channels) or more",
         ),
-        ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
+        ({"data": "crop = 16"}, "data.crop is 16, and what the model takes is 16 along one side: give 0 to 15"),
         ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
         ({"top": 'name = "a"\nmethod = "plain"\nbatch = 16'}, "unknown key batch; it belongs in [data]"),
         ({"data": "seed = 1"}, "unknown key data.seed; it belongs at the top of the file"),

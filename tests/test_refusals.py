@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -233,6 +234,13 @@ def test_another_program_answers(tmp_path: Path) -> None:
         other.shutdown()
     assert done.returncode == 75
     assert f"what answers at {address} is no edge-server" in done.stderr.replace("\n", " ")
+
+
+def test_a_port_that_says_nothing_is_no_missing_server() -> None:
+    """After 20 s, which gRPC waits for a first word."""
+    words = "failed to connect to all addresses: connection attempt timed out before receiving SETTINGS frame"
+    error = Mock(code=lambda: grpc.StatusCode.UNAVAILABLE, details=lambda: words, trailing_metadata=lambda: ())
+    assert str(from_rpc(error, "pi:50051")).startswith("something at pi:50051 takes connections and says nothing;")
 
 
 def test_a_finished_run_is_left_alone(server: str, plain_run: Run, tmp_path: Path) -> None:

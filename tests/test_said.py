@@ -72,7 +72,7 @@ def test_uses_are_logged_and_a_picture_has_one_answer(deprune_run: Run, tmp_path
     [
         ((3, ("a", "b")), (2, ("a", "b")), "the run began with 3 training pictures, and here are 2"),
         ((2, ("a", "b")), (2, ("a", "b")), "these are not the 2 pictures that the run began with"),
-        ((2, ("a", "b")), (2, ("a", "c")), "not those that the run began with: without b and with c"),
+        ((2, ("a", "b")), (2, ("a", "c")), "not those that the run began with: without b; with c"),
         ((2, ("a", "b")), (2, ("b", "a")), "not those that the run began with: in another order"),
     ],
 )
@@ -93,6 +93,18 @@ def test_what_a_changed_recipe_changes_is_told(few: Dataset, tmp_path: Path) -> 
     (tmp_path / "recipe.toml").write_text(other)
     told = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "server")
     assert "optimiser.lr is 0.02 and was 0.05" in told and "server/recipe.toml, choose another --run" in told
+    assert "(schedule.phases is [[0, 3]] and was [[0, 2]]; " in told
+
+
+def test_phases_are_told_as_a_recipe_has_them() -> None:
+    written = """[{ width = 8, epochs = 6, activation = "auto:10", views = 1, flip = true }, [8, 0.5]]"""
+    phases = recipe.parse(recipe_text("fixed", bottleneck='kind = "linear"', schedule=f"phases = {written}")).schedule
+    assert recipe.in_toml(phases.phases) == written
+
+
+def test_a_folder_that_holds_both_sides_of_a_run_is_told_apart(plain_run: Run) -> None:
+    told = failed(server_cli.cli, "serve", "--run", plain_run.path)
+    assert told.endswith(f"give {plain_run.path / 'device'} or {plain_run.path / 'server'}")
 
 
 def test_what_a_finished_run_had_otherwise_is_told(plain_run: Run, tmp_path: Path) -> None:
