@@ -20,6 +20,7 @@ from tests import forked
 torch.set_num_threads(1)  # networks this small gain nothing by more, and lose much where another program has the core
 
 forked.use()
+ANY_PORT = ("--listen", "127.0.0.1:0")  # for a server of which no address is asked: its usual port may be taken
 needs_link = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
 
 

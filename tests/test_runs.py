@@ -18,7 +18,7 @@ from benchmarks.recipes import recipe_text
 from common import report
 from device_client import data
 from device_client.remote_tail import RemoteTail
-from tests.conftest import Run, train
+from tests.conftest import ANY_PORT, Run, train
 
 
 @pytest.mark.parametrize("fixture", ["plain_run", "deprune_run"])
@@ -156,7 +156,7 @@ def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [True, False])
 def test_once_on_a_finished_run_ends_at_once(plain_run: Run, given: bool) -> None:
     recipe = (plain_run.recipe,) if given else ()
-    line = pair.command("edge-server", "serve", *recipe, "--run", plain_run.path / "server", "--once")
+    line = pair.command("edge-server", "serve", *ANY_PORT, *recipe, "--run", plain_run.path / "server", "--once")
     done = subprocess.run(line, capture_output=True, text=True, timeout=30, env=pair.environment())
     assert done.returncode == 0 and "is complete already" in done.stdout and "listens" not in done.stdout, done
 

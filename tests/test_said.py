@@ -22,7 +22,7 @@ from common.recipe import differences
 from device_client.data import Dataset, Part
 from device_client.state import _other
 from edge_server import cli as server_cli
-from tests.conftest import Run, failed
+from tests.conftest import ANY_PORT, Run, failed
 from tests.test_resume import leg
 
 
@@ -87,7 +87,7 @@ def test_what_a_changed_recipe_changes_is_told(few: Dataset, tmp_path: Path) -> 
     assert [key for key, *_ in found] == ["schedule.phases", "optimiser.lr"]
     leg(tmp_path, text, few, until=8)
     (tmp_path / "recipe.toml").write_text(other)
-    told = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "server")
+    told = failed(server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "server")
     assert "optimiser.lr is 0.02 and was 0.05" in told and "server/recipe.toml, choose another --run" in told
 
 

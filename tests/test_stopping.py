@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
+from tests.conftest import ANY_PORT
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
     if side == "device":
         assert "Stopping after this step" in out and "Interrupted" not in out and "The device left at step" in log
         # A server without the recipe has nothing to do with the run, and says what to give it.
-        line = pair.command("edge-server", "serve", "--run", tmp_path / "server")
+        line = pair.command("edge-server", "serve", *ANY_PORT, "--run", tmp_path / "server")
         done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=pair.environment())
         assert done.returncode == 1 and "holds an unfinished run, at step " in done.stderr
         assert f"{tmp_path / 'server' / 'recipe.toml'} is a copy" in " ".join(done.stderr.split())
