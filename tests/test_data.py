@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError
-from device_client import data, folders, sides
+from device_client import arrays, data, folders, sides
 from device_client.data import load, load_picture
 from tests.pictures import COLOURS, GRAY, RGB, refused, save, save_npz
 
@@ -70,6 +70,14 @@ def test_order_does_not_depend_on_threads(folder, monkeypatch, threads_from):
     found = load(f"folder:{folder}", RGB, 1, 0)
     assert found.train.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     assert found.train.pictures.mean((2, 3)).argmax(1).tolist() == found.train.labels.tolist()
+
+
+def test_files_are_in_the_order_of_their_names(tmp_path):
+    """Not in that of the disk: a run that goes on from a copy of the folder must find the same pictures."""
+    for i in (7, 2, 9, 0, 5, 3, 8, 1, 6, 4):
+        save(tmp_path / "test" / "a" / f"{i}.png", (20 * i,) * 3)
+    found = load(f"folder:{tmp_path}", RGB, 1, 0, parts=("test",))
+    assert found.test.pictures[:, 0, 0, 0].tolist() == [20 * i for i in range(10)]
 
 
 def test_train_and_validation_are_disjoint_and_follow_the_seed(tmp_path):
@@ -312,6 +320,19 @@ def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):
     refused(
         "36 pictures of 3x20000x20000 need 43.2 GB .* 8.0 GB are free.*smaller input", source, (3, 20000, 20000), 1, 0
     )
+
+
+def test_numbers_take_four_times_the_memory_of_pixels(tmp_path, monkeypatch):
+    made = {f"{part}_x": np.zeros((6, 3, 8, 8), np.float32) for part in ("train", "test")}
+    source = save_npz(tmp_path / "a.npz", **made, train_y=np.arange(6) % 3)
+    monkeypatch.setattr(arrays, "check_memory", lambda *_: None)  # of the file's own
+    whole = 4 * 12 * 3 * 8 * 8
+    for available, fits in ((2 * whole, True), (2 * whole - 1, False)):
+        monkeypatch.setattr(sides.psutil, "virtual_memory", lambda free=available: SimpleNamespace(available=free))
+        if fits:
+            load(source, RGB, 1, 0)
+        else:
+            refused("12 pictures of 3x8x8 need", source, RGB, 1, 0)
 
 
 def test_a_test_folder_may_lack_some_of_the_runs_classes(folder):

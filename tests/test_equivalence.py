@@ -44,6 +44,13 @@ class Branch(Net):
         return 3 * x if isinstance(x, Tensor) else x
 
 
+class Faint(Branch):
+    """Its outputs are small, and what is wrong with them is as large as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e-5 * super().forward(x)
+
+
 class Draw(Net):
     def between(self, x: Tensor) -> Tensor:
         return x * float(self.own.random())
@@ -79,7 +86,7 @@ class Turned(Net):
 
 
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called")
-@pytest.mark.parametrize("make", [Branch, Draw, Count, Mode, hooked, Turned])
+@pytest.mark.parametrize("make", [Branch, Faint, Draw, Count, Mode, hooked, Turned])
 def test_what_tracing_does_not_see_is_refused(make: Callable[[], Net]) -> None:
     """Each would be trained as another network, and nothing would say so."""
     model = make()

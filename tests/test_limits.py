@@ -276,6 +276,12 @@ def test_options_fill_in_the_limits() -> None:
         assert f"`{option.opts[0]}`" in page, "every option is on the page"
 
 
+def test_the_least_limits_still_let_a_device_in() -> None:
+    """A session has two calls open, and a handshake is one more; of a queue everyone has a place."""
+    least = Limits(sessions=1, sessions_each=1, queue=1)
+    assert least.queue_each == 1 and least.calls > 2 and least.calls_each > 2
+
+
 def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(use.time, "sleep", waits.append)
