@@ -17,6 +17,7 @@ from PIL import Image
 from common.errors import DataError
 from device_client import arrays, data, folders, sides
 from device_client.data import load, load_picture
+from device_client.sources import check_source
 from tests.pictures import COLOURS, GRAY, RGB, refused, save, save_npz
 
 
@@ -290,6 +291,15 @@ def test_folders_that_cannot_be_listed_are_refused(folder, monkeypatch):
 
     monkeypatch.setattr(folders.os, "scandir", scandir)  # and not chmod, which does not stop root
     refused(r"train cannot be listed \(Permission denied\); check", f"folder:{folder}", RGB, 1, 0)
+
+
+def test_a_home_is_known_behind_the_colon(folder, monkeypatch):
+    """Where no shell puts it in."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    check_source(f"folder:~/{folder.name}")
+    assert len(load(f"folder:~/{folder.name}", RGB, 1, 0, parts=("test",)).test) == 6
+    with pytest.raises(DataError, match="there is no file"):
+        check_source(f"npz:~/{folder.name}")
 
 
 @pytest.mark.parametrize("source", ["", "cifar", "digits:", "folder", "folder:", "npz:", "zip:a"])
