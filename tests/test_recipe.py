@@ -102,6 +102,13 @@ INIT = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\n
         # Each method is what its name says.
         ({"codec": 'activation = "int8"\ngradient = "fp32"'}, 'method "plain" compresses nothing'),
         ({"schedule": 'phases = [{ width = 0, epochs = 1, gradient = "int8" }]'}, 'method "plain" compresses nothing'),
+        (
+            {
+                "bottleneck": 'kind = "linear"',
+                "schedule": "phases = [{ width = 8, epochs = 2, views = 1, nested = [4] }]",
+            },
+            "schedule.phases has nested and views; a frozen head has one width",
+        ),
         ({"local": "epochs = 1"}, 'method "plain" is what others are compared with: local.epochs must be 0'),
         (
             {"top": TOP.format("fixed"), "bottleneck": 'kind = "linear"', "schedule": "phases = [[4, 1], [8, 1]]"},
