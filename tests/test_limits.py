@@ -93,6 +93,9 @@ def test_those_that_never_began_give_way_first_and_idle_ones_are_forgotten(tmp_p
     host.tend()
     assert knows(host, fresh)
     fresh.touched -= 2
+    with fresh.streaming():
+        host.tend()
+        assert knows(host, fresh), "whose stream the server may be at work on"
     host.tend()
     assert not knows(host, fresh)
 
