@@ -165,6 +165,8 @@ def test_every_kept_picture_comes_once_a_cycle(steps: int, tmp_path: Path) -> No
     assert steps == 1 or not np.array_equal(*orders)
     if steps > 4:  # what came together is drawn apart
         assert len(set(orders[0][:4] // 4)) > 1
+        mixed = [set(order[:16] // 4) for order in orders]
+        assert mixed[0] != mixed[1], "and with others in the next cycle"
     again = _store(tmp_path, steps)
     assert np.array_equal(again.draw(2 * steps - 1)[1], store.draw(2 * steps - 1)[1])
 
