@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,16 +14,21 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.recipes import recipe_text
+from common import optim
 from common.channel import Access, ServerTls
 from common.recipe import parse
 from device_client import cli as device_cli
 from device_client import use, whole
+from device_client.data import Dataset
 from edge_server import certs, host, server
 from edge_server import cli as server_cli
 from edge_server.limits import Limits
 from tests.conftest import ANY_PORT, failed
 from tests.pictures import save
 from tests.test_identity import TOKENS, token_file
+from tests.test_resume import leg
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
 
 
 class EnoughError(Exception):
@@ -42,6 +48,7 @@ def consoles_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("may_be_lost", "timed"):
             monkeypatch.setattr(module.console, name, False, raising=False)
     monkeypatch.setattr(torch, "set_num_threads", Mock())
+    monkeypatch.setattr(optim, "imitated", lambda precision: f"{precision} is slow here")
 
 
 def test_a_device_reaches_its_server_as_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +105,7 @@ def test_a_run_is_trained_as_its_device_is_told_to(trained: Mock, colours: Path,
     assert (len(data.train), len(data.test), allowed) == (11, 12, ("a:b", "c:d"))
     assert head.path == tmp_path / "other" and publish
     assert "Left out 1 unreadable picture: train/red/0.png (empty file)" in output and "--head" in output
-    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line) for line in output.splitlines())
+    assert all(re.match(STAMP, line) for line in output.splitlines()) and "Note: fp32 is slow here." in output
     assert trained.remote.open.call_args.kwargs["wait_s"] == math.inf
     torch.set_num_threads.assert_called_once_with(3)  # type: ignore[attr-defined]
 
@@ -120,31 +127,33 @@ def test_a_server_serves_as_it_is_told_to(tmp_path: Path, monkeypatch: pytest.Mo
     recipe.write_text(recipe_text())
     certs.make(keys, ["localhost"], (), renew=False)
     token = token_file(tmp_path / "token", pi=TOKENS["alice"])
-    made, served = Mock(), Mock(side_effect=EnoughError)
+    made, served, run = Mock(), Mock(), Mock()
+
+    def listens(_server: object, once: bool, announce: Callable[[], None]) -> None:
+        run(once)
+        announce()
+        raise EnoughError
+
+    made.return_value = Mock(recipe=parse(recipe_text()), run=Mock(step=0))
+    served.return_value.port = 7
     monkeypatch.setattr(host.Host, "to_train", made)
     monkeypatch.setattr(server, "Server", served)
+    monkeypatch.setattr(server, "run", listens)
     line = ("serve", *ANY_PORT, recipe, "--run", tmp_path / "run")
-    called(server_cli.cli, *line)
+    output = called(server_cli.cli, *line)
+    assert "edge-server listens on 127.0.0.1:7, waiting for a device to train test-plain." in output
+    assert "Note: fp32 is slow here." in output and run.call_args.args == (False,)
     _, _, folder, _, allowed, overwrite, limits, processor = made.call_args.args
     assert (folder.path, allowed, overwrite, limits) == (tmp_path / "run", (), False, Limits())
     assert made.return_value.run.every == 200
     served.assert_called_once_with(made.return_value, "127.0.0.1:0", None, False, None)
     torch.set_num_threads.assert_not_called()  # type: ignore[attr-defined]
 
-    more: tuple[object, ...] = ("--overwrite", "--allow-model", "a:b", "--device", "cpu", "--threads", 2)
-    more += (
-        "--max-queue",
-        5,
-        "--checkpoint-every",
-        9,
-        "--token-file",
-        token,
-        "--tls-cert",
-        keys / "server.pem",
-        "--tls-key",
-    )
-    more += (keys / "server.key", "--tls-client-ca", keys / "ca.pem", "--insecure")
-    called(server_cli.cli, *line, *more)
+    more: tuple[object, ...] = ("--overwrite", "--allow-model", "a:b", "--device", "cpu", "--threads", 2, "--once")
+    more += ("--max-queue", 5, "--checkpoint-every", 9, "--token-file", token, "--insecure", "--times")
+    more += ("--tls-cert", keys / "server.pem", "--tls-key", keys / "server.key", "--tls-client-ca", keys / "ca.pem")
+    output = called(server_cli.cli, *line, *more)
+    assert all(re.match(STAMP, line) for line in output.splitlines()) and run.call_args.args == (True,)
     *_, allowed, overwrite, limits, processor = made.call_args.args
     assert (allowed, overwrite, limits, processor.type) == (("a:b",), True, Limits(queue=5), "cpu")
     assert made.return_value.run.every == 9
@@ -166,3 +175,20 @@ def test_a_trained_network_is_used_as_its_device_is_told_to(
     called(device_cli.cli, words[0], "127.0.0.1:9", *words[1:], "--allow-model", "a:b", "--width", 3, "--wait", 5)
     _, folder, allowed, width, _, processor, wait_s = opened.call_args.args
     assert (folder, allowed, width, wait_s) == (None, ("a:b",), 3, 5)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_lies_in_the_folder_is_replaced_where_that_is_asked_for(
+    finished: bool, trained: Mock, colours: Path, few: Dataset, tmp_path: Path
+) -> None:
+    text = recipe_text(schedule="phases = [[0, 0.4]]")
+    assert bool(leg(tmp_path, text, few, None if finished else 2)) is finished
+    line = ("train", "127.0.0.1:9", "--data", f"folder:{colours}", "--run", tmp_path / "device")
+    if finished:
+        words = CliRunner().invoke(device_cli.cli, list(map(str, line)), standalone_mode=False).output
+        assert "is complete already" in words and not trained.called
+    else:
+        called(device_cli.cli, *line)
+        assert trained.remote.open.call_args.kwargs["run_id"] and trained.remote.open.call_args.kwargs["kept"]
+    called(device_cli.cli, *line, "--overwrite")
+    assert trained.remote.open.call_args.kwargs == {"trains": True, "run_id": "", "kept": [], "wait_s": 0.0}

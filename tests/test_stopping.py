@@ -8,13 +8,16 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from grpc_health.v1 import health_pb2
 from torch import fx, nn
 
 from benchmarks import pair
 from benchmarks.recipes import recipe_text
+from edge_server.health import Health
 from tests.conftest import ANY_PORT
 
 
@@ -204,3 +207,18 @@ def test_a_ctrl_c_that_is_ignored_stays_so(side: str, tmp_path: Path) -> None:
                 device.terminate()
             assert "Stopping after this step" in device.communicate(timeout=60)[0]
             assert device.returncode == 128 + signal.SIGTERM
+
+
+def test_health_says_that_a_server_stops() -> None:
+    """So that nobody is sent to it any more."""
+    stops = False
+    health = Health(("deprune.v1.Split",), lambda: stops)
+
+    def told() -> list[int]:
+        requests = [health_pb2.HealthCheckRequest(service=name) for name in ("", "deprune.v1.Split")]
+        return [health.Check(request, Mock()).status for request in requests]
+
+    answer = health_pb2.HealthCheckResponse
+    assert told() == [answer.SERVING] * 2
+    stops = True
+    assert told() == [answer.NOT_SERVING] * 2
