@@ -158,6 +158,24 @@ def test_constants_of_a_model_are_no_weights_of_its_halves() -> None:
     assert [*head.state_dict(), *tail.state_dict()] == ["conv.weight", "conv.bias"]
 
 
+class Early(nn.Module):
+    """Computes first, of weights alone, what it needs last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 2, 1), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gain = self.gain.exp()
+        return self.conv(x).relu().mean((2, 3)) * gain
+
+
+def test_what_the_tail_alone_needs_does_not_cross_however_early_it_is_computed() -> None:
+    model, x = Early(), torch.randn(2, *INPUT)
+    head, tail = split(model, "relu", INPUT)
+    assert "gain" in tail.state_dict() and "gain" not in head.state_dict() and torch.equal(tail(head(x)), model(x))
+
+
 def test_batch_norm_learns_on_both_halves() -> None:
     torch.manual_seed(0)
     model = models.build("tiny", INPUT, 10).train()
