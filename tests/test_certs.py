@@ -39,9 +39,11 @@ def test_certs_keeps_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_certificate_says_what_it_is_for_and_how_long(tmp_path: Path) -> None:
-    certs.make(tmp_path, ["localhost"], ("pi",), renew=False)
+    keys = tmp_path / "keys"
+    certs.make(keys, ["localhost"], ("pi",), renew=False)
+    assert keys.stat().st_mode & 0o077 == 0, "nobody else's business"
     ca, server, pi = (
-        x509.load_pem_x509_certificate((tmp_path / f"{name}.pem").read_bytes()) for name in ("ca", "server", "pi")
+        x509.load_pem_x509_certificate((keys / f"{name}.pem").read_bytes()) for name in ("ca", "server", "pi")
     )
     now = datetime.now(UTC)
     for one, days in ((ca, 3650), (server, 365), (pi, 365)):
