@@ -192,3 +192,22 @@ def test_what_lies_in_the_folder_is_replaced_where_that_is_asked_for(
         assert trained.remote.open.call_args.kwargs["run_id"] and trained.remote.open.call_args.kwargs["kept"]
     called(device_cli.cli, *line, "--overwrite")
     assert trained.remote.open.call_args.kwargs == {"trains": True, "run_id": "", "kept": [], "wait_s": 0.0}
+
+
+def test_a_finished_run_is_served_by_the_command_that_trained_it(
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And trained anew where that is asked for; another recipe is not taken for its own."""
+    text, recipe = recipe_text(schedule="phases = [[0, 0.4]]"), tmp_path / "recipe.toml"
+    assert leg(tmp_path, text, few)
+    for name in ("to_train", "to_serve"):
+        monkeypatch.setattr(host.Host, name, Mock(side_effect=EnoughError(name)))
+    line = ("serve", *ANY_PORT, recipe, "--run", tmp_path / "server")
+    for given, more, expected in (
+        (text, (), "to_serve"),
+        (text, ("--overwrite",), "to_train"),
+        (text.replace("0.4", "0.5"), (), "to_train"),
+    ):
+        recipe.write_text(given)
+        words = [str(word) for word in (*line, *more)]
+        assert str(CliRunner().invoke(server_cli.cli, words, standalone_mode=False).exception) == expected
