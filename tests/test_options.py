@@ -149,6 +149,7 @@ def test_a_server_serves_as_it_is_told_to(tmp_path: Path, monkeypatch: pytest.Mo
     served.assert_called_once_with(made.return_value, "127.0.0.1:0", None, False, None)
     torch.set_num_threads.assert_not_called()  # type: ignore[attr-defined]
 
+    assert "Not encrypted" not in output and "Not encrypted" in called(server_cli.cli, *line, "--insecure")
     more: tuple[object, ...] = ("--overwrite", "--allow-model", "a:b", "--device", "cpu", "--threads", 2, "--once")
     more += ("--max-queue", 5, "--checkpoint-every", 9, "--token-file", token, "--insecure", "--times")
     more += ("--tls-cert", keys / "server.pem", "--tls-key", keys / "server.key", "--tls-client-ca", keys / "ca.pem")

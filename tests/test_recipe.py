@@ -109,6 +109,10 @@ INIT = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\n
             },
             "schedule.phases has nested and views; a frozen head has one width",
         ),
+        (
+            {"schedule": "phases = [{ width = 0, epochs = 2, nested = [4] }]"},
+            "nested widths need kind channels or linear",
+        ),
         ({"local": "epochs = 1"}, 'method "plain" is what others are compared with: local.epochs must be 0'),
         (
             {"top": TOP.format("fixed"), "bottleneck": 'kind = "linear"', "schedule": "phases = [[4, 1], [8, 1]]"},
@@ -153,3 +157,15 @@ def test_a_mark_in_front_of_the_file_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text(), encoding="utf-8-sig")
     recipe, text = load(tmp_path / "recipe.toml")
     assert recipe == parse(recipe_text()) and text == recipe_text()
+
+
+def test_what_means_something_else_has_another_digest() -> None:
+    """By it both sides know that they train the same."""
+    changes: list[dict[str, str]] = [
+        {}, {"data": "batch = 33"}, {"optimiser": "lr = 0.06"}, {"schedule": "phases = [[0, 1]]"},
+        {"top": 'name = "test-plain"\nmethod = "plain"\nseed = 4'},
+        {"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stem_relu"'},
+    ]  # fmt: skip
+    digests = [parse(recipe_text(**change)).digest() for change in changes]
+    assert len(set(digests)) == len(changes)
+    assert parse(f"# a remark\n{recipe_text()}\n").digest() == digests[0]
