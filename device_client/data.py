@@ -137,7 +137,7 @@ def load(
     ):
         named = some([name for name in opened.classes if name in bare])
         left_out += (f"no training pictures of {len(bare)} of {len(opened.classes)} classes: {named}",)
-    if source == "digits":  # whose size no user can be mistaken in
+    if source == "digits" and input_shape[0] == 1:  # of whose size nobody can be mistaken
         scaled = ""
     return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled, left_out)
 

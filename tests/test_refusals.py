@@ -34,7 +34,7 @@ from device_client.remote_tail import RemoteTail
 from edge_server import checks
 from edge_server import cli as server_cli
 from edge_server.limits import Limits
-from tests.conftest import Run, failed
+from tests.conftest import ANY_PORT, Run, failed
 
 CLASSES = tuple("0123456789")
 
@@ -266,7 +266,7 @@ def test_a_folder_of_the_other_side(plain_run: Run) -> None:
     ):
         assert f"{server} is the folder of the server of a run, and the device keeps its own" in refused
     for recipe in ((), (plain_run.recipe,)):
-        refused = failed(server_cli.cli, "serve", *recipe, "--run", device)
+        refused = failed(server_cli.cli, "serve", *ANY_PORT, *recipe, "--run", device)
         assert f"{device} is the folder of the device of a run, and the server keeps its own" in refused
 
 
@@ -288,13 +288,13 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
 )
 def test_models_and_cuts_are_refused_at_the_start(model: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text(model=model))
-    assert words in failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    assert words in failed(server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_listening_outside_needs_a_word(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text())
-    serve = (server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    serve = (server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "run")
     assert "--tls-cert" in failed(*serve, "--listen", "0.0.0.0:0")
 
 
@@ -347,7 +347,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(arguments: tuple[str, ..
 
 def test_a_port_that_is_taken(server: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text())
-    line = pair.command("edge-server", "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    line = pair.command("edge-server", "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "run")
     done = subprocess.run([*line, "--listen", server], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and f"cannot listen on {server}: Address already in use" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, "nothing of gRPC's own"
@@ -368,7 +368,9 @@ def test_a_model_that_does_not_end_in_the_classes_is_refused_before_anything_wai
     (tmp_path / "recipe.toml").write_text(
         recipe_text().replace('"tiny"', f'"{name}"').replace('"stage1_relu2"', '"_1"')
     )
-    said = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run", "--allow-model", name)
+    said = failed(
+        server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "run", "--allow-model", name
+    )
     assert words in said and not (tmp_path / "run").exists()
 
 
