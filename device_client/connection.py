@@ -91,14 +91,14 @@ class Connection:
         if stub is None:
             self._connect()
         self._train: Stream | None = None
-        self._came = Came()  # on the stream that was opened last, since it was to bring something
-        self._begun: pb.Begin | None = None  # what each Begin of the run says alike
+        self._came = Came()  # on the newest stream, Begin and Ready aside: whether an attempt got anywhere
+        self._begun: pb.Begin | None = None  # what every Begin of the run has in common; None before the first
         self._joined = False  # the server has confirmed that the run has begun
         self._ready: pb.Ready
-        # Of a run that starts from principal components: on every stream on which the server still wants it.
+        # Where a run starts from principal components: sent once on each stream on which the server still wants them.
         self._basis: Sequence[pb.Frame] = ()
-        self._basis_on: Stream | None = None
-        self._basis_booked = False
+        self._basis_on: Stream | None = None  # the newest stream that it was sent on
+        self._basis_booked = False  # the books have it: what is sent from now on is sent again
         self._channels = 0  # of the cut
         self._sensitivity: np.ndarray | None = None  # [C, C], came with Ready; by which the basis is to be weighted
         self._answered = 0  # answers still to come to steps that were sent on an earlier stream
@@ -112,7 +112,7 @@ class Connection:
         self._stub = split_pb2_grpc.SplitStub(self._channel)
 
     def take_up(self, kernel: Mapping[str, int] | None, faults: Mapping[str, int]) -> None:
-        """Go on with the books of the process that the run was left by."""
+        """Add to what an earlier process of this run has counted."""
         self.kernel.carry(KernelBytes(**kernel) if kernel else None)
         self.faults = Faults(**faults)
 
@@ -127,24 +127,7 @@ class Connection:
         request = pb.OpenRequest(
             protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN if trains else pb.USE, run_id=run_id, kept=kept
         )
-        backoff, told = Backoff(wait_s), False
-        while True:
-            try:
-                reply = self._handshake(request, again=trains and bool(run_id))
-                break
-            except (LinkError, FrameError, ClockError, StoppedError, BusyError) as error:
-                # Who uses a run asks again by itself, also where an evaluation finds no place (use.patiently); where
-                # another device trains the run, nobody knows for how long.
-                apart = isinstance(error, BusyError) and (not trains or error.retry_after_s is None)
-                if wait_s <= 0 or apart:
-                    if isinstance(error, AbsentError):
-                        raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
-                    raise
-                if not told:
-                    self.say(f"{error}; waiting, {gives_up(wait_s)}")
-                    told = True
-                backoff.wait(error, lambda text: None)
-                self._connect()
+        reply = self._first_handshake(request, trains, wait_s)
         parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
         if parsed.digest() != reply.digest:
             raise MismatchError(
@@ -160,6 +143,26 @@ class Connection:
         )  # fmt: skip
         self._joined = reply.resumed or reply.finished
         return self.opened
+
+    def _first_handshake(self, request: pb.OpenRequest, trains: bool, wait_s: float) -> pb.OpenReply:
+        """The server's answer, for which is waited up to `wait_s`: it may not be up yet."""
+        backoff, told = Backoff(wait_s), False
+        while True:
+            try:
+                return self._handshake(request, again=trains and bool(request.run_id))
+            except (LinkError, FrameError, ClockError, StoppedError, BusyError) as error:
+                # A server that is full is not waited for here in two cases: who uses a run does so itself
+                # (use.patiently), and as long as another device trains the run there is no knowing how long it takes.
+                full = isinstance(error, BusyError) and (not trains or error.retry_after_s is None)
+                if wait_s <= 0 or full:
+                    if isinstance(error, AbsentError):
+                        raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
+                    raise
+                if not told:
+                    self.say(f"{error}; waiting, {gives_up(wait_s)}")
+                    told = True
+                backoff.wait(error, lambda text: None)
+                self._connect()
 
     def _handshake(self, request: pb.OpenRequest, again: bool) -> pb.OpenReply:
         try:
@@ -198,23 +201,15 @@ class Connection:
 
     def head_weights(self) -> bytes:
         """safetensors bytes of the head, as the server hands them out."""
-        backoff: Backoff | None = None
-        unknown = False
-        while True:
-            try:
-                if backoff:
-                    self._connect()
-                if unknown:
-                    self._reopen(0)
-                return self._head_weights(again=backoff is not None)
-            except CURABLE as error:
-                if self._channel is None or self.opened.phase:  # a finished run is used: its user tries again
-                    raise
-                backoff = backoff or Backoff(self.give_up_s)
-                unknown = isinstance(error, SessionError)
-                # What came counts for the attempt that brought it, not for later ones that open no stream.
-                moved, self._came = self._came.frames > 0, Came()
-                backoff.wait(error, self.say, moved)
+        if self.opened.phase:  # of a finished run that is used: its user tries again
+            return self._head_weights(again=False)
+
+        def attempt(failed: type[DepruneError] | None) -> bytes:
+            if failed is SessionError:
+                self._reopen(0)
+            return self._head_weights(again=failed is not None)
+
+        return self._over_connections(attempt)
 
     def _head_weights(self, again: bool) -> bytes:
         request = pb.HeadRequest(session=self.opened.session)
@@ -248,26 +243,39 @@ class Connection:
         return answer
 
     def _steadily(self, step: int, attempt: Callable[[], T]) -> T:
-        """What `attempt` comes to, over new connections until it succeeds; the device stands at `step`."""
+        """What `attempt` comes to on the run's stream, which is opened again each time that it breaks.
+
+        The device stands at `step`. A finished run has no stream any more: what is left to do needs its session alone.
+        """
+
+        def on_stream(failed: type[DepruneError] | None) -> T:
+            if not self.opened.finished and self._train is None:
+                self._join(step, again=failed is not None)
+            elif self.opened.finished and failed is SessionError:
+                self._reopen(step)
+            return attempt()
+
+        return self._over_connections(on_stream)
+
+    def _over_connections(self, attempt: Callable[[type[DepruneError] | None], T]) -> T:
+        """What `attempt` comes to; tried again, over a new connection each time, where that may cure its error.
+
+        `attempt` is given the kind of error that its last try ended with; None at first.
+        """
         backoff: Backoff | None = None
-        unknown = False
+        failed: type[DepruneError] | None = None
         try:
             while True:
                 try:
-                    if backoff:  # here, for certificates that are being exchanged may not fit for a moment either
+                    if failed:  # inside the try: while certificates are being exchanged, this may fail for a moment too
                         self._connect()
-                    if self.opened.finished and unknown:
-                        self._reopen(step)
-                    elif self._train is None and not self.opened.finished:
-                        self._join(step, again=backoff is not None)
-                    return attempt()
+                    return attempt(failed)
                 except CURABLE as error:
                     moved = self._came.frames > 0
                     self._lose()
-                    unknown = isinstance(error, SessionError)
-                    if self._channel is None or self._begun is None:
+                    if self._channel is None:  # there is no network in between that could fail
                         raise
-                    backoff = backoff or Backoff(self.give_up_s)
+                    backoff, failed = backoff or Backoff(self.give_up_s), type(error)
                     self.offline = True
                     backoff.wait(error, self.say, moved)
         finally:
