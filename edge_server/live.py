@@ -75,7 +75,7 @@ class LiveRun:
         self.training: Training | None = None
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.checkpoints = Checkpoints(folder.checkpoints, self.run_id, recipe.digest())
-        self._at = 0  # step of the newest checkpoint, where `saved`
+        self._at = 0  # the step that the run stands at as long as no device has taken it up
         self._writing = threading.Lock()
         self._streams: set[Stream] = set()
         self._changed = threading.Condition()
@@ -260,17 +260,21 @@ class LiveRun:
 
         Called with `training.lock` held, or where nothing else can use the training.
         """
-        if snapshot := self.snapshot(anew=anew):
+        if snapshot := self.snapshot(anew):
             self.write(snapshot, anew)
 
-    def snapshot(self, decision: Decision | None = None, anew: bool = False) -> Checkpoint | None:
-        """A checkpoint of the run as it is now, to be written; None where none is due after `decision`, or, without
-        one, where there is one already and it is not to be made `anew`. Called as `keep`."""
+    def snapshot_after(self, decision: Decision) -> Checkpoint | None:
+        """What `write` is to be given after the step that led to `decision`; None where no checkpoint is due."""
+        assert self.training
+        turn = bool(decision.phase) or decision.then != pb.STEP
+        return self.snapshot() if due(self.training.step, self.every, turn=turn) else None
+
+    def snapshot(self, anew: bool = False) -> Checkpoint | None:
+        """A checkpoint of the run as it is now, for `write`; None where it has one, unless that is to be made `anew`,
+        or cannot have any. Called as `keep`."""
         training = self.training
         assert training
-        turn = decision is None or bool(decision.phase) or decision.then != pb.STEP
-        present = training.step in self.checkpoints.written and not anew
-        if present or training.spoiled or not due(training.step, self.every, turn=turn):
+        if training.spoiled or (training.step in self.checkpoints.written and not anew):
             return None
         kernel = self.kernel.read()
         books = {
@@ -285,7 +289,10 @@ class LiveRun:
         return Checkpoint(training.step, tensors, state | books)
 
     def write(self, snapshot: Checkpoint, anew: bool = False) -> None:
-        """Write it, unless a newer one of the same step has come before it; a full disk is told, and that is all."""
+        """Write it, unless another thread has written one of this step meanwhile. A full disk is told, and that is all.
+
+        Apart from `snapshot`, so that a step's answer need not wait for the disk.
+        """
         training = self.training
         assert training
         with self._writing:
