@@ -51,6 +51,11 @@ class Phase:
         """All that its steps may have."""
         return (*self.nested, self.width)
 
+    @property
+    def mean_width(self) -> float:
+        """Channels that cross in a step, on average."""
+        return sum(self.widths) / len(self.widths)
+
     def width_at(self, seed: int, step: int) -> int:
         """The width of one step: a function of seed and step."""
         return self.widths[generator(seed, NESTED, step).integers(len(self.widths))] if self.nested else self.width
