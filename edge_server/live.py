@@ -115,7 +115,7 @@ class LiveRun:
             )
 
     def check_owner(self, identity: str) -> None:
-        """Raise where the run is another's; where nobody had to say who they are it is the first one's who does."""
+        """Raise where the run is another's. One that was begun when nobody had to say who they are is nobody's yet."""
         if self.owner and not identity:
             raise ForbiddenError(
                 "this run was begun by a device that proved who it is: start the server with --tls-client-ca or "
@@ -208,9 +208,9 @@ class LiveRun:
         )
 
     def common(self, run_id: str, kept: Sequence[int]) -> int:
-        """The newest of the steps that the device has kept and from which this side can go on too; changes nothing.
+        """The newest step from which both sides can go on, of those that the device has `kept`; changes nothing.
 
-        Nothing will be undone where the device stands at the very step that this process stands at.
+        Rather one that the run can go on from as it stands, for then nothing is undone; else a checkpoint's.
         """
         if run_id != self.run_id:
             raise MismatchError(
@@ -253,7 +253,7 @@ class LiveRun:
         self.faults.steps_again += lost["steps"]
         self.training = training
         self.checkpoints.forget_after(step)
-        self.keep(anew=True)  # the same but for what the fault cost: a second one before the next must not forget it
+        self.keep(anew=True)  # with what the fault cost: a second one before the next checkpoint must not forget it
 
     def keep(self, anew: bool = False) -> None:
         """Write a checkpoint of where the run stands, unless there is one. `anew`: in its place.
@@ -309,7 +309,7 @@ class LiveRun:
         warn(self.console, f"no checkpoint of step {step}: {error}; the run goes on")
 
     def pause(self) -> bool:
-        """Keep where the run stands, unless a step or an evaluation is at work for too long; whether it was not."""
+        """Keep where the run stands; False, and nothing kept, where a step or an evaluation takes too long to end."""
         training = self.training
         if not training or not training.lock.acquire(timeout=_PAUSE_S):
             return False
