@@ -266,7 +266,7 @@ class Training:
             phase = phase_from(state["store"])
             shape = self.halves.sent_shape(self.batch, phase.width)
             index = part(kept.tensors, "store")
-            self.store = Store.reopen(self.folder, phase, shape, self.recipe.seed, self.store_limit, index)
+            self.store = Store(self.folder, phase, shape, self.recipe.seed, self.store_limit, index)
 
     def forget_stores(self, oldest: int) -> None:
         """Remove the stores that no checkpoint from step `oldest` on needs."""
