@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -39,8 +38,8 @@ def open_finished(
     remote: RemoteTail, folder: RunFolder | None, allowed: tuple[str, ...], width: int | None,
     say: Callable[[str], None], processor: torch.device, wait_s: float,
 ) -> Head:  # fmt: skip
-    """Open a session with the server of a finished run, for which is waited up to `wait_s`, and return its head, ready
-    to use at `width` on `processor`.
+    """Open a session with the server of a finished run, and return the run's head, ready to use at `width` on
+    `processor`. The server is waited for up to `wait_s`.
 
     The head is this folder's; without a folder, the one that was published to the server. Without a width, it is the
     run's last; MismatchError where the network was not trained for the one that is asked for.
@@ -96,8 +95,9 @@ def _again(remote: RemoteTail, attempt: Callable[[], T], say: Callable[[str], No
 def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: float = 0.0) -> T:
     """What `attempt` comes to; where the server has no room now and says when it may, tried again then: TRIES times,
     and for no less than `wait_s`."""
-    until = time.monotonic() + wait_s
-    for left in itertools.count(TRIES - 1, -1):
+    until, left = time.monotonic() + wait_s, TRIES
+    while True:
+        left -= 1
         try:
             return attempt()
         except BusyError as error:
@@ -107,7 +107,6 @@ def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: floa
             say(f"{error}; waiting, {gives_up(rest) if rest > 0 else f'{left} more tries'}")
             # Jitter, so that devices which were refused together do not come back together.
             time.sleep(error.retry_after_s * random.uniform(1.0, 1.5))
-    raise AssertionError("count has no end")
 
 
 def evaluate(
