@@ -135,12 +135,19 @@ class Connection:
                 "install the same release of deprune on both"
             )
         self.opened = Opened(
-            reply.session, parsed, reply.recipe, reply.run_id,
-            phase_of(reply.phase) if reply.HasField("phase") else None,
-            reply.head_size, reply.init_run_id, tuple(printable(name, len(name)) for name in reply.classes),
-            reply.step if reply.resumed else None,
-            reply.finished, reply.checkpoint_every, reply.limits.max_tensor_elements,
-        )  # fmt: skip
+            session=reply.session,
+            recipe=parsed,
+            text=reply.recipe,
+            run_id=reply.run_id,
+            phase=phase_of(reply.phase) if reply.HasField("phase") else None,
+            head_size=reply.head_size,
+            init_run_id=reply.init_run_id,
+            classes=tuple(printable(name, len(name)) for name in reply.classes),
+            step=reply.step if reply.resumed else None,
+            finished=reply.finished,
+            checkpoint_every=reply.checkpoint_every,
+            max_elements=reply.limits.max_tensor_elements,
+        )
         self._joined = reply.resumed or reply.finished
         return self.opened
 

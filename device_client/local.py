@@ -78,7 +78,11 @@ class Local:
         self.per_epoch = steps_per_epoch(len(trainer.data.train), trainer.batch)
         self.steps = max(1, steps_of(self.recipe.local.epochs, self.per_epoch))
         self.lr = self.recipe.local.lr or self.recipe.optimiser.lr
-        self.course = Phase(0, 0, trainer.channels, "fp32", "fp32", self.lr, 0, self.steps)
+        # No phase of the run: the learning rate goes by one.
+        self.course = Phase(
+            index=0, from_step=0, width=trainer.channels, activation_codec="fp32", gradient_codec="fp32", lr=self.lr,
+            decay_from=0, decay_until=self.steps,
+        )  # fmt: skip
         self.optimiser = optim.build(
             self.recipe.optimiser, nn.ModuleList([self.head.layers, self.classifier]), nn.Module()
         )

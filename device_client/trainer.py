@@ -344,15 +344,16 @@ class Trainer:
     def finish(self, publish: bool) -> dict[str, Any]:
         """Judge the test part, say goodbye, keep the head; the summary."""
         verdict = self._judge(self.data.test, pb.TEST)
-        samples = self.step * self.batch
         manifest = Manifest(self.opened.run_id, self.recipe.digest(), self.data.classes, self.phase)
         # The head is safe before the server is told that all is done.
         self._write_head(manifest)
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
         outcome = report.Outcome(
-            self.opened.run_id, verdict.accuracy, verdict.loss, self.step, samples,
-            round(self.step / steps_per_epoch(len(self.data.train), self.batch), 4), self.elapsed_s, self.busy_s,
-            tuple(self.phases), self.remote.faults, self.local,
+            run_id=self.opened.run_id, accuracy=verdict.accuracy, loss=verdict.loss, steps=self.step,
+            samples=self.step * self.batch,
+            epochs=round(self.step / steps_per_epoch(len(self.data.train), self.batch), 4),
+            wall_s=self.elapsed_s, busy_s=self.busy_s, phases=tuple(self.phases), faults=self.remote.faults,
+            local=self.local,
         )  # fmt: skip
         meter, kernel = self.remote.meter, self.remote.kernel.read()
         summary = report.summarise(self.recipe, self.cut, outcome, meter, kernel, "device")

@@ -336,9 +336,9 @@ class LiveRun:
         training.halves.tail.settle(training.phase.width, training.phase.order)
         self.folder.write_half("tail", training.halves.tail, manifest)
         outcome = report.Outcome(
-            self.run_id, training.test.accuracy, training.test.mean_loss, training.step,
-            training.step * training.batch, training.epochs, training.elapsed_s, training.busy_s,
-            tuple(training.coordinator.phases), self.faults,
+            run_id=self.run_id, accuracy=training.test.accuracy, loss=training.test.mean_loss, steps=training.step,
+            samples=training.step * training.batch, epochs=training.epochs, wall_s=training.elapsed_s,
+            busy_s=training.busy_s, phases=tuple(training.coordinator.phases), faults=self.faults,
         )  # fmt: skip
         cut, kernel = training.halves.cut, self.kernel.read()
         summary = report.summarise(self.recipe, cut, outcome, self.meter, kernel, "server")
