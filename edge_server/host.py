@@ -10,7 +10,6 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from rich.console import Console
 from common import codecs, weights, wire
 from common import halves as halves_module
 from common.errors import (
-    BusyError,
     FrameError,
     MismatchError,
     ModelError,
@@ -65,8 +63,6 @@ class Host:
         self.limits = limits or Limits()
         self.callers = Callers(self.limits)
         self.watch = Watch(self.limits, self.note)
-        self._evaluations: Counter[str] = Counter()  # streams that use the finished run at the moment, by caller
-        self._lock = threading.Lock()
         self._beginning = threading.Lock()  # held while a stream takes another's place, and while the run is put back
         self.sessions = Sessions(self.limits)
         self.run: LiveRun | None = None
@@ -239,25 +235,6 @@ class Host:
             if self.run:
                 self.finished_at = time.monotonic()
         self.ended.set()
-
-    @contextmanager
-    def evaluating(self, session: Session) -> Iterator[None]:
-        """A place among the streams that use the finished run; BusyError where there is none."""
-        caller, again = session.caller, f"try again in {self.limits.retry_s:g} s"
-        with self._lock:
-            if (judging := self._evaluations.total()) >= self.limits.queue:
-                raise BusyError(f"the server is already judging for {judging} devices; {again}", self.limits.retry_s)
-            if (own := self._evaluations[caller]) >= self.limits.queue_each:
-                raise BusyError(
-                    f"the server is already judging for {own} devices of yours; {again}", self.limits.retry_s
-                )
-            self._evaluations[caller] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._evaluations[caller] -= 1
-                self._evaluations += Counter()  # drops callers without one
 
     # Training
 

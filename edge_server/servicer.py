@@ -187,7 +187,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             if run:
                 training = stack.enter_context(self.host.judging(session, context))
             else:
-                stack.enter_context(self.host.evaluating(session))
+                stack.enter_context(self.host.callers.evaluation(session.caller))
                 if session.trains:
                     stack.enter_context(self.host.telling())
                 else:
