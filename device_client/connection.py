@@ -142,7 +142,7 @@ class Connection:
             phase=phase_of(reply.phase) if reply.HasField("phase") else None,
             head_size=reply.head_size,
             init_run_id=reply.init_run_id,
-            classes=tuple(printable(name, len(name)) for name in reply.classes),
+            classes=tuple(printable(name) for name in reply.classes),
             step=reply.step if reply.resumed else None,
             finished=reply.finished,
             checkpoint_every=reply.checkpoint_every,

@@ -132,7 +132,7 @@ def _require_classes(source: str, classes: Sequence[str], expected: int | None, 
             f"{source} has {len(classes)} classes and the recipe {expected}; use other data"
             f"{'' if known else ', or change model.classes on the server'}"
         )
-    if strange := [shown for name in classes if (shown := printable(name, len(name))) != name]:
+    if strange := [shown for name in classes if (shown := printable(name)) != name]:
         raise DataError(f"{source} has the class {strange[0]!r}, with a character that no terminal shows: rename it")
 
 

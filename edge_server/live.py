@@ -172,7 +172,7 @@ class LiveRun:
                 f"the device's pictures have {len(classes)} classes, the recipe {self.recipe.name} has {expected}; "
                 f"use other data, or change model.classes on the server"
             )
-        if strange := [name for name in classes if printable(name, len(name)) != name]:
+        if strange := [name for name in classes if printable(name) != name]:
             raise MismatchError(
                 f"the class {printable(strange[0], 100)!r} has characters in its name that no terminal shows: rename it"
             )

@@ -136,14 +136,11 @@ class TrainStream:
         if phase.kind == RECALL:
             raise FrameError(f"step {step} is learnt from what the server has kept; Recall was expected")
         clock = time.perf_counter
-        first_wait, receive.wait_s, started = receive.wait_s, 0.0, clock()
-        labels = wire.unpack_labels(
-            frame, receive, Place(pb.LABEL, step, phase.index), training.batch, training.recipe.model.classes
-        )
-        place, shape = Place(pb.ACTIVATION, step, phase.index), training.sent_shape
-        payload = wire.payload_of(receive(), receive, place, shape, phase.activation_codec)
-        sent = codec(phase.activation_codec).decode(payload, shape)
+        started, waited = clock(), receive.wait_s  # until now: for the step's first frame
+        labels, payload = self._received(frame)
+        sent = codec(phase.activation_codec).decode(payload, training.sent_shape)
         decoded = clock()
+        wait, receive.wait_s = receive.wait_s, 0.0
         frames: list[pb.Frame] = []
         with training.applying():
             if training.store:  # first: a tail may work in place on what was decoded, which may be the payload
@@ -164,9 +161,8 @@ class TrainStream:
             receive.draft.keep()
             for out in frames:
                 run.meter.frame(DOWN, out)
-            wait, receive.wait_s = receive.wait_s, 0.0
             seconds = {
-                "wait": first_wait + wait, "decode": decoded - started - wait,
+                "wait": wait, "decode": decoded - started - (wait - waited),
                 "tail": learnt - decoded + clock() - encoded, "encode": encoded - learnt,
             }  # fmt: skip
             self._log(phase, loss, correct, seconds, live)
@@ -178,6 +174,14 @@ class TrainStream:
         finally:  # also where the stream has ended meanwhile
             if snapshot:
                 run.write(snapshot)
+
+    def _received(self, first: pb.Frame) -> tuple[np.ndarray, bytearray]:
+        """The labels of a step, which start with frame `first`, and the activation's payload."""
+        receive, training = self.receive, self.training
+        step, phase, classes = training.step, training.phase, training.recipe.model.classes
+        labels = wire.unpack_labels(first, receive, Place(pb.LABEL, step, phase.index), training.batch, classes)
+        place = Place(pb.ACTIVATION, step, phase.index)
+        return labels, wire.payload_of(receive(), receive, place, training.sent_shape, phase.activation_codec)
 
     def _keep(self, anew: bool = False) -> None:
         with self.training.lock:
