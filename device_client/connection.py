@@ -54,14 +54,14 @@ T = TypeVar("T")
 class Opened:
     """What the handshake told."""
 
-    session: str
+    session: str  # its name
     recipe: Recipe
-    text: str
-    run_id: str  # of a run that starts anew: "" until it has begun
-    phase: Phase | None  # of the finished run; None in training
-    head_size: int
-    init_run_id: str
-    classes: tuple[str, ...]
+    text: str  # of the recipe's file
+    run_id: str  # "" where the run starts anew, until it has begun
+    phase: Phase | None  # the finished run's last; None in training
+    head_size: int  # bytes of the head's weights that the server gives; 0: the device has them itself
+    init_run_id: str  # the finished run whose head the device must bring; "" where it need not
+    classes: tuple[str, ...]  # names, of the finished run
     step: int | None  # that both sides go on from; None: the run starts anew
     finished: bool  # the run that the device would go on with is finished
     checkpoint_every: int
@@ -311,7 +311,7 @@ class Connection:
             self.say(f"connected again, at step {step:,}")
 
     def _start(self, step: int) -> None:
-        """Begin and Ready."""
+        """Open a stream and begin on it: Begin, Ready, and the basis where that is wanted."""
         assert self._begun
         stream = self._train = self._open_stream(self._stub.Train)
         begin = pb.Begin(session=self.opened.session, step=step)
@@ -321,12 +321,12 @@ class Connection:
             stream.send(draft.frame(UP, frame))
             ready: pb.Ready = wire.body(stream.receive(draft), "ready")
             self._sensitivity = self._receive_sensitivity(stream, draft) if ready.sensitivity_follows else None
-            # The books have the first of a run; where this one is not, they have it already.
+            # The books have one Begin and Ready of a run, its first; on a reconnect they count as sent again.
             if not self._joined:
                 draft.keep()
         self._joined, self._ready, self._answered = True, ready, ready.answered
         self.opened = replace(self.opened, run_id=ready.run_id)
-        self._came.frames = 0  # that it may begin is nothing of what is to come
+        self._came.frames = 0  # Ready is nothing yet of the answer that is waited for
         self._find_connection()
         self._bring_basis()
 
@@ -350,7 +350,10 @@ class Connection:
         return stream
 
     def _reopen(self, step: int) -> bool:
-        """Handshake for a new session of the same run; whether it goes on. RolledBackError where from another step."""
+        """Open a new session of the same run; False where the run was finished meanwhile.
+
+        RolledBackError where it goes on from another step than the device stands at.
+        """
         request = pb.OpenRequest(protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN)
         if self._joined:
             request.run_id = self.opened.run_id
@@ -370,7 +373,7 @@ class Connection:
         return not reply.finished
 
     def _send(self, frames: Sequence[pb.Frame], booked: bool) -> None:
-        """Send frames, which the books have once: already, where they are `booked`."""
+        """Send frames, which the books are to have once; `booked`: they have them from an earlier attempt."""
         for frame in frames:
             self._stream.send(self.meter.frame(UP, frame, again=booked))
 

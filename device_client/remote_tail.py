@@ -43,9 +43,9 @@ class StepResult:
 
     loss: float
     correct: int
-    next: Phase | None
-    then: pb.Then
-    kept: int  # the server's newest checkpoint, where it told
+    next: Phase | None  # of the next step, where another phase begins there
+    then: pb.Then  # what comes next: a step, a validation or the end
+    kept: int  # the server's newest checkpoint; 0: it has not said
 
 
 class RemoteTail(Connection):
