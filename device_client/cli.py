@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from device_client.sources import check_source
 _LONG = 100_000  # characters of a line
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 console = Screen(soft_wrap=True)
@@ -271,29 +272,36 @@ def predict(
     finally:
         remote.close()
     unreadable = {path: found for path, found in answers if isinstance(found, DataError)}
+    none_read = len(unreadable) == len(dict(answers))
     if as_json:
         for path, found in answers:
-            answer: dict[str, Any] = {"picture": str(path)}
-            if isinstance(found, DataError):
-                answer["error"] = str(found)
-            else:
-                answer["class"] = classes[int(found.argmax())]
-                answer["probabilities"] = dict(zip(classes, found.tolist(), strict=True))
-            click.echo(json.dumps(answer))
-    elif len(unreadable) < len(dict(answers)):
-        table = Table(show_edge=False, pad_edge=False)
-        for name in ("picture", "class"):
-            table.add_column(name, overflow="fold")
-        table.add_column("probability", justify="right")
-        for path, found in answers:
-            if not isinstance(found, DataError):
-                table.add_row(escape(str(path)), escape(classes[int(found.argmax())]), f"{found.max():.1%}")
+            click.echo(json.dumps(_as_json(path, found, classes)))
+    elif not none_read:
         if not console.is_terminal:
             console.width = _LONG  # a line for each picture where a program reads them, however long a path is
-        console.print(table)
-    if unreadable and len(unreadable) == len(dict(answers)):
+        console.print(_predictions(answers, classes))
+    if none_read:
         none = f"none of {len(unreadable):,} pictures can be read; " if len(unreadable) > 1 else ""
         raise DataError(f"{none}{next(iter(unreadable.values()))}")
     if missing := sum(path in unreadable for path in pictures):
         them = "was left out, for it" if missing == 1 else "were left out, for they"
         raise DataError(f"{missing:,} of {several(len(pictures), 'picture')} {them} cannot be read")
+
+
+def _as_json(path: Path, found: np.ndarray | DataError, classes: Sequence[str]) -> dict[str, Any]:
+    if isinstance(found, DataError):
+        return {"picture": str(path), "error": str(found)}
+    probabilities = dict(zip(classes, found.tolist(), strict=True))
+    return {"picture": str(path), "class": classes[int(found.argmax())], "probabilities": probabilities}
+
+
+def _predictions(answers: Iterable[tuple[Path, np.ndarray | DataError]], classes: Sequence[str]) -> Table:
+    """The pictures that could be read, with the class of each."""
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("picture", "class"):
+        table.add_column(name, overflow="fold")
+    table.add_column("probability", justify="right")
+    for path, found in answers:
+        if not isinstance(found, DataError):
+            table.add_row(escape(str(path)), escape(classes[int(found.argmax())]), f"{found.max():.1%}")
+    return table
