@@ -47,11 +47,11 @@ class Load:
         return spent.up * up, spent.down * down
 
 
-def _of_step(phase: Phase) -> Load:
+def _step_load(phase: Phase) -> Load:
     return Load(phase.mean_width, phase.activation_codec, phase.gradient_codec)
 
 
-def _of_judging(phase: Phase) -> Load:
+def _judging_load(phase: Phase) -> Load:
     """An evaluation takes all the channels that a nested phase has."""
     return Load(phase.width, phase.activation_codec, phase.gradient_codec)
 
@@ -92,13 +92,13 @@ class Budget:
         # The head comes last and whole: it is set aside from the beginning.
         self._allowed = recipe.schedule.budget_mb * 1e6 - beside.head - (_FRAMING if beside.head else 0)
         # Of each entry of the schedule: a step's load, and an evaluation's.
-        self._steps: list[Load] = []
-        self._judgings: list[Load] = []
+        self._step_loads: list[Load] = []
+        self._judging_loads: list[Load] = []
         for entry in recipe.schedule.phases:
             codecs = entry.activation or recipe.codec.activation, entry.gradient or recipe.codec.gradient
             widths = (*entry.nested, entry.width or channels)
-            self._steps.append(Load(sum(widths) / len(widths), *codecs))
-            self._judgings.append(Load(widths[-1], *codecs))
+            self._step_loads.append(Load(sum(widths) / len(widths), *codecs))
+            self._judging_loads.append(Load(widths[-1], *codecs))
         self._channels = channels
         self._ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
         self.ends = ends_of(recipe.schedule, steps_per_epoch)
@@ -121,7 +121,7 @@ class Budget:
         spent.framing += _FRAMING
         if phase.kind == RANK:
             spent.ranked = max(spent.ranked, sent_up + sent_down)
-        load = _of_step(phase)
+        load = _step_load(phase)
         if spent.load != load:
             spent.load, spent.steps = load, 0
         spent.steps += 1
@@ -138,18 +138,19 @@ class Budget:
         spent = self._spent
         if not spent.steps:
             return True
-        ahead = self._of(present) + _AHEAD * self._of(coming) + self._judging(self._test, _of_judging(tested))
+        step = self._bytes_of(coming)
+        ahead = self._bytes_of(present) + _AHEAD * step + self._judging(self._test, _judging_load(tested))
         if coming.kind == RANK:  # it is not over before all its steps are made, and the next phase has begun
-            ahead += self._ranking * self._of(coming)
+            ahead += self._ranking * step
         elif coming is not present:
-            ahead += self._of(coming)  # what it costs is an estimate until it has begun
+            ahead += step  # what it costs is an estimate until it has begun
         if validates:
-            ahead += self._judging(self._validation, _of_judging(coming))
+            ahead += self._judging(self._validation, _judging_load(coming))
         return spent.total + ahead <= self._allowed
 
-    def _of(self, phase: Phase) -> float:
+    def _bytes_of(self, phase: Phase) -> float:
         """Bytes that a step of a phase takes."""
-        step = self._step(_of_step(phase))
+        step = self._bytes_at(_step_load(phase))
         return max(step, self._spent.ranked + _FRAMING) if phase.kind == RANK else step
 
     @property
@@ -162,7 +163,7 @@ class Budget:
         spent, entry = self._spent, self._entry(done - 1)
         if spent.steps < FIRST or spent.steps % _EVERY != FIRST % _EVERY:
             return False
-        ends = self._plan(done, range(entry, len(self._steps)))
+        ends = self._plan(done, range(entry, len(self._step_loads)))
         change = max(abs(then - now) for then, now in zip(ends, self.ends, strict=True))
         if change <= _NOTICEABLE * (self.ends[-1] - done):
             return False
@@ -178,16 +179,16 @@ class Budget:
         """Plan what is left for the entries after the one that the last of `done` steps was of."""
         entry = self._entry(done - 1)
         self.ends[entry] = done
-        self.ends = self._plan(done, range(entry + 1, len(self._steps)))
+        self.ends = self._plan(done, range(entry + 1, len(self._step_loads)))
 
     def _plan(self, done: int, coming: range) -> list[int]:
         """`ends` with as much of the entries `coming`, in the proportions that were asked for, as can be paid for."""
         entry = coming[0]
         start = self.ends[entry - 1] if entry else 0
-        costs = {other: self._step(self._steps[other]) for other in coming}
+        costs = {other: self._bytes_at(self._step_loads[other]) for other in coming}
         if self.ends[-1] >= self._epoch:  # a run that is shorter has no validation
             for other in coming:
-                costs[other] += self._judging(self._validation, self._judgings[other]) / self._epoch
+                costs[other] += self._judging(self._validation, self._judging_loads[other]) / self._epoch
         share, last = self._share(done, start, coming, costs)
         ends = list(self.ends)
         ends[entry] = max(done, start + round(self._asked[entry] * share))
@@ -203,7 +204,7 @@ class Budget:
         beside, ranked = {}, 0.0
         for last in coming:
             ranked += self._to_rank(last) if last > entry else 0.0
-            beside[last] = ranked + self._judging(self._test, self._judgings[last])
+            beside[last] = ranked + self._judging(self._test, self._judging_loads[last])
         for last in reversed(coming):
             kept = range(entry, last + 1)
             wanted = sum(self._asked[other] * costs[other] for other in kept)
@@ -213,7 +214,7 @@ class Budget:
             share = (left + (done - start) * costs[entry]) / wanted
             # No more steps in all than were asked for: where earlier entries had fewer, these may have more.
             most = (sum(self._asked) - start) / sum(self._asked[other] for other in kept)
-            if share >= most and last == len(self._steps) - 1:
+            if share >= most and last == len(self._step_loads) - 1:
                 return most, last  # all can be paid for, whatever is beside it
             share = max(0.0, min(share, most))
             # The last entry is left out, so that the others have more, where what it takes beside its steps is more
@@ -227,7 +228,7 @@ class Budget:
         """The entry of the schedule that a step lies in."""
         return min(bisect_right(self.ends, step), len(self.ends) - 1)
 
-    def _step(self, load: Load) -> float:
+    def _bytes_at(self, load: Load) -> float:
         """Bytes that a step takes."""
         return sum(load.of_step(self._spent)) + _FRAMING
 
@@ -240,7 +241,7 @@ class Budget:
 
     def _to_rank(self, entry: int) -> float:
         """Bytes that choosing an entry's channels takes, in steps with all of them."""
-        load = self._steps[entry]
+        load = self._step_loads[entry]
         if load.width >= self._channels:
             return 0.0
         expected = sum(Load(self._channels, load.activation, load.gradient).of_step(self._spent))
