@@ -215,6 +215,12 @@ CASES = [
     _linear("fixed width 8", 8, quick=True, main=True),
     Case("fixed width 8, longer", "fixed", "[8, 32]", "linear", "step:15", "step:10"),
     Case("fixed width 16, longer", "fixed", "[16, 32]", "linear", "step:15", "step:10"),
+    # As coarse as the growing ones are: what the width alone is worth.
+    Case("fixed width 8, coarse, longer", "fixed", "[8, 32]", "linear", "step:10", "step:5"),
+    Case(
+        "fixed width 16, coarse, longer", "fixed", "[16, 20], { width = 16, epochs = 12, activation = 'step:15' }",
+        "linear", "step:10", "step:5",
+    ),
     # A quarter and a half of its channels, as 8 and 16 are of the others' cuts.
     Case(
         "deprune 32 then 64", "deprune", "[32, 18], { width = 64, epochs = 8, activation = 'step:15' }", "linear",

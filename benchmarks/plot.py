@@ -39,7 +39,7 @@ def main() -> None:
     right.plot(steps, plain, color="gray", label="plain split learning")
     right.plot(steps, ours, label=f"{summary['method']}, {summary['times_fewer']['total']:.1f} times fewer")
     right.set(xlabel="step", ylabel="MB on the link, both ways", yscale="log", title="bytes so far")
-    right.legend(loc="center right")
+    right.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
     for axes in (left, right):
         for phase in summary["phases"]:
             axes.axvline(phase["from_step"], color="tab:orange", alpha=0.4, linewidth=1)
@@ -48,6 +48,7 @@ def main() -> None:
                 f" width {phase['width']}", place, xycoords=("data", "axes fraction"), fontsize=8, color="tab:orange"
             )
     figure.savefig(target, dpi=110)
+    print(f"{target} is drawn.")
 
 
 if __name__ == "__main__":

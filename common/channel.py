@@ -106,9 +106,7 @@ class Access:
             return "if it speaks TLS, pass --tls-ca"
         if not self.tls_cert:
             return "it may want a certificate: pass --tls-cert and --tls-key"
-        return (
-            f"it may not accept {self.tls_cert}: is that a device certificate of the authority that the server trusts?"
-        )
+        return f"it may not accept {self.tls_cert}, which must be of the authority that it trusts"
 
     @property
     def clock(self) -> str:

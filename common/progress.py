@@ -99,8 +99,12 @@ class Counting:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        wait = _COUNTED_S if self._shown == self._started else _EVERY_S
-        if not 0 < done < total or now - self._shown < wait:
+        told = self._shown != self._started
+        if done == total and told:
+            took = duration(now - self._started)
+            self._console.print(f"{self._doing} all {total:,} {self._what} in {took}.", highlight=False)
+            self._shown = self._started
+        if not 0 < done < total or now - self._shown < (_EVERY_S if told else _COUNTED_S):
             return
         self._shown = now
         left = duration((now - self._started) / done * (total - done))

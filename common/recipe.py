@@ -33,6 +33,15 @@ def channels_first(shape: tuple[int, int, int]) -> tuple[int, int, int] | None:
     return (third, first, second) if third in (1, 3) and first not in (1, 3) and like_a_picture else None
 
 
+def in_toml(value: Any) -> str:
+    """A value of a recipe as a file may have it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(in_toml, value))}]"
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _given(table: Any, name: str) -> bool:
     """Whether a key of a part of the recipe has another value than its default."""
     return bool(getattr(table, name) != getattr(type(table), name))
@@ -42,7 +51,7 @@ def _given(table: Any, name: str) -> bool:
 class ModelRecipe:
     name: str  # a built-in name, or "package.module:factory" that each side's user allowed
     input: tuple[int, int, int]  # channels, height, width of a picture
-    classes: int
+    classes: int  # outputs of the network
     cut: str  # the graph node after which the model is cut; `edge-server cuts` lists them
     init: str = ""  # "" random, "run:DIR" a finished run's server folder, or a .safetensors of the whole model
 
@@ -131,7 +140,7 @@ class PhaseRecipe:
     SHORT: ClassVar[str] = "[width, epochs], such as in phases = [[8, 20]]"
 
     width: int  # channels that cross; 0: all
-    epochs: float  # parts of an epoch are allowed
+    epochs: float  # parts of one are allowed
     activation: str = ""  # codec of this phase, such as a coarser one early on; "" as in [codec]
     gradient: str = ""  # the same, downwards
     lr: float = 0.0  # highest learning rate of this phase, where optimiser.restart is true; 0 as in [optimiser]
@@ -142,6 +151,14 @@ class PhaseRecipe:
     views: float = 0.0
     flip: bool = False  # with views: what was kept is mirrored half of the time when it is learnt from again
     shift: int = 0  # with views: and moved by up to so many places each way
+
+    def __str__(self) -> str:
+        """As short as a file may have it."""
+        given = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        more = {name: value for name, value in given.items() if value != getattr(PhaseRecipe, name, None)}
+        if more.keys() == {"width", "epochs"}:
+            return f"[{self.width}, {self.epochs:g}]"
+        return f"{{ {', '.join(f'{name} = {in_toml(value)}' for name, value in more.items())} }}"
 
     def __post_init__(self) -> None:
         demand(self.width >= 0, f"schedule.phases has width {self.width}; give 0 (all channels) or more")
@@ -169,7 +186,7 @@ class PhaseRecipe:
 @dataclass(frozen=True)
 class ScheduleRecipe:
     kind: str = "epochs"  # "epochs": the list `phases`; "plateau": the next of `widths` when validation stops gaining
-    phases: tuple[PhaseRecipe, ...] = ()
+    phases: tuple[PhaseRecipe, ...] = ()  # epochs: [width, epochs] or a table each, in order
     widths: tuple[int, ...] = ()  # plateau: widths in order
     patience: int = 2  # plateau: epochs without gain before the next width (after the last: the end)
     min_gain: float = 0.01  # plateau: share by which the validation loss must fall to count as a gain
@@ -227,7 +244,7 @@ class LocalRecipe:
     Take it where bytes or the link's time cost more than the device's own; the classifier is thrown away afterwards.
     """
 
-    epochs: float = 0.0  # 0: none
+    epochs: float = 0.0  # that the head learns alone; parts of one are allowed, 0: none
     lr: float = 0.0  # highest learning rate; 0 as in [optimiser], whose other settings hold here too
 
     def __post_init__(self) -> None:
@@ -263,7 +280,7 @@ class OptimiserRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    name: str
+    name: str  # of the recipe, as both sides show it
     method: str  # plain, fixed, deprune or prune
     model: ModelRecipe
     schedule: ScheduleRecipe

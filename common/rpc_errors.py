@@ -96,6 +96,10 @@ def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
         return LinkError(f"the server at {server} does not use TLS; start it with --tls-cert, or leave out --tls-ca")
     if "Failed parsing HTTP/2" in details:
         return LinkError(f"what answers at {server} is no edge-server, but another program; check the port")
+    if "SETTINGS frame" in details:
+        return LinkError(
+            f"something at {server} takes connections and says nothing; check the port and what runs there"
+        )
     if _NEVER_MADE in details and "Socket closed" in details:
         what = f"the server at {server} closed the connection before anything was said"
         return LinkError(f"{what}: {doubt}; else it may be stopping" if doubt else f"{what}: it may be stopping")

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 def check(recipe: Recipe) -> None:
     """RecipeError where two parts do not go together."""
     channels = recipe.model.input[0]
+    side = min(recipe.model.input[1:])
     demand(
-        recipe.data.crop < min(recipe.model.input[1:], default=65),
-        f"data.crop is {recipe.data.crop}; pictures of {list(recipe.model.input)} can be shifted by less than a side",
+        recipe.data.crop < side,
+        f"data.crop is {recipe.data.crop}, and what the model takes is {side} along one side: give 0 to {side - 1}",
     )
     legal = f"1 or {channels}" if channels > 1 else "1"
     for name, values in (("mean", recipe.data.mean), ("std", recipe.data.std)):

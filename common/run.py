@@ -168,7 +168,10 @@ class RunFolder:
             here, _ = recipes.load(self.path / "recipe.toml")
         except RecipeError:  # of another release, or edited since
             return ""
-        found = [f"{key} is {now} and was {before}" for key, before, now in recipes.differences(here, other)]
+        found = [
+            f"{key} is {recipes.in_toml(now)} and was {recipes.in_toml(before)}"
+            for key, before, now in recipes.differences(here, other)
+        ]
         return f" ({'; '.join(found[:3])}{'; and more' * (len(found) > 3)})" if found else ""
 
     def finished(self) -> Manifest | None:
@@ -223,6 +226,8 @@ class RunFolder:
     def read(self) -> tuple[Recipe, str, Manifest]:
         """Recipe, its text and manifest of a finished run; RunFolderError where there is none here."""
         if not (self.path / "run.json").is_file():
+            if sides := [str(self.path / one) for one in _HOLDERS.values() if (self.path / one / "run.json").is_file()]:
+                raise RunFolderError(f"{self.path} holds the folders of a run's sides: give {' or '.join(sides)}")
             raise RunFolderError(
                 f"{self.path.absolute()} holds no finished run (no run.json there); train one first, or check the path"
             )

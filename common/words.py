@@ -33,7 +33,8 @@ def by(shape: Iterable[int]) -> str:
 
 def one_line(error: BaseException) -> str:
     """RuntimeError: what it says, however many lines that has, and no more of it than there is room for."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    text = str(error).partition("Original traceback:")[0]  # which torch.fx appends
+    return f"{type(error).__name__}: {' '.join(text.split())}"[:300]
 
 
 def duration(seconds: float) -> str:

@@ -92,7 +92,8 @@ def _finished(run_path: Path | None) -> RunFolder | None:
         return folder
     if saved:
         raise RunFolderError(
-            f"{run_path} holds an unfinished run, at step {saved['step']:,}: go on with it by device-client train"
+            f"the run in {run_path} is not finished (its last checkpoint is of step {saved['step']:,}): let it be "
+            f"trained to its end first, by device-client train"
         )
     raise RunFolderError(
         f"{run_path} holds no finished run; check --run, or leave it out to use the head that the server publishes"
@@ -195,8 +196,10 @@ def train(
         # A card that is not there, too; for the processor torch can wait.
         chosen = None if processor == "cpu" else _compute_with(threads, processor)
         loaded = _load(remote, source, skip_unreadable, ("train", "validation", "test"), limit)
+        held_out = f", {len(loaded.validation):,} validation" if len(loaded.validation) else ""
         console.print(
-            f"{len(loaded.train):,} training and {len(loaded.test):,} test pictures in {len(loaded.classes)} classes.",
+            f"{len(loaded.train):,} training{held_out} and {len(loaded.test):,} test pictures in "
+            f"{len(loaded.classes)} classes.",
             highlight=False,
         )
         for remark in remarks(opened.recipe, loaded, begun=bool(saved)):
@@ -268,6 +271,7 @@ def predict(
 
         chosen = _compute_with(threads, processor)
         head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
+        remote.progress = Counting(console, "Named", "pictures")
         answers, classes = use.predict(remote, head, pictures, _say, wait), remote.opened.classes
     finally:
         remote.close()

@@ -121,7 +121,7 @@ def load(
     bare = [name for label, name in enumerate(opened.classes) if label not in present]
     if present and bare:
         left_out += (f"no training pictures of {len(bare)} of {len(opened.classes)} classes: {some(bare)}",)
-    if source == "digits":  # whose size no user can be mistaken in
+    if source == "digits" and input_shape[0] == 1:  # of whose size nobody can be mistaken
         scaled = ""
     return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled, left_out)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.errors import DataError, printable
 from common.words import some
-from device_client.pictures import Shape, bombs_are_errors, decode, require_channels, size_of
+from device_client.pictures import Shape, bombs_are_errors, decode, in_colour, require_channels, size_of
 from device_client.sides import Side, Source
 
 _THREADS_FROM = 8_192  # bytes of a file, about 150x150 pixels; see _threads
@@ -53,6 +53,8 @@ def folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known:
             if untested := [folder for folder in classes if folder not in folders]:
                 left_out.append(f"no {name} pictures of {len(untested)} of {len(classes)} classes: {some(untested)}")
             sides[name] = _folder_side(root, [root / name / folder for folder in folders], classes, shape, unused)
+    if any(side.loses_colour for side in sides.values()):
+        left_out.append("colours are not seen: the model takes pictures with one channel (model.input)")
     if unused:
         left_out.append(
             f"not used, since a class's pictures lie directly in its folder and have a picture's ending: {some(unused)}"
@@ -101,11 +103,13 @@ def _folder_side(
             raise DataError(f"{folder} has no pictures; add some (*.jpg, *.png, ...) or remove the folder")
         files += [folder / name for name in names]
         labels += [classes.index(folder.name)] * len(names)
+    sample = files[:: len(files) // 64 + 1]
     return Side(
         np.array(labels, dtype=np.int64),
         read=lambda index: decode(files[index], shape),
         name=lambda index: str(files[index].relative_to(root)),
-        threads=_threads(files[:: len(files) // 64 + 1]),
+        threads=_threads(sample),
+        loses_colour=shape[0] == 1 and any(map(in_colour, sample)),
     )
 
 

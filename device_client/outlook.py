@@ -39,8 +39,9 @@ class Outlook:
             if abs(steps - self._told) > _NOTICEABLE * self._told:
                 self._told = steps
                 warmup = self._recipe.optimiser.warmup
-                rising = f", of which {min(warmup, steps):,} warm up (optimiser.warmup)" if 3 * warmup > steps else ""
-                live.say(f"{self._budget} is enough for about {steps:,} steps{rising}.")
+                rising = f", of which {min(warmup, steps):,} warm up" if 3 * warmup > steps else ""
+                advice = "; raise schedule.budget_mb, or lower optimiser.warmup" if rising else ""
+                live.say(f"{self._budget} is enough for about {steps:,} steps{rising}{advice}.")
         live.step(
             done, mean, phase.widths, (crossed(UP).message, crossed(DOWN).message), left.seconds if left else None
         )
@@ -55,4 +56,4 @@ class Outlook:
 
     @property
     def _budget(self) -> str:
-        return f"The budget of {self._recipe.schedule.budget_mb:g} MB"
+        return f"The budget of {size(self._recipe.schedule.budget_mb * 1e6)}"

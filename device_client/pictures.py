@@ -45,6 +45,15 @@ def size_of(path: Path) -> tuple[int, int]:
         return _upright(image)
 
 
+def in_colour(path: Path) -> bool:
+    """Whether a picture file has colours, by its header alone; not where that only lists some, or cannot be read."""
+    try:
+        with bombs_are_errors(), Image.open(path, formats=_formats()) as image:
+            return image.mode != "P" and Image.getmodebase(image.mode) == "RGB"
+    except Exception:  # noqa: BLE001 -- told where it is read
+        return False
+
+
 def _upright(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     # What is no number of one of these turns nothing, in Pillow neither.

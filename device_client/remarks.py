@@ -49,11 +49,12 @@ def _far_from_usual(recipe: Recipe, numbers: Pictures) -> Iterator[str]:
         yield f"channel {channel} has the same number everywhere: nothing can be learnt from it"
     odd = np.flatnonzero((stds > 0) & ((np.abs(middles) > 3) | (spreads < 0.1) | (spreads > 10)))
     if len(odd):
+        worst = max(odd, key=lambda channel: abs(middles[channel]) + abs(np.log(spreads[channel])))
         mean, std = _listed(np.where(stds > 0, means, 0)), _listed(np.where(stds > 0, stds, 1))
         yield (
-            f"by data.mean and data.std the head is given numbers around {middles[odd[0]]:.3g}, {spreads[odd[0]]:.3g} "
-            f"apart, in channel {odd[0]}, and learns best from such around 0, 1 apart: these would be by "
-            f"mean = [{mean}] and std = [{std}]"
+            f"by data.mean and data.std the head is given numbers of mean {middles[worst]:.3g} and deviation "
+            f"{spreads[worst]:.3g} in channel {worst}, and learns best from such of mean 0 and deviation 1: write "
+            f"mean = [{mean}] and std = [{std}] in the recipe's [data]"
         )
 
 

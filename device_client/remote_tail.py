@@ -57,7 +57,7 @@ class RemoteTail(Connection):
     ) -> None:  # fmt: skip
         """As Connection."""
         super().__init__(server, access, stub, give_up_s, stalled_s)
-        # Told how many pictures of an evaluation have been judged, of how many; set by whoever shows it.
+        # Told how many pictures have been judged or named, of how many; set by whoever shows it.
         self.progress: Callable[[int, int], None] = lambda judged, count: None
         self._chooser = Chooser(self.kernel.flow)
         # A recall: how many of the steps that were asked for have no answer yet, on which stream, and the request for
@@ -263,13 +263,16 @@ class RemoteTail(Connection):
         """Logits [B, classes] for each batch of what is sent [B, width, ...]."""
         subset = pb.SUBSET_UNSPECIFIED  # nobody knows the right answers
         with Draft(self.meter) as draft, self._evaluation(count, subset, (), phase, draft) as stream:
-            receive, waiting, done = partial(stream.receive, draft), deque[int](), 0
+            receive, waiting, done, named = partial(stream.receive, draft), deque[int](), 0, 0
 
             def answer() -> np.ndarray:
-                nonlocal done
+                nonlocal done, named
                 place, shape = Place(pb.EVALUATION, done, phase.index), (waiting.popleft(), classes)
                 done += 1
-                return wire.unpack(receive(), receive, place, shape, "fp32")
+                logits = wire.unpack(receive(), receive, place, shape, "fp32")
+                named += len(logits)
+                self.progress(named, count)
+                return logits
 
             classes = self.opened.recipe.model.classes
             for number, sent in enumerate(batches):

@@ -22,6 +22,7 @@ class Side:
     name: Callable[[int], str]
     threads: int = 1  # that may read at once
     dtype: type[np.uint8 | np.float32] = np.uint8  # of what is read: pixels, or numbers
+    loses_colour: bool = False
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _other(data: Dataset, state: Mapping[str, Any]) -> str:
             for what, names, others in (("without", began, here), ("with", here, began))
             if not set(names) <= set(others)
         ]
-        return f"the classes are not those that the run began with: {' and '.join(told) or 'in another order'}"
+        return f"the classes are not those that the run began with: {'; '.join(told) or 'in another order'}"
     if state["pictures"] != len(data.train):
         return f"the run began with {state['pictures']:,} training pictures, and here are {len(data.train):,}"
     return f"these are not the {len(data.train):,} pictures that the run began with"

@@ -125,8 +125,6 @@ def _batch(
 
 def _check_classes(came: tuple[str, ...], expected: tuple[str, ...]) -> None:
     if came and came != expected:
-        odd = [f"{a} for {b}" for a, b in zip(came, expected, strict=False) if a != b][:3]
-        raise FrameError(
-            f"the device's classes are not those of the run ({len(came)} for {len(expected)}: "
-            f"{', '.join(odd) or 'others'}); use data with classes of those names"
-        )
+        odd = next((f"{a!r} where it has {b!r}" for a, b in zip(came, expected, strict=False) if a != b), "")
+        what = odd if len(came) == len(expected) else f"{len(came)} where it has {len(expected)}"
+        raise FrameError(f"the device's classes are not those of the run: {what}; use data with classes of those names")

@@ -19,6 +19,7 @@ from edge_server.watch import Watched
 _NAP_S = 0.25
 
 LOST = "the connection to the device was lost; what it trains waits for it to come back"
+LEFT = "a device that used the finished run ended its connection before it was done"
 STOPPED = "the server was stopped by its operator; the run is not finished and goes on when the server is back"
 
 
@@ -47,7 +48,7 @@ class Incoming:
             hold_up(self._caller.bytes.take(frame.ByteSize()), self._stream.context, self._host)
         self.wait_s += time.perf_counter() - started
         if frame is None:
-            raise StoppedError(LOST)
+            raise StoppedError(LOST if self.session.trains else LEFT)
         if self._host.stopping and not frame.HasField("leave"):
             raise StoppedError(STOPPED)
         return self.draft.frame(UP, wire.unsealed(frame))

@@ -98,7 +98,7 @@ class LiveRun:
 
     @property
     def _named(self) -> str:
-        return f"trains run {self.run_id}" if self.run_id else "has a run that no device has begun"
+        return f"trains run {self.run_id}" if self.run_id else "has a new run, which no device has begun"
 
     def check_free(self, identity: str) -> None:
         """Raise where a device that brings no half of this run may not begin it."""

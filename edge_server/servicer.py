@@ -7,6 +7,7 @@ import functools
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from rich.markup import escape
@@ -79,13 +80,13 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if isinstance(error, DepruneError):
             # That the server is being stopped need not be told to the operator, who stopped it.
             if not (self.host.stopping and isinstance(error, StoppedError)):
-                self._tell(error)
+                self._tell(error, context)
             abort(context, error)
         if self._faults.spare(1.0):
             self.host.console.print("".join(traceback.format_exception(error)), markup=False)
         abort(context, FaultError("the server met a fault of its own; its log has the details"))
 
-    def _tell(self, error: DepruneError) -> None:
+    def _tell(self, error: DepruneError, context: grpc.ServicerContext) -> None:
         if not self._lines.spare(1.0):
             self._untold += 1
             return
@@ -96,7 +97,10 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if isinstance(error, SessionError):  # whose sentence is for the device
             text = "a device came with a session of an earlier start, or one idle too long; it opens another by itself"
         # A sentence may quote what came, which may be long.
-        self.host.console.print(f"[yellow]{kind}[/yellow]{more}: {escape(printable(text, 500))}", highlight=False)
+        where = unquote(context.peer()).partition(":")[2]
+        self.host.console.print(
+            f"[yellow]{kind}[/yellow]{more}: {escape(printable(text, 500))} ({where})", highlight=False
+        )
 
     def _tell_use(self, session: Session, pictures: int, judged: bool) -> None:
         """What a finished run was used for."""
@@ -172,7 +176,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
                 receive.draft.drop()
                 session.run.part(context)
                 if lost and not context.is_active() and not self.host.stopping:
-                    self._tell(StoppedError(LOST))
+                    self._tell(StoppedError(LOST), context)
 
     @_streaming
     def Evaluate(self, frames: Iterator[pb.Frame], context: grpc.ServicerContext) -> Iterator[pb.Frame]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import settings
 
 from benchmarks import netns, pair
 from benchmarks.recipes import recipe_text
@@ -17,9 +19,16 @@ from common.errors import DepruneError
 from device_client.data import Dataset, load
 from tests import forked
 
+settings.register_profile("deprune", deadline=None)  # no test is about seconds
+settings.load_profile("deprune")
 torch.set_num_threads(1)  # networks this small gain nothing by more, and lose much where another program has the core
 
 forked.use()
+# Under nohup, or in the background of a script, whoever is started would ignore them too, and hear no test's signal.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
+ANY_PORT = ("--listen", "127.0.0.1:0")  # for a server of which no address is asked: its usual port may be taken
 needs_link = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
 
 
@@ -61,8 +70,6 @@ def train(
 
 def failed(command: Any, *arguments: object) -> str:
     """The sentence that a command ends with."""
-    if arguments[0] == "serve" and "--listen" not in arguments:
-        arguments += ("--listen", "127.0.0.1:0")  # whoever tries the program here may have a server on its usual port
     result = CliRunner().invoke(command, [str(argument) for argument in arguments], standalone_mode=False)
     assert isinstance(result.exception, DepruneError), (result.output, result.exception)
     return str(result.exception)

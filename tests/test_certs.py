@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from common.channel import Access, proxy
 from common.errors import AbsentError, AuthError, ClockError, LinkError
@@ -19,7 +20,7 @@ from tests.conftest import failed
 
 def test_certs_keeps_what_is_there(tmp_path: Path) -> None:
     hosts = ["cloud.example.org", "192.0.2.7", "::1"]
-    assert certs.make(tmp_path, hosts, (), renew=False) == ["ca", "server", "device"]
+    assert certs.make(tmp_path, [*hosts[:2], "[::1]"], (), renew=False) == ["ca", "server", "device"]
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {path.name for path in tmp_path.iterdir() if path.stat().st_mode & 0o077 == 0} == {
         "ca.key", "server.key", "device.key"
@@ -35,6 +36,36 @@ def test_certs_keeps_what_is_there(tmp_path: Path) -> None:
     names = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes()).extensions
     san = names.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(name.value) for name in san] == hosts
+
+
+def test_a_certificate_says_what_it_is_for_and_how_long(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    certs.make(keys, ["localhost"], ("pi",), renew=False)
+    assert keys.stat().st_mode & 0o077 == 0, "nobody else's business"
+    ca, server, pi = (
+        x509.load_pem_x509_certificate((keys / f"{name}.pem").read_bytes()) for name in ("ca", "server", "pi")
+    )
+    now = datetime.now(UTC)
+    for one, days in ((ca, 3650), (server, 365), (pi, 365)):
+        one.verify_directly_issued_by(ca)
+        assert timedelta(days=days - 1) < one.not_valid_after_utc - now < timedelta(days=days + 1)
+        assert one.not_valid_before_utc < now - timedelta(hours=23), "clocks of small boards are behind"
+        constraints = one.extensions.get_extension_for_class(x509.BasicConstraints).value
+        usage = one.extensions.get_extension_for_class(x509.KeyUsage).value
+        assert constraints.ca == usage.key_cert_sign == (one is ca) and constraints.path_length == (
+            0 if one is ca else None
+        )
+    for one, purpose in ((server, ExtendedKeyUsageOID.SERVER_AUTH), (pi, ExtendedKeyUsageOID.CLIENT_AUTH)):
+        assert list(one.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [purpose]
+
+
+def test_the_key_of_another_authority_signs_nothing(tmp_path: Path) -> None:
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        certs.make(folder, ["localhost"], ("pi",), renew=False)
+    (tmp_path / "one" / "ca.key").write_bytes((tmp_path / "other" / "ca.key").read_bytes())
+    with pytest.raises(AuthError, match="ca.key is not the key of .*ca.pem"):
+        certs.make(tmp_path / "one", (), ("hut",), renew=False)
+    assert not (tmp_path / "one" / "hut.pem").exists()
 
 
 def test_renewing_leaves_alone_what_the_authority_has_not_signed(tmp_path: Path) -> None:
@@ -60,6 +91,7 @@ def test_renewing_leaves_alone_what_the_authority_has_not_signed(tmp_path: Path)
         (("cloud:50051",), "give it without a port"),
         (("192.0.2.256",), "neither the name nor the address"),
         (("cloud", "--device", "server"), "cannot name a device"),
+        (("cloud", "--device", "CA"), "cannot name a device"),  # one file with ca.pem, on a Mac
         (("cloud", "--device", "../x"), "cannot name a device"),
     ],
 )

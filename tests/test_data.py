@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError
-from device_client import data, folders, sides
+from device_client import arrays, data, folders, sides
 from device_client.data import load, load_picture
+from device_client.sources import check_source
 from tests.pictures import COLOURS, GRAY, RGB, refused, save, save_npz
 
 
@@ -50,6 +51,7 @@ def test_digits_at_another_size_and_in_colour():
     np.testing.assert_array_equal(large.pictures[:, 0], large.pictures[:, 2])
     np.testing.assert_array_equal(small.labels, large.labels)
     assert np.abs(large.pictures.mean((1, 2, 3)) - small.pictures.mean((1, 2, 3))).max() < 12
+    assert load("digits", GRAY, 1, 0).scaled == "" and "was 8x8" in load("digits", (3, 16, 24), 1, 0).scaled
 
 
 def test_folder_reads_every_picture_with_its_label(folder):
@@ -70,6 +72,14 @@ def test_order_does_not_depend_on_threads(folder, monkeypatch, threads_from):
     found = load(f"folder:{folder}", RGB, 1, 0)
     assert found.train.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
     assert found.train.pictures.mean((2, 3)).argmax(1).tolist() == found.train.labels.tolist()
+
+
+def test_files_are_in_the_order_of_their_names(tmp_path):
+    """Not in that of the disk: a run that goes on from a copy of the folder must find the same pictures."""
+    for i in (7, 2, 9, 0, 5, 3, 8, 1, 6, 4):
+        save(tmp_path / "test" / "a" / f"{i}.png", (20 * i,) * 3)
+    found = load(f"folder:{tmp_path}", RGB, 1, 0, parts=("test",))
+    assert found.test.pictures[:, 0, 0, 0].tolist() == [20 * i for i in range(10)]
 
 
 def test_train_and_validation_are_disjoint_and_follow_the_seed(tmp_path):
@@ -284,6 +294,15 @@ def test_folders_that_cannot_be_listed_are_refused(folder, monkeypatch):
     refused(r"train cannot be listed \(Permission denied\); check", f"folder:{folder}", RGB, 1, 0)
 
 
+def test_a_home_is_known_behind_the_colon(folder, monkeypatch):
+    """Where no shell puts it in."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    check_source(f"folder:~/{folder.name}")
+    assert len(load(f"folder:~/{folder.name}", RGB, 1, 0, parts=("test",)).test) == 6
+    with pytest.raises(DataError, match="there is no file"):
+        check_source(f"npz:~/{folder.name}")
+
+
 @pytest.mark.parametrize("source", ["", "cifar", "digits:", "folder", "folder:", "npz:", "zip:a"])
 def test_unknown_sources_are_refused(source):
     refused(f"^'{source}' is not a source of pictures; give digits, folder:PATH or npz:PATH$", source, RGB, 1, 0)
@@ -314,6 +333,19 @@ def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):
     )
 
 
+def test_numbers_take_four_times_the_memory_of_pixels(tmp_path, monkeypatch):
+    made = {f"{part}_x": np.zeros((6, 3, 8, 8), np.float32) for part in ("train", "test")}
+    source = save_npz(tmp_path / "a.npz", **made, train_y=np.arange(6) % 3)
+    monkeypatch.setattr(arrays, "check_memory", lambda *_: None)  # of the file's own
+    whole = 4 * 12 * 3 * 8 * 8
+    for available, fits in ((2 * whole, True), (2 * whole - 1, False)):
+        monkeypatch.setattr(sides.psutil, "virtual_memory", lambda free=available: SimpleNamespace(available=free))
+        if fits:
+            load(source, RGB, 1, 0)
+        else:
+            refused("12 pictures of 3x8x8 need", source, RGB, 1, 0)
+
+
 def test_a_test_folder_may_lack_some_of_the_runs_classes(folder):
     shutil.rmtree(folder / "train")
     shutil.rmtree(folder / "test" / "ant")
@@ -335,6 +367,15 @@ def test_class_names_may_have_what_scripts_have(folder, name, fits):
         assert name in load(f"folder:{folder}", RGB, 1, 0).classes
     else:
         refused("a character that no terminal shows: rename it", f"folder:{folder}", RGB, 1, 0)
+
+
+def test_colours_that_a_model_does_not_see_are_told(folder, tmp_path):
+    assert "colours are not seen" in load(f"folder:{folder}", GRAY, 1, 0).left_out[0]
+    for path in (folder / "train").glob("*/*.*"):
+        Image.open(path).convert("L").save(path)
+    for path in (folder / "test").glob("*/*.*"):
+        Image.open(path).convert("L").save(path)
+    assert load(f"folder:{folder}", GRAY, 1, 0).left_out == ()
 
 
 def test_classes_without_a_picture_to_learn_from_are_told(folder):

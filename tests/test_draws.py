@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.recipes import recipe_text
-from common import halves, models
+from common import bottleneck, halves, models
 from device_client.data import Dataset
 from tests.test_put_back import begun
 from tests.test_resume import FEW, assert_same_end, leg, server_of
@@ -44,6 +44,11 @@ def test_what_is_drawn_at_random_is_the_same_when_it_is_drawn_again(
         torch.manual_seed(seed)
         losses.add(host.run.training.learn(np.ones((16, 4, 4, 4), np.float32), np.zeros(16, np.int64))[1])
     assert len(losses) == 1
+
+
+def test_each_seed_begins_with_a_bottleneck_of_its_own() -> None:
+    maps = [bottleneck.build("linear", 6, seed)[0].state_dict()["weight"] for seed in (0, 3, 3)]
+    assert torch.equal(maps[1], maps[2]) and not torch.equal(maps[0], maps[1])
 
 
 def test_each_step_of_each_half_draws_something_else() -> None:

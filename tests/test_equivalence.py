@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 from benchmarks.recipes import recipe_text
@@ -42,6 +43,13 @@ class Net(nn.Module):
 class Branch(Net):
     def between(self, x: Tensor) -> Tensor:
         return 3 * x if isinstance(x, Tensor) else x
+
+
+class Faint(Branch):
+    """Its outputs are small, and what is wrong with them is as large as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e-5 * super().forward(x)
 
 
 class Draw(Net):
@@ -79,7 +87,7 @@ class Turned(Net):
 
 
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called")
-@pytest.mark.parametrize("make", [Branch, Draw, Count, Mode, hooked, Turned])
+@pytest.mark.parametrize("make", [Branch, Faint, Draw, Count, Mode, hooked, Turned])
 def test_what_tracing_does_not_see_is_refused(make: Callable[[], Net]) -> None:
     """Each would be trained as another network, and nothing would say so."""
     model = make()
@@ -143,6 +151,22 @@ def test_what_a_model_draws_by_numpy_is_the_same_in_every_process() -> None:
 
 def root_hooked(shape: tuple[int, int, int], classes: int) -> nn.Module:
     return hooked()
+
+
+def test_the_list_of_cuts_has_what_they_cost() -> None:
+    shown = CliRunner().invoke(server_cli.cli, ["cuts", "tiny", "--input", "1x16x12", "--classes", "3"]).output
+    rows = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines() if "│" in line]
+    cuts = describe_cuts(models.build("tiny", (1, 16, 12), 3), (1, 16, 12))
+    assert [row[:2] for row in rows] == [[cut.name, "x".join(map(str, cut.shape))] for cut in cuts]
+    assert [row[3:] for row in rows] == [
+        [
+            f"{cut.head_flops / 1e6:.2f} + {cut.tail_flops / 1e6:.2f}", f"{cut.head_params:,} + {cut.tail_params:,}"
+        ]
+        for cut in cuts
+    ]  # fmt: skip
+    # Three numbers a picture come out, and one is told of a model that gives others before it is in a recipe.
+    words = failed(server_cli.cli, "cuts", f"{__name__}:root_hooked", "--input", "3x8x8", "--classes", "3")
+    assert "3 numbers a picture were expected" in words
 
 
 def test_the_list_of_cuts_says_it_too() -> None:

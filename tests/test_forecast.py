@@ -40,7 +40,7 @@ class Link:
 
     def judging(self, phase: Phase, pictures: int) -> tuple[float, float]:
         up = self.of(replace(phase, kind=LEARN))[1] * pictures / BATCH
-        return up / self.rate + self.computing / 3 * pictures / BATCH, up
+        return up / self.rate + self.computing / 5 * pictures / BATCH, up
 
 
 @pytest.mark.parametrize("rate, computing", [(50_000, 0.05), (50_000, 0.5), (1e9, 0.2)])

@@ -115,8 +115,8 @@ def test_a_frozen_head_stays_in_its_mode_when_it_has_been_judged() -> None:
 
 def test_a_view_has_each_picture_once_wherever_its_phase_begins() -> None:
     part = Part(np.zeros((100, 1, 16, 16), np.uint8), np.arange(100))
-    phase = Phase(1, 25, 0, "fp32", "fp32", 0.1, 0, 100, kind=schedule.STORE)
-    drawn = [training_batch(parse(recipe_text()), part, step, 10, phase)[1] for step in range(25, 45)]
+    phase = Phase(1, 23, 0, "fp32", "fp32", 0.1, 0, 100, kind=schedule.STORE)
+    drawn = [training_batch(parse(recipe_text()), part, step, 10, phase)[1] for step in range(23, 43)]
     first, second = np.concatenate(drawn[:10]), np.concatenate(drawn[10:])
     assert sorted(first) == sorted(second) == list(range(100)) and list(first) != list(second)
 
@@ -165,6 +165,8 @@ def test_every_kept_picture_comes_once_a_cycle(steps: int, tmp_path: Path) -> No
     assert steps == 1 or not np.array_equal(*orders)
     if steps > 4:  # what came together is drawn apart
         assert len(set(orders[0][:4] // 4)) > 1
+        mixed = [set(order[:16] // 4) for order in orders]
+        assert mixed[0] != mixed[1], "and with others in the next cycle"
     again = _store(tmp_path, steps)
     assert np.array_equal(again.draw(2 * steps - 1)[1], store.draw(2 * steps - 1)[1])
 

@@ -92,6 +92,14 @@ def test_only_what_keeps_a_relus_zeros_counts(last: nn.Module, gated: bool) -> N
     assert rectified(fx.symbolic_trace(Tail(last))) is gated
 
 
+def test_each_steps_gradient_is_rounded_by_draws_of_its_own() -> None:
+    """With the same at every step what rounding does to a place would add up there instead of evening out."""
+    sent = np.zeros((1, 1, 2, 2), np.float32)
+    drawn = {Gate(True).aside(seed, step, sent, phase("step:15")).dither for seed in (3, 4) for step in (0, 1)}
+    assert len(drawn) == 4
+    assert Gate(True).aside(3, 0, sent, phase("step:15")).dither in drawn, "the other side draws the same"
+
+
 def test_no_support_where_the_codec_makes_zeros_of_its_own() -> None:
     """int8 rounds small values to zero: the two sides would not agree on the places."""
     sent = np.zeros((1, 1, 2, 2), np.float32)

@@ -133,14 +133,14 @@ def test_only_certificates_of_the_one_authority_get_in(mutual: tuple[str, Path],
     address, _ = mutual
     untrusted = refusal(address, as_device(ours, "pi", tls_ca=theirs / "ca.pem"))
     assert isinstance(untrusted, AuthError) and "must be of the authority in --tls-ca" in str(untrusted)
-    whose = "is that a device certificate of the authority that the server trusts?"
+    whose = "which must be of the authority that it trusts"
     for access, doubt in (
         (as_device(ours, "pi", tls_cert=None, tls_key=None),
          "it may want a certificate: pass --tls-cert and --tls-key"),
         (as_device(ours, "pi", tls_cert=theirs / "pi.pem", tls_key=theirs / "pi.key"),
-         f"it may not accept {theirs / 'pi.pem'}: {whose}"),
+         f"it may not accept {theirs / 'pi.pem'}, {whose}"),
         # A server's certificate is no device's.
-        (as_device(ours, "server"), f"it may not accept {ours / 'server.pem'}: {whose}"),
+        (as_device(ours, "server"), f"it may not accept {ours / 'server.pem'}, {whose}"),
         (Access(), "if it speaks TLS, pass --tls-ca"),
     ):  # fmt: skip
         error = refusal(address, access)

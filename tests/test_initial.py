@@ -50,9 +50,10 @@ def test_whole_model_weights_are_split(tmp_path: Path) -> None:
         assert torch.equal(fresh.tail.eval()(fresh.head.eval()(x)), whole(x))
 
     other = models.build("tiny", (1, 16, 16), 7).state_dict()
-    safetensors.torch.save_file(other, path)
-    with pytest.raises(ModelError, match="of another model"):
-        initial_weights(recipe, halves.build(recipe), ())
+    for wrong in (other, whole.state_dict() | {"more.weight": torch.zeros(1)}):
+        safetensors.torch.save_file(wrong, path)
+        with pytest.raises(ModelError, match="of another model"):
+            initial_weights(recipe, halves.build(recipe), ())
 
 
 def test_every_nested_width_begins_with_the_statistics_of_the_first_weights(tmp_path: Path) -> None:
@@ -94,6 +95,15 @@ def test_no_head_of_another_run_is_taken(few: Dataset, tmp_path: Path) -> None:
     trainer.prepare((), RunFolder(away))
     with pytest.raises(MismatchError, match="holds the head of run"):
         trainer.prepare((), RunFolder(other))
+
+
+def test_a_run_of_another_model_is_no_start(plain_run: Run) -> None:
+    table = (
+        f'name = "resnet20"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_2_relu2"\ninit = "run:{plain_run.path}"'
+    )
+    recipe = parse(recipe_text("fixed", model=table))
+    with pytest.raises(RunFolderError, match="trained tiny; the recipe has resnet20"):
+        initial_weights(recipe, halves.build(recipe), ())
 
 
 def test_a_run_goes_on_at_another_cut(plain_run: Run, deprune_run: Run) -> None:

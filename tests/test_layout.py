@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import os
 import signal
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import recipe_page
 
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
@@ -45,6 +48,13 @@ def test_only_the_edges_know_grpc() -> None:
         for module in sorted((ROOT / package).rglob("*.py")):
             if "rpc" not in module.parts and "grpc" in imported(module):
                 assert module.stem in allowed, module
+
+
+def test_the_page_of_keys_is_that_of_the_code() -> None:
+    assert recipe_page.page() == (ROOT / "docs" / "recipe.md").read_text(), "python -m benchmarks.recipe_page"
+    classes = [cls for cls, _ in recipe_page.PARTS.values()]
+    told = [key for cls in classes for key, _, meaning in recipe_page.keys(cls) if meaning]
+    assert len(told) == sum(len(dataclasses.fields(cls)) for cls in classes) - 7  # the tables of the file
 
 
 def test_the_fuzzer_finds_what_it_imports() -> None:

@@ -94,8 +94,22 @@ def test_those_that_never_began_give_way_first_and_idle_ones_are_forgotten(tmp_p
     host.tend()
     assert knows(host, fresh)
     fresh.touched -= 2
+    with fresh.streaming():
+        host.tend()
+        host.sessions.leave(fresh)  # by another of its streams
+        assert knows(host, fresh), "whose stream the server may be at work on"
     host.tend()
     assert not knows(host, fresh)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_run_keeps_counting_on_the_sockets_of_a_session_that_is_over(trains: bool, tmp_path: Path) -> None:
+    """Its books go on in the next; of any other session the sockets are let go."""
+    host = quiet_host(tmp_path)
+    session = opened(host, "pi")
+    session.kernel, session.run = Mock(), Mock() if trains else None
+    host.sessions.leave(session)
+    assert not knows(host, session) and session.kernel.close.called is not trains
 
 
 def test_thousands_of_opens_leave_no_more_than_the_limit(tmp_path: Path) -> None:
@@ -275,6 +289,12 @@ def test_options_fill_in_the_limits() -> None:
     page = (Path(__file__).parent.parent / "docs" / "limits.md").read_text()
     for option in serve.params:
         assert f"`{option.opts[0]}`" in page, "every option is on the page"
+
+
+def test_the_least_limits_still_let_a_device_in() -> None:
+    """A session has two calls open, and a handshake is one more; of a queue everyone has a place."""
+    least = Limits(sessions=1, sessions_each=1, queue=1)
+    assert least.queue_each == 1 and least.calls > 2 and least.calls_each > 2
 
 
 def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:

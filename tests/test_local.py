@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -185,7 +186,9 @@ def test_a_stop_keeps_where_it_stands(digits: Dataset, tmp_path: Path, monkeypat
     monkeypatch.setattr(Local, "_learn_step", stopped)
     with pytest.raises(KeyboardInterrupt):
         trainer.run(publish=False)
-    assert "learnt alone up to local step 5 of 20" in _told(trainer)
+    told = _told(trainer)
+    assert "learnt alone up to local step 5 of 20" in told
+    assert re.search(r"local step 1/20  loss \d\.\d+  acc [1-9]?\d\.\d%", told), told
     again = _trainer(tmp_path, _text(1), digits)
     again.wall_s = 0.0
     alone = Local(again)

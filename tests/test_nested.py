@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -45,23 +46,22 @@ def test_every_step_draws_its_width_and_both_sides_the_same(nested_run: Run) -> 
 def test_the_finished_run_serves_each_width_that_it_was_trained_for(nested_run: Run, tmp_path: Path) -> None:
     run = nested_run.path / "device"
     with pair.server("--run", nested_run.path / "server", log=tmp_path / "log") as (_, address):
-        judged = {
-            width: pair.device(
-                "evaluate", address, "--data", "digits", "--run", run, *width, capture_output=True
-            ).stdout
+        judged = [
+            json.loads(
+                pair.device(
+                    "evaluate", address, "--data", "digits", "--run", run, "--json", *width, capture_output=True
+                ).stdout
+            )
             for width in ((), ("--width", 8), ("--width", 2))
-        }
+        ]
         refused = pair.device(
             "evaluate", address, "--data", "digits", "--run", run, "--width", 3, capture_output=True
         ).stderr
-    accuracy = {width: float(text.split("%")[0]) for width, text in judged.items()}
-    assert (
-        accuracy[()]
-        == accuracy["--width", 8]
-        == pytest.approx(100 * nested_run.summary("device")["accuracy"], abs=0.01)
-    )
+    assert [answer["width"] for answer in judged] == [8, 8, 2]
+    last, same, narrow = judged
+    assert last == same and last["accuracy"] == pytest.approx(nested_run.summary("device")["accuracy"], abs=1e-4)
     # With the statistics of another width it would be little better than chance.
-    assert accuracy["--width", 2] > 70
+    assert narrow["accuracy"] > 0.7 and narrow["bytes"]["up"] < 0.5 * last["bytes"]["up"]
     assert "width 2/4/8." in nested_run.output and "That is at width 8; evaluate --width judges" in nested_run.output
     assert "this network was trained for 2, 4, 8" in " ".join(refused.split())
 

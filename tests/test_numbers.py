@@ -85,6 +85,9 @@ def test_one_array_in_a_file(tmp_path: Path) -> None:
         np.save(tmp_path / f"{name}.npy", wrong)
         with pytest.raises(DataError, match=message):
             load_picture(tmp_path / f"{name}.npy", SHAPE)
+    (tmp_path / "b.npy").rename(tmp_path / "B.NPY")
+    with pytest.raises(DataError, match="rows of shape"):
+        load_picture(tmp_path / "B.NPY", SHAPE)
     np.savez(tmp_path / "f.npz", a=numbers(1))
     (tmp_path / "f.npz").rename(tmp_path / "f.npy")
     with pytest.raises(DataError, match="it is an .npz file"):
@@ -161,7 +164,7 @@ def test_each_channel_has_its_own_unit(tmp_path: Path) -> None:
     )
     found = load(save_numbers(tmp_path / "a.npz", train_x=far), SHAPE, 1, 0)
     (told,) = remarks(recipe.parse(text, "here"), found, begun=False)
-    assert ", in channel 1, and" in told and re.search(
+    assert " in channel 1, and" in told and re.search(
         r"mean = \[(4|5)\.\d+, 50\d\d\] and std = \[\d\.\d+, \d\d\.\d+\]", told
     )
     flat = load(

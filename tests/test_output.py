@@ -14,7 +14,7 @@ from benchmarks.recipes import recipe_text
 from device_client import cli as device_cli
 from device_client.data import load
 from edge_server import cli as server_cli
-from tests.conftest import failed
+from tests.conftest import ANY_PORT, failed
 
 
 @pytest.mark.parametrize("line", ["edge-server cuts tiny --input 3x32x32", "device-client --help"])
@@ -45,13 +45,13 @@ def test_a_side_replaces_nothing_of_the_others(tmp_path: Path) -> None:
     inprocess.train(recipe_text(schedule="phases = [[0, 0.1]]"), few, folder=tmp_path)
     (tmp_path / "recipe.toml").write_text(recipe_text())
     theirs = "is the folder of the {} of a run"
-    serve = ("serve", tmp_path / "recipe.toml", "--overwrite", "--run", tmp_path / "device")
+    serve = ("serve", *ANY_PORT, tmp_path / "recipe.toml", "--overwrite", "--run", tmp_path / "device")
     assert theirs.format("device") in failed(server_cli.cli, *serve)
     train = ("train", "127.0.0.1:9", "--data", "digits", "--overwrite", "--run", tmp_path / "server")
     assert theirs.format("server") in failed(device_cli.cli, *train)
     model = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:{tmp_path}/device"'
     (tmp_path / "recipe.toml").write_text(recipe_text(model=model))
     assert theirs.format("device") in failed(
-        server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "new"
+        server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "new"
     )
     assert (tmp_path / "device" / "head.safetensors").is_file()

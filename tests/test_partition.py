@@ -43,10 +43,10 @@ class Sized(nn.Module):
         self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4 * 30 * 30, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pictures, shape = x.size(0), x.shape
+        pictures, shape, dimensions = x.size(0), x.shape, x.dim() - x.ndim / 2
         x = self.first(x)
         _, channels, height, width = x.shape
-        x = (x.relu() * shape[2]).view(shape[0], channels, height * width)
+        x = (x.relu() * (shape[2] + dimensions)).view(shape[0], channels, height * width)
         return self.last(x.reshape(pictures, -1))
 
 
@@ -87,6 +87,35 @@ class Two(nn.Module):
         return x + y
 
 
+class Ranked(nn.Module):
+    """Goes through tensors that no payload can be: of five dimensions, of doubles, with the channels first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        exact = x.relu().unsqueeze(-1).squeeze(-1).double()
+        return exact.float().transpose(0, 1).transpose(0, 1).mean((2, 3))
+
+
+class Kept(nn.Module):
+    """Its norm stays in evaluation whatever the model is told; a half of it would not keep it there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)
+
+    def train(self, mode: bool = True) -> Kept:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)).relu().mean((2, 3))
+
+
+IN_PLACE = nn.Sequential(
+    OrderedDict(conv=nn.Conv2d(3, 2, 1), relu=nn.ReLU(inplace=True), flat=nn.Flatten(), last=nn.Linear(2 * 32 * 32, 2))
+)
+
+
 @pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_halves_are_the_whole(name: str) -> None:
     torch.manual_seed(0)
@@ -102,6 +131,49 @@ def test_halves_are_the_whole(name: str) -> None:
             assert torch.equal(tail(head(x)), expected), cut
             assert not head.state_dict().keys() & tail.state_dict().keys()
             assert head.state_dict().keys() | tail.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_block_is_cut_behind_the_last_thing_that_it_computes() -> None:
+    model = models.build("tiny", INPUT, 10)
+    for path in ("stage1", "stage1.relu2"):
+        assert split(model, path, INPUT)[0].code == split(model, "stage1_relu2", INPUT)[0].code
+
+
+class Constant(nn.Module):
+    """A tensor that is neither weight nor buffer, in each half one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.conv = torch.full((3, 1, 1), 2.0), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.conv(x * self.scale).relu() + torch.ones(2, 1, 1)).mean((2, 3))
+
+
+def test_constants_of_a_model_are_no_weights_of_its_halves() -> None:
+    """Else neither the weights of the whole would fill them, nor theirs another release of the same model."""
+    model, x = Constant(), torch.randn(2, *INPUT)
+    head, tail = split(model, "relu", INPUT)
+    assert torch.equal(tail(head(x)), model(x))
+    assert [*head.state_dict(), *tail.state_dict()] == ["conv.weight", "conv.bias"]
+
+
+class Early(nn.Module):
+    """Computes first, of weights alone, what it needs last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(3, 2, 1), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gain = self.gain.exp()
+        return self.conv(x).relu().mean((2, 3)) * gain
+
+
+def test_what_the_tail_alone_needs_does_not_cross_however_early_it_is_computed() -> None:
+    model, x = Early(), torch.randn(2, *INPUT)
+    head, tail = split(model, "relu", INPUT)
+    assert "gain" in tail.state_dict() and "gain" not in head.state_dict() and torch.equal(tail(head(x)), model(x))
 
 
 def test_batch_norm_learns_on_both_halves() -> None:
@@ -172,6 +244,18 @@ def tied(how: Callable[[nn.Module, nn.Module], Any]) -> nn.Module:
         (tied(lambda one, other: setattr(other, "weight", nn.Parameter(one.weight))), "1", ModelError, "in one memory"),
         (tied(lambda one, other: setattr(other.weight, "data", one.weight.data)), "1", ModelError, "in one memory"),
         (tied(lambda one, _: one.register_buffer("k", torch.ones(1).expand(8))), "1", ModelError, "k is an expanded"),
+        (IN_PLACE, "conv", CutError, "relu changes it in place; legal cuts: relu, flat"),
+        (Ranked(), "mean", CutError, "nothing would be left for the server"),
+        (
+            nn.Sequential(OrderedDict(block=Shared())),
+            "block.conv",
+            CutError,
+            "say after which: block_conv, block_conv_1$",
+        ),
+        (Kept(), "relu", ModelError, r"overrides train\(\)"),
+        (Ranked(), "unsqueeze", CutError, "has 5 dimensions"),
+        (Ranked(), "double", CutError, "float32 can be sent; legal cuts: relu, squeeze, float_1, transpose_1$"),
+        (Ranked(), "transpose", CutError, "does not have the batch as its first dimension"),
     ],
 )
 def test_what_cannot_be_cut(model: nn.Module, cut: str, error: type[Exception], words: str) -> None:
@@ -310,6 +394,8 @@ def test_costs_of_cuts() -> None:
 
 
 def test_foreign_code_needs_its_users_word() -> None:
+    with pytest.raises(ModelError, match="names a file; leave .py out: mymodel:net"):
+        models.build("mymodel.py:net", INPUT, 2, allowed=["mymodel.py:net"])
     with pytest.raises(ModelError, match="--allow-model tests.test_partition:factory"):
         models.build("tests.test_partition:factory", INPUT, 2)
     built = models.build("tests.test_partition:factory", INPUT, 2, allowed=["tests.test_partition:factory"])

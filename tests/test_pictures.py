@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from common.errors import DataError
 from device_client.data import load, load_picture
 from device_client.pictures import size_of
-from tests.pictures import GRAY, RGB, save
+from tests.pictures import GRAY, RGB, save, save_npz
 
 
 def picture(path, shape):
@@ -82,6 +82,12 @@ def test_scaling_is_told_with_the_first_picture_that_was_scaled(tmp_path):
     assert load(f"folder:{tmp_path}", (3, 8, 8), 0, 0.0, skip_unreadable=True).scaled == ""
 
 
+def test_of_many_pictures_the_first_that_was_scaled_is_told(tmp_path):
+    many = {f"{part}_x": np.zeros((600, 10, 10), np.uint8) for part in ("train", "test")}
+    labels = {f"{part}_y": np.arange(600) % 2 for part in ("train", "test")}
+    assert load(save_npz(tmp_path / "a.npz", **many, **labels), RGB, 0, 0.0).scaled == "train_x[0] was 10x10"
+
+
 def test_large_jpegs_shrink_like_any_other_picture(tmp_path):
     # Stripes of 5 pixels, each a pixel of the result; at an eighth of its size the JPEG would have no more than 5.
     stripes = np.repeat(np.arange(8) % 2 * 200 + 20, 5).astype(np.uint8)
@@ -102,14 +108,16 @@ def test_photographs_are_turned_upright(tmp_path):
     text = PngInfo()  # as ImageMagick writes it
     text.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n", zip=True)
     Image.fromarray(pixels).save(tmp_path / "c.png", pnginfo=text)
-    for name in ("a.jpg", "b.png", "c.png"):
+    text = PngInfo()  # as programs write it that keep their notes in XMP
+    text.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    Image.fromarray(pixels).save(tmp_path / "d.png", pnginfo=text)
+    for name in ("a.jpg", "b.png", "c.png", "d.png"):
         found = picture(tmp_path / name, RGB)
         assert found[:, :, 5:].min() > 240 and found[:, :, :3].max() < 15, name
-    Image.fromarray(pixels[:, :4]).save(tmp_path / "a.jpg", exif=exif)
-    assert size_of(tmp_path / "a.jpg") == (8, 4)
-    exif[0x0112] = 9  # which there is not: no turn
-    Image.fromarray(pixels[:, :4]).save(tmp_path / "a.jpg", exif=exif)
-    assert size_of(tmp_path / "a.jpg") == (4, 8) and picture(tmp_path / "a.jpg", RGB).shape == RGB
+    for turn, size in ((4, (4, 8)), (5, (8, 4)), (6, (8, 4)), (9, (4, 8))):  # the last of which there is not
+        exif[0x0112] = turn
+        Image.fromarray(pixels[:, :4]).save(tmp_path / "a.jpg", exif=exif)
+        assert size_of(tmp_path / "a.jpg") == load_picture(tmp_path / "a.jpg", RGB)[1] == size
 
 
 def test_load_picture_names_the_file_and_the_reason(tmp_path):

@@ -15,6 +15,8 @@ from common import halves, optim, processor
 from common.errors import ModelError
 from common.processor import choose
 from common.recipe import parse
+from device_client.data import Part
+from device_client.inputs import sent_batches
 from edge_server.judging import judge
 
 ELSEWHERE = torch.device("meta")
@@ -88,3 +90,19 @@ def test_what_is_judged_is_computed_as_precisely_as_what_is_learnt() -> None:
     sent = np.random.default_rng(0).standard_normal(BATCH[0].shape).astype(np.float32)
     single, half = (judge(made, sent, BATCH[1], 32, precision).loss for precision in ("fp32", "bf16"))
     assert single != half == pytest.approx(single, rel=0.05)
+
+
+def test_a_device_judges_no_more_pictures_at_once_than_it_learns_from() -> None:
+    """Which is what it has memory for, however many cross together; and as precisely as it learns."""
+    text = recipe_text(data="batch = 8\nevaluation_batch = 20")
+    pictures = np.random.default_rng(0).integers(0, 256, (50, 1, 16, 16), dtype=np.uint8)
+    part, head, seen = Part(pictures, np.arange(50)), halves.build(parse(text)).head.eval(), list[int]()
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    single, half = (
+        list(sent_batches(head, part, parse(text.replace("seed = 3", f'seed = 3\nprecision = "{precision}"'))))
+        for precision in ("fp32", "bf16")
+    )
+    assert [len(sent) for sent, _ in single] == [20, 20, 10] and max(seen) == 8
+    assert np.concatenate([labels for _, labels in single]).tolist() == list(range(50))
+    one, other = (np.concatenate([sent for sent, _ in made]) for made in (single, half))
+    assert not np.array_equal(one, other) and np.abs(one - other).max() < 0.05 * np.abs(one).max()

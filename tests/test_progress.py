@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from common.progress import Counting, RunningMean, Screen, StepProgress
+from common.progress import Counting, RunningMean, Screen, StepProgress, note, warn
 from common.words import several
 
 
@@ -48,6 +48,10 @@ def test_what_is_told_in_place_of_steps_is_not_cut_off() -> None:
         live.waiting("reconnecting, attempt 3 (no server answers at 127.0.0.1:50051); gives up in 9:41")
         live._bar.refresh()
     assert "…" not in console.file.getvalue() and "9:41" in console.file.getvalue()  # type: ignore[attr-defined]
+    log = Console(file=io.StringIO(), width=40)
+    with StepProgress(log, 10) as live:
+        live.waiting("judging")
+    assert log.file.getvalue() == "judging\n"  # type: ignore[attr-defined]
 
 
 def test_long_counting_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +64,7 @@ def test_long_counting_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
         "Read 400 of 2,000 pictures, 0:16 left",
         "Read 1,500 of 2,000 pictures, 0:05 left",
+        "Read all 2,000 pictures in 0:20.",
     ]
 
 
@@ -116,6 +121,44 @@ def test_a_nested_phase_is_told_with_all_its_widths() -> None:
     with StepProgress(console, 10) as live:
         live.step(1, RunningMean(2.3, 0.1), (2, 4, 8))
     assert "width 2/4/8" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_log_has_a_line_now_and_then_and_at_each_change_of_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=140)
+    with StepProgress(console, 40) as live:
+        for done in range(1, 31):
+            now += 1.0
+            live.step(done, RunningMean(2.3, 0.1), (2 if done < 14 else 4,))
+        live.plan(50)
+        now += 5.0
+        live.step(35, RunningMean(2.3, 0.1), (4,))
+    told = [line.split("  ") for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert [(line[0], line[1], line[-1]) for line in told] == [
+        ("step 1/40", "width 2", "acc 10.0%"),
+        ("step 11/40", "width 2", "0:29 left"),
+        ("step 14/40", "width 4", "0:26 left"),
+        ("step 24/40", "width 4", "0:16 left"),
+        ("step 35/50", "width 4", "0:15 left"),
+    ]
+
+
+def test_loss_and_accuracy_are_shares_of_what_they_were_of_late() -> None:
+    mean = RunningMean()
+    for _ in range(3):
+        mean.add(2.0, 0.5)
+    assert (mean.loss, mean.accuracy) == (pytest.approx(2.0), pytest.approx(0.5))
+    mean.add(0.0, 1.0)
+    assert 1.8 < mean.loss < 2.0 and 0.5 < mean.accuracy < 0.6  # type: ignore[operator]
+
+
+def test_what_a_user_has_named_is_no_markup() -> None:
+    console = Console(file=io.StringIO(), width=140)
+    note(console, "there is no class [red]")
+    warn(console, "nor [/red]")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown == "Note: there is no class [red]\nWarning: nor [/red]\n"
 
 
 def test_lines_of_a_log_may_begin_with_the_time() -> None:

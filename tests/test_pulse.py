@@ -114,6 +114,36 @@ def test_the_server_ends_the_streams_of_dead_links_and_lets_go_of_their_sockets(
     assert sockets["dead"].closed and sockets["alive"].closed
 
 
+def test_silence_is_that_of_a_whole_session_while_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that has pictures judged says nothing of training; and while the server computes nobody need speak."""
+    monkeypatch.setattr(watch, "find_peer", lambda _: None)
+    ended: list[str] = []
+    watched = Watch(Limits(idle_s=10, first_frame_s=3), lambda _: None)
+
+    def context(name: str) -> Any:
+        return SimpleNamespace(peer=lambda: name, cancel=lambda: ended.append(name))
+
+    with (
+        watched.over(context("training")) as training, watched.over(context("judging")) as judging,
+        watched.over(context("new")) as new,
+    ):  # fmt: skip
+        training.session = judging.session = session = SimpleNamespace(touched=100.0)
+        training.waits, judging.waits, new.waits = 100.0, None, 119.0
+        watched.tend(120.0)
+        assert not ended, "the server is at work for it"
+        judging.waits, session.touched = 121.0, 121.0
+        watched.tend(123.0)
+        assert ended == ["new"], "which has not said what it wants"
+        with judging.waiting():
+            pass
+        assert judging.waits is None and session.touched != 121.0, "it was heard"
+        judging.waits, session.touched = 121.0, 125.0
+        watched.tend(134.0)
+        assert ended.count("new") == len(ended), "it was heard on the other stream"
+        watched.tend(136.0)
+        assert {"training", "judging"} <= set(ended)
+
+
 # Over real sockets
 
 

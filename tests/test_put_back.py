@@ -237,3 +237,7 @@ def test_a_head_for_which_a_budget_has_set_nothing_aside_is_refused(tmp_path: Pa
     session, _ = begun(host)
     with pytest.raises(MismatchError, match="began without --publish-head"):
         host.begin(session, pb.Begin(samples=64, classes=CLASSES, head=1), Mock())
+    unbounded = text.replace("budget_mb = 5", "")
+    host = Host.to_train(parse(unbounded), unbounded, RunFolder(tmp_path / "other"), Console(quiet=True), (), False)
+    session, stream = begun(host)
+    host.begin(session, pb.Begin(samples=64, classes=CLASSES, head=1), stream)

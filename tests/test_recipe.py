@@ -10,6 +10,9 @@ from benchmarks.recipes import recipe_text
 from common.errors import RecipeError
 from common.recipe import load, parse
 
+TOP = 'name = "x"\nmethod = "{}"'
+INIT = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:there"'
+
 
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -69,7 +72,7 @@ from common.recipe import load, parse
             {"schedule": 'kind = "plateau"\nwidths = [8, -2]', "data": "validation = 0.2"},
             "schedule.widths: give 0 (all channels) or more",
         ),
-        ({"data": "crop = 16"}, "pictures of [1, 16, 16] can be shifted by less than a side"),
+        ({"data": "crop = 16"}, "data.crop is 16, and what the model takes is 16 along one side: give 0 to 15"),
         ({"schedule": "phases = [{ width = 0, epochs = 2, lr = 0.02 }]"}, "needs optimiser.restart = true"),
         ({"top": 'name = "a"\nmethod = "plain"\nbatch = 16'}, "unknown key batch; it belongs in [data]"),
         ({"data": "seed = 1"}, "unknown key data.seed; it belongs at the top of the file"),
@@ -93,6 +96,50 @@ from common.recipe import load, parse
         (
             {"schedule": 'kind = "plateau"\nwidths = [0]\nphases = [[0, 1]]', "data": "validation = 0.2"},
             'schedule.phases belongs to kind "epochs"',
+        ),
+        ({"data": "mean = [0.5, 0.5]"}, "data.mean has 2 numbers; give 1"),
+        ({"data": "std = [0.0]"}, "data.std must be above 0"),
+        (
+            {"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 1\ncut = "x"'},
+            "model.classes is 1; give 2 to 65535",
+        ),
+        ({"top": 'name = "x"\nmethod = "plain"\nseed = -1'}, "seed is -1; give 0 to"),
+        # Each method is what its name says.
+        ({"codec": 'activation = "int8"\ngradient = "fp32"'}, 'method "plain" compresses nothing'),
+        ({"schedule": 'phases = [{ width = 0, epochs = 1, gradient = "int8" }]'}, 'method "plain" compresses nothing'),
+        (
+            {
+                "bottleneck": 'kind = "linear"',
+                "schedule": "phases = [{ width = 8, epochs = 2, views = 1, nested = [4] }]",
+            },
+            "schedule.phases has nested and views; a frozen head has one width",
+        ),
+        (
+            {"schedule": "phases = [{ width = 0, epochs = 2, nested = [4] }]"},
+            "nested widths need kind channels or linear",
+        ),
+        ({"local": "epochs = 1"}, 'method "plain" is what others are compared with: local.epochs must be 0'),
+        (
+            {"top": TOP.format("fixed"), "bottleneck": 'kind = "linear"', "schedule": "phases = [[4, 1], [8, 1]]"},
+            'method "fixed" has one width; the schedule has [4, 8]',
+        ),
+        (
+            {"top": TOP.format("deprune"), "bottleneck": 'kind = "linear"', "schedule": "phases = [[0, 1], [8, 1]]"},
+            'method "deprune" widens a bottleneck; the schedule has [0, 8]',
+        ),
+        (
+            {"top": TOP.format("prune"), "bottleneck": 'kind = "linear"', "schedule": "phases = [[8, 1], [4, 1]]"},
+            'method "prune" starts from a trained network; set model.init',
+        ),
+        *(
+            ({"top": TOP.format("prune"), "model": INIT} | change, words)
+            for change, words in (
+                (
+                    {"bottleneck": 'kind = "linear"', "schedule": "phases = [[8, 1], [0, 1]]"},
+                    'method "prune" narrows a bottleneck; the schedule has [8, 0]',
+                ),
+                ({"schedule": "phases = [[0, 1]]"}, 'bottleneck.kind is "none": choose channels or linear'),
+            )
         ),
     ],
 )
@@ -121,3 +168,15 @@ def test_a_mark_in_front_of_the_file_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text(), encoding="utf-8-sig")
     recipe, text = load(tmp_path / "recipe.toml")
     assert recipe == parse(recipe_text()) and text == recipe_text()
+
+
+def test_what_means_something_else_has_another_digest() -> None:
+    """By it both sides know that they train the same."""
+    changes: list[dict[str, str]] = [
+        {}, {"data": "batch = 33"}, {"optimiser": "lr = 0.06"}, {"schedule": "phases = [[0, 1]]"},
+        {"top": 'name = "test-plain"\nmethod = "plain"\nseed = 4'},
+        {"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stem_relu"'},
+    ]  # fmt: skip
+    digests = [parse(recipe_text(**change)).digest() for change in changes]
+    assert len(set(digests)) == len(changes)
+    assert parse(f"# a remark\n{recipe_text()}\n").digest() == digests[0]

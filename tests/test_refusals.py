@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -33,7 +34,7 @@ from device_client.remote_tail import RemoteTail
 from edge_server import checks
 from edge_server import cli as server_cli
 from edge_server.limits import Limits
-from tests.conftest import Run, failed
+from tests.conftest import ANY_PORT, Run, failed
 
 CLASSES = tuple("0123456789")
 
@@ -235,6 +236,13 @@ def test_another_program_answers(tmp_path: Path) -> None:
     assert f"what answers at {address} is no edge-server" in done.stderr.replace("\n", " ")
 
 
+def test_a_port_that_says_nothing_is_no_missing_server() -> None:
+    """After 20 s, which gRPC waits for a first word."""
+    words = "failed to connect to all addresses: connection attempt timed out before receiving SETTINGS frame"
+    error = Mock(code=lambda: grpc.StatusCode.UNAVAILABLE, details=lambda: words, trailing_metadata=lambda: ())
+    assert str(from_rpc(error, "pi:50051")).startswith("something at pi:50051 takes connections and says nothing;")
+
+
 def test_a_finished_run_is_left_alone(server: str, plain_run: Run, tmp_path: Path) -> None:
     before = (plain_run.path / "device" / "summary.json").read_bytes()
     run = plain_run.path / "device"
@@ -258,7 +266,7 @@ def test_a_folder_of_the_other_side(plain_run: Run) -> None:
     ):
         assert f"{server} is the folder of the server of a run, and the device keeps its own" in refused
     for recipe in ((), (plain_run.recipe,)):
-        refused = failed(server_cli.cli, "serve", *recipe, "--run", device)
+        refused = failed(server_cli.cli, "serve", *ANY_PORT, *recipe, "--run", device)
         assert f"{device} is the folder of the device of a run, and the server keeps its own" in refused
 
 
@@ -280,13 +288,13 @@ def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path)
 )
 def test_models_and_cuts_are_refused_at_the_start(model: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text(model=model))
-    assert words in failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    assert words in failed(server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_listening_outside_needs_a_word(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text())
-    serve = (server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    serve = (server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "run")
     assert "--tls-cert" in failed(*serve, "--listen", "0.0.0.0:0")
 
 
@@ -339,7 +347,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(arguments: tuple[str, ..
 
 def test_a_port_that_is_taken(server: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text())
-    line = pair.command("edge-server", "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run")
+    line = pair.command("edge-server", "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "run")
     done = subprocess.run([*line, "--listen", server], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and f"cannot listen on {server}: Address already in use" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, "nothing of gRPC's own"
@@ -360,7 +368,9 @@ def test_a_model_that_does_not_end_in_the_classes_is_refused_before_anything_wai
     (tmp_path / "recipe.toml").write_text(
         recipe_text().replace('"tiny"', f'"{name}"').replace('"stage1_relu2"', '"_1"')
     )
-    said = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "run", "--allow-model", name)
+    said = failed(
+        server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "run", "--allow-model", name
+    )
     assert words in said and not (tmp_path / "run").exists()
 
 

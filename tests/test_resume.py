@@ -327,7 +327,7 @@ def test_other_pictures_are_not_gone_on_with(few: Dataset, tmp_path: Path) -> No
         leg(tmp_path, text, other)
     # Another server, which has nothing of this run.
     (tmp_path / "server").rename(tmp_path / "away")
-    with pytest.raises(MismatchError, match="this server has a run that no device has begun"):
+    with pytest.raises(MismatchError, match="this server has a new run, which no device has begun"):
         leg(tmp_path, text, few)
     (tmp_path / "away").rename(tmp_path / "server")
     for side, others in (("server", HEAD), ("device", TAIL)):

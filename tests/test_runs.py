@@ -19,7 +19,7 @@ from benchmarks.recipes import recipe_text
 from common import report
 from device_client import data
 from device_client.remote_tail import RemoteTail
-from tests.conftest import Run, train
+from tests.conftest import ANY_PORT, Run, train
 
 
 @pytest.mark.parametrize("fixture", ["plain_run", "deprune_run"])
@@ -155,11 +155,19 @@ def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
     assert "optimiser.warmup is 100 steps, and the run has 2" in train(tmp_path, text).output
 
 
+def test_a_run_on_fewer_pictures_than_a_batch_is_of_all_of_them(tmp_path: Path) -> None:
+    loaded = data.load("digits", (1, 16, 16), 3, 0.0, limit=12)
+    device = inprocess.train(recipe_text(schedule="phases = [[0, 3]]"), loaded, folder=tmp_path)
+    server = json.loads((tmp_path / "server" / "summary.json").read_text())
+    for summary in (device, server):
+        assert (summary["steps"], summary["samples"], summary["epochs"]) == (3, 36, 3)
+        assert summary["plain_bytes"]["down"] == 36 * 4 * 32 * 8 * 8
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_once_on_a_finished_run_ends_at_once(plain_run: Run, given: bool) -> None:
     recipe = (plain_run.recipe,) if given else ()
-    options = ("--run", plain_run.path / "server", "--once", "--listen", "127.0.0.1:0")
-    line = pair.command("edge-server", "serve", *recipe, *options)
+    line = pair.command("edge-server", "serve", *ANY_PORT, *recipe, "--run", plain_run.path / "server", "--once")
     done = subprocess.run(line, capture_output=True, text=True, timeout=30, env=pair.environment())
     assert done.returncode == 0 and "is complete already" in done.stdout and "listens" not in done.stdout, done
 

@@ -20,9 +20,11 @@ from common import recipe
 from common.progress import RunningMean, StepProgress
 from common.recipe import differences
 from device_client.data import Dataset, Part
+from device_client.remarks import remarks
 from device_client.state import _other
+from device_client.trainer import Trainer
 from edge_server import cli as server_cli
-from tests.conftest import Run, failed
+from tests.conftest import ANY_PORT, Run, failed
 from tests.test_resume import leg
 
 
@@ -72,7 +74,7 @@ def test_uses_are_logged_and_a_picture_has_one_answer(deprune_run: Run, tmp_path
     [
         ((3, ("a", "b")), (2, ("a", "b")), "the run began with 3 training pictures, and here are 2"),
         ((2, ("a", "b")), (2, ("a", "b")), "these are not the 2 pictures that the run began with"),
-        ((2, ("a", "b")), (2, ("a", "c")), "not those that the run began with: without b and with c"),
+        ((2, ("a", "b")), (2, ("a", "c")), "not those that the run began with: without b; with c"),
         ((2, ("a", "b")), (2, ("b", "a")), "not those that the run began with: in another order"),
     ],
 )
@@ -91,13 +93,25 @@ def test_what_a_changed_recipe_changes_is_told(few: Dataset, tmp_path: Path) -> 
     assert [key for key, *_ in found] == ["schedule.phases", "optimiser.lr"]
     leg(tmp_path, text, few, until=8)
     (tmp_path / "recipe.toml").write_text(other)
-    told = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", tmp_path / "server")
+    told = failed(server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "server")
     assert "optimiser.lr is 0.02 and was 0.05" in told and "server/recipe.toml, choose another --run" in told
+    assert "(schedule.phases is [[0, 3]] and was [[0, 2]]; " in told
+
+
+def test_phases_are_told_as_a_recipe_has_them() -> None:
+    written = """[{ width = 8, epochs = 6, activation = "auto:10", views = 1, flip = true }, [8, 0.5]]"""
+    phases = recipe.parse(recipe_text("fixed", bottleneck='kind = "linear"', schedule=f"phases = {written}")).schedule
+    assert recipe.in_toml(phases.phases) == written
+
+
+def test_a_folder_that_holds_both_sides_of_a_run_is_told_apart(plain_run: Run) -> None:
+    told = failed(server_cli.cli, "serve", *ANY_PORT, "--run", plain_run.path)
+    assert told.endswith(f"give {plain_run.path / 'device'} or {plain_run.path / 'server'}")
 
 
 def test_what_a_finished_run_had_otherwise_is_told(plain_run: Run, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(plain_run.recipe.read_text().replace("lr = 0.05", "lr = 0.02"))
-    told = failed(server_cli.cli, "serve", tmp_path / "recipe.toml", "--run", plain_run.path / "server")
+    told = failed(server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", plain_run.path / "server")
     assert "a finished run, and not this one (optimiser.lr is 0.02 and was 0.05); choose another --run" in told
 
 
@@ -119,3 +133,38 @@ def test_what_is_shown_goes_on_where_it_was(few: Dataset, tmp_path: Path, monkey
         leg(tmp_path / "broken", text, few, until)
     assert len(shown) > 2 * len(whole), "both sides, and some steps once more"
     assert all(rest == whole[done] for done, *rest in shown)
+
+
+@pytest.mark.parametrize(
+    ("batch", "views", "told"),
+    [
+        (64, 1, "64, so 36 of 100 pictures are in no whole batch"),
+        (64, 2, ""),  # the other view has them
+        (49, 1, ""),  # no more than are few
+        (50, 1, ""),
+        (100, 1, ""),
+        (200, 1, "200, more than there are pictures: a step takes all 100"),
+    ],
+)
+def test_pictures_that_no_view_has_are_told(batch: int, views: int, told: str) -> None:
+    text = recipe_text(data=f"batch = {batch}", schedule=f"phases = [{{ width = 0, epochs = 4, views = {views} }}]")
+    part = Part(np.zeros((100, 1, 16, 16), np.uint8), np.zeros(100, np.int64))
+    found = list(remarks(recipe.parse(text), Dataset(tuple("0123456789"), part, part, part, ()), begun=False))
+    assert [told in one for one in found] == [True] * bool(told), found
+
+
+def test_a_run_that_went_on_took_the_time_of_all_its_processes(
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Trainer.prepare
+
+    def long_ago(self: Trainer, *arguments: Any) -> None:
+        prepare(self, *arguments)
+        if not self.begun:
+            self.wall_s, self.busy_s = self.wall_s + 2000, self.busy_s + 1000
+
+    monkeypatch.setattr(Trainer, "prepare", long_ago)
+    text = recipe_text(schedule="phases = [[0, 0.4]]")
+    assert leg(tmp_path, text, few, 2) is None
+    summary = leg(tmp_path, text, few)
+    assert summary and 2000 < summary["wall_s"] < 3000 and 1000 < summary["busy_s"] < 2000

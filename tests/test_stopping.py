@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from grpc_health.v1 import health_pb2
 from torch import fx, nn
 
 from benchmarks import pair
@@ -21,6 +23,8 @@ from benchmarks.recipes import BATCH, CLASSES, PHASE, recipe_text
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from device_client.remote_tail import RemoteTail
+from edge_server.health import Health
+from tests.conftest import ANY_PORT
 
 
 @pytest.mark.parametrize(
@@ -69,7 +73,7 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
     if side == "device":
         assert "Stopping after this step" in out and "Interrupted" not in out and "The device left at step" in log
         # A server without the recipe has nothing to do with the run, and says what to give it.
-        line = pair.command("edge-server", "serve", "--run", tmp_path / "server", "--listen", "127.0.0.1:0")
+        line = pair.command("edge-server", "serve", *ANY_PORT, "--run", tmp_path / "server")
         done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=pair.environment())
         assert done.returncode == 1 and "holds an unfinished run, at step " in done.stderr
         assert f"{tmp_path / 'server' / 'recipe.toml'} is a copy" in " ".join(done.stderr.split())
@@ -266,3 +270,18 @@ def test_a_ctrl_c_that_is_ignored_stays_so(side: str, tmp_path: Path) -> None:
                 device.terminate()
             assert "Stopping after this step" in device.communicate(timeout=60)[0]
             assert device.returncode == 128 + signal.SIGTERM
+
+
+def test_health_says_that_a_server_stops() -> None:
+    """So that nobody is sent to it any more."""
+    stops = False
+    health = Health(("deprune.v1.Split",), lambda: stops)
+
+    def told() -> list[int]:
+        requests = [health_pb2.HealthCheckRequest(service=name) for name in ("", "deprune.v1.Split")]
+        return [health.Check(request, Mock()).status for request in requests]
+
+    answer = health_pb2.HealthCheckResponse
+    assert told() == [answer.SERVING] * 2
+    stops = True
+    assert told() == [answer.NOT_SERVING] * 2

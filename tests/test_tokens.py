@@ -82,7 +82,7 @@ def test_a_caller_shows_one_token() -> None:
         context: Any = SimpleNamespace(invocation_metadata=lambda: [("authorization", value) for value in shown])
         return guard.identity(context)
 
-    assert told(f"Bearer {one}") == "token pi"
+    assert told(f"Bearer {one}") == told(f"bearer {one}") == "token pi"  # a proxy may write it either way
     for wrong in ((f"Bearer {one}", f"Bearer {one}"), (f"Basic {one}",), (one,)):
         with pytest.raises(AuthError, match="not one that this server knows"):
             told(*wrong)
@@ -94,3 +94,20 @@ def test_an_authenticated_caller_has_a_name() -> None:
         context: Any = SimpleNamespace(auth_context=lambda names=names: {"x509_common_name": names} if names else {})
         with pytest.raises(AuthError, match="no common name"):
             guard.identity(context)
+
+
+def test_who_does_not_prove_a_name_has_the_share_of_an_address() -> None:
+    """Whatever connection it comes by, and no other address beside it."""
+    known = tokens.Known(tokens.parse(f"pi {'a' * 20}", "tokens"))
+
+    def caller(guard: Guard, peer: str, token: str = "") -> str:
+        shown = [("authorization", f"Bearer {token}")] if token else []
+        context: Any = SimpleNamespace(peer=lambda: peer, invocation_metadata=lambda: shown)
+        return guard.caller(context)
+
+    for guard in (Guard(), Guard(tokens=lambda: known)):
+        one, again, other = (caller(guard, f"ipv4:{end}") for end in ("192.0.2.1:5", "192.0.2.1:6", "192.0.2.2:5"))
+        assert one == again != other
+        assert caller(guard, "ipv6:[2001:db8::1]:5") != caller(guard, "ipv6:[2001:db8::2]:5")
+    named = {caller(Guard(tokens=lambda: known), f"ipv4:192.0.2.{end}:5", "a" * 20) for end in (1, 2)}
+    assert named == {"token pi"}

@@ -72,6 +72,8 @@ def _call_custom(name: str, input_shape: tuple[int, int, int], classes: int) -> 
     module_name, _, factory_name = name.partition(":")
     if not factory_name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
         raise ModelError(f"{name!r} does not name a model; write it as package.module:factory")
+    if module_name.endswith(".py"):
+        raise ModelError(f"{name!r} names a file; leave .py out: {module_name.removesuffix('.py')}:{factory_name}")
     with _current_folder_importable():
         try:
             module = importlib.import_module(module_name)
