@@ -43,14 +43,11 @@ class _Sized(nn.Module):
         return torch.arange(width, device=self.order.device)
 
 
-class PassEncoder(_Sized):
+class Pass(_Sized):
+    """All channels as they are, on either side."""
+
     def forward(self, activation: Tensor) -> Tensor:
         return activation
-
-
-class PassDecoder(_Sized):
-    def forward(self, sent: Tensor) -> Tensor:
-        return sent
 
 
 class ChannelEncoder(_Sized):
@@ -86,7 +83,7 @@ class LinearEncoder(_Sized):
 
     @torch.no_grad()
     def rotate(self, components: Tensor, mean: Tensor) -> None:
-        """Let z become components (z - mean) for the first channels, as many as `components` [w, w] has rows."""
+        """Let z become components (z - mean), in the first w channels for `components` [w, w] and `mean` [w]."""
         components, mean, count = components.to(self.weight.device), mean.to(self.weight.device), len(mean)
         self.weight[:count] = components @ self.weight[:count]
         self.bias[:count] = components @ (self.bias[:count] - mean)
@@ -98,7 +95,7 @@ class LinearEncoder(_Sized):
 
     @torch.no_grad()
     def close_from(self, width: int) -> None:
-        """Let the channels from `width` on be zero, until they learn to be more."""
+        """Let the channels from `width` on be zero. They still learn, and so may become more later."""
         self.weight[width:] = 0
         self.bias[width:] = 0
 
@@ -136,7 +133,7 @@ def _map_channels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 _KINDS: dict[str, tuple[type[_Sized], type[_Sized]]] = {
-    "none": (PassEncoder, PassDecoder),
+    "none": (Pass, Pass),
     "channels": (ChannelEncoder, ChannelDecoder),
     "linear": (LinearEncoder, LinearDecoder),
 }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 EVERY = 200  # steps between two checkpoints, by default
-# Of what the two sides write into one: raised where another release would read it otherwise.
+# Raised with each change of what either side writes into a checkpoint: another release then leaves it alone.
 _FORMAT = 3
 _KEPT = 2
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
@@ -53,7 +53,7 @@ class Checkpoints:
     folder: Path
     run_id: str
     digest: str  # of the recipe
-    shared: set[int] = field(default_factory=set)  # steps that the other side has, or may have: none of them is dropped
+    shared: set[int] = field(default_factory=set)  # those that the other side has, or may have: none of them is dropped
     written: set[int] = field(default_factory=set)  # steps of those that are here and sound
 
     def write(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
@@ -78,19 +78,21 @@ class Checkpoints:
         memory.give_back()
 
     def confirm(self, step: int) -> None:
-        """The other side has said that this is its newest, from which both can go on; 0 where it has no news."""
+        """The other side's newest checkpoint is of `step`: one that this side has too is now the newest of both. 0: it
+        has said nothing."""
         if step in self.written and step > max(self.shared, default=-1):
             self.shared = {step}
             self._prune()
 
     def news(self, step: int, every: int) -> int:
-        """What the other side is told in `step`: itself, if a regular checkpoint was kept before it, else 0."""
+        """What the other side is told with the frames of `step`: `step` itself, if it is one of the regular checkpoints
+        and was written; else 0."""
         return step if step % every == 0 and step in self.written else 0
 
     def sound(self) -> tuple[list[int], list[str]]:
         """Steps of the checkpoints that can be gone on from, the oldest first, and a warning for each other one.
 
-        Called by the process that owns the folder from now on: what an earlier one left half-written goes.
+        Called by the process that owns the folder from now on. Removes what an earlier one left half-written.
         """
         good, warnings = [], []
         with contextlib.suppress(FileNotFoundError):
@@ -114,10 +116,10 @@ class Checkpoints:
         return Checkpoint(step, tensors, head["state"])
 
     def forget_after(self, step: int) -> None:
-        """The run goes on from `step`: what was kept of later steps will be made again.
+        """The run goes on from `step`: remove the checkpoints of later steps, which will be made again.
 
-        The other side need not have a checkpoint of this very step: it may have stood there all the while. So none that
-        is left is dropped before it has told of a newer one.
+        Those that are left all count as shared until the other side tells of a newer one. It need not have this very
+        step: it may not have been put back at all, because it stood there.
         """
         for later in [other for other in steps_in(self.folder) if other > step]:
             path_in(self.folder, later).unlink(missing_ok=True)
@@ -199,7 +201,6 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _digest(head: str, tensors: Mapping[str, torch.Tensor]) -> str:
-
     result = hashlib.sha256(head.encode())
     for name in sorted(tensors):
         value = tensors[name]

@@ -14,9 +14,9 @@ from common.codecs.base import Aside, Buffer, Codec, Tensor
 from common.codecs.step import Step
 from common.tcp_info import Flow
 
-# Sends after which link and coders are measured anew, for they change; the first few tell the link's rate.
+# Link and coders are measured after the first _FIRST sends, and again after each _AGAIN, for they change.
 _AGAIN, _FIRST = 32, 4
-# The context coder never was less than six times slower than zstd, and never saved more than half of the bytes.
+# In all measurements the context coder was at least so many times slower than zstd, and saved at most this share.
 _SLOWER, _SAVES = 6.0, 0.5
 
 

@@ -25,7 +25,7 @@ def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tupl
     batch), in training or in evaluation, or do not learn what it does. Statistics, modes and the random state stay as
     they are.
 
-    What the whole cannot compute at all is not this function's to say.
+    Where the whole itself fails, nothing is raised: whoever builds and tries the model tells of that.
     """
     whole = copy_around_tensors(model)  # it may count on things that are no tensors
     parts = (whole, head, tail)
@@ -40,7 +40,7 @@ def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tupl
         return tail(head(inputs).float())
 
     def slopes(forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Gradients of some sum of the outputs: a hook on a block of layers may have changed them."""
+        """Gradients of a weighted sum of the outputs, which a hook on a block of layers may change."""
         _put_back(statistics, before)
         torch.manual_seed(0)
         with torch.enable_grad():
@@ -53,7 +53,7 @@ def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tupl
         ]
 
     def twice(forward: Callable[[Tensor], Tensor], training: bool) -> list[Tensor]:
-        """What it gives two times in a row: a counter, or a generator of its own, shows by the second."""
+        """Its outputs in two calls in a row: the second shows a counter, or random numbers of the model's own."""
         _put_back(statistics, before)
         torch.manual_seed(0)
         for part in parts:

@@ -136,11 +136,11 @@ class RolledBackError(DepruneError):
         self.step = step
 
 
-def printable(text: str, most: int) -> str:
-    """What came from elsewhere, fit for a terminal and a log: cut to `most` characters, without control characters."""
+def printable(text: str, most: int | None = None) -> str:
+    """What came from elsewhere, fit for a terminal and a log: without control characters, cut to `most` characters."""
     return "".join(character if _harmless(character) else "?" for character in text[:most])
 
 
 def _harmless(character: str) -> bool:
-    """Spaces of every width are, and what joins letters, or keeps them apart, in some scripts."""
+    """Spaces of every width are, and the invisible characters that join or part letters in some scripts."""
     return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"

@@ -42,8 +42,8 @@ class Gate:
         return sent != 0 if exact else None
 
     def aside(self, seed: int, step: int, sent: np.ndarray, phase: Phase) -> Aside:
-        """What both sides know of the gradient that answers a step's activation [B, width, ...], as it was decoded or
-        will be."""
+        """What both sides know of the gradient that answers a step's activation, `sent` [B, width, ...]: the device as
+        it encodes it, the server as it has decoded it."""
         return Aside((seed, step, pb.GRADIENT), self.support(sent, phase))
 
 

@@ -24,6 +24,11 @@ from common.norms import Norms
 from common.partition import cut_shape, split
 from common.recipe import Recipe
 
+# Channels of the cut: a linear bottleneck's matrix of more would take over 64 MB on either side,
+_MOST_MIXED = 4096
+# and the sensitivity of more over 16 MB.
+MOST_WEIGHTED = 2048
+
 
 class Head(nn.Module):
     """Picture [B, *input] to what is sent [B, width, ...], fp32 whatever the arithmetic inside."""
@@ -42,12 +47,6 @@ class Head(nn.Module):
         return self.bottleneck(self.layers(pictures.to(self.processor))).float()
 
 
-_MOST_MIXED = 4096  # channels: the bottleneck's matrix of more would take over 64 MB on either side
-MOST_WEIGHTED = (
-    2048  # channels: the sensitivity of more would take over 16 MB on either side, whatever they are used for
-)
-
-
 class Tail(nn.Module):
     """What was sent [B, width, ...] to logits [B, classes], fp32 whatever the arithmetic inside."""
 
@@ -58,7 +57,8 @@ class Tail(nn.Module):
         self.layers = layers
         self.bottleneck = decoder
         self.norms = Norms(layers, nested)
-        # The loss's sensitivity of late to each direction at the cut; for a run that starts from this one.
+        # How sensitive the loss is to each direction at the cut, as a running mean: for runs that start from this one.
+        # Empty where there are too many channels.
         size = decoder.channels if decoder.channels <= MOST_WEIGHTED else 0
         self.register_buffer("sensitivity", torch.zeros(size, size, device=decoder.order.device))
 
@@ -70,13 +70,13 @@ class Tail(nn.Module):
 
     @torch.no_grad()
     def note_sensitivity(self, gradient: Tensor) -> None:
-        """Take in dLoss/dSent [B, width, ...] of a step; that to what is not sent stays as it was."""
+        """Take in dLoss/dSent [B, width, ...] of a step. What is known of channels that it did not send stays."""
         if not len(self.sensitivity):
             return
         places = self.bottleneck.places(gradient.shape[1])
         here = places[:, None], places[None]
         before, now = self.sensitivity[here], importance.sensitivity_of(gradient)
-        # The first of a direction is taken as it comes.
+        # Zero: nothing is known of this pair of channels yet, and there is no mean to go on with.
         self.sensitivity[here] = torch.where(before == 0, now, before.lerp(now, 0.1))
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ class Tail(nn.Module):
         self.sensitivity.copy_(turned)
 
     def settle(self, width: int, order: tuple[int, ...] = ()) -> None:
-        """Be ready for `width` channels and to be written: what each width has learnt apart is in its own place."""
+        """Be ready for `width` channels and to be written, with each width's statistics in its own set."""
         self.resize(width, order)
         self.norms.put_away()
         self.norms.complete()
@@ -103,7 +103,8 @@ class Tail(nn.Module):
     def forward(self, sent: Tensor) -> Tensor:
         activation = self.bottleneck(sent)
         if activation.requires_grad and activation.is_leaf:
-            activation = activation.clone()  # a layer may work in place, which nothing may on what asks for a gradient
+            # The tail's first layer may work in place, which torch forbids on a leaf that wants a gradient.
+            activation = activation.clone()
         return self.layers(activation).float()
 
 
@@ -130,7 +131,7 @@ class Halves:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Have what a model is made of by chance, drawn by torch, numpy or Python, be the same in every process."""
+    """Have random weights be the same in every process, whether a model draws them by torch, numpy or Python."""
     by_python, by_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -156,8 +157,10 @@ def build(
     recipe: Recipe, allowed: Collection[str] = (), processor: torch.device = CPU, compared: bool = False
 ) -> Halves:  # fmt: skip
     """Both halves with the recipe's random weights (a function of its seed), the tail on `processor`; ModelError,
-    CutError as models and partition raise them. The caller drops the half that it doesn't need. `compared`: and looks
-    whether they compute what the whole does, which takes ten passes of a few pictures and two back."""
+    CutError as models and partition raise them. The caller drops the half that it doesn't need.
+
+    `compared`: make sure that they compute what the whole does; takes ten passes of a few pictures, and two backward.
+    """
     with _seeded(recipe.seed), _naming("model.name"):
         whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
     with _naming("model.cut"):
@@ -177,7 +180,7 @@ def build(
     gate = Gate(recipe.bottleneck.kind != "linear" and rectified(head))
     nested = {width or shape[0] for phase in recipe.schedule.phases if phase.nested
               for width in (*phase.nested, phase.width)}  # fmt: skip
-    # Moved before the norms are made: their sets are buffers beside the layers', not copies from elsewhere.
+    # First to the processor, then the tail: it makes its norms' sets where the layers are.
     tail, decoder = tail.to(processor), decoder.to(processor)
     return Halves(Head(head, encoder), Tail(tail, decoder, sorted(nested)), shape, gate, processor)
 

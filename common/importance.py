@@ -10,16 +10,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# Of the sensitivity's mean, what every direction has: one that has not mattered yet is not thrown away for nothing.
+# Every direction is given at least this share of the mean sensitivity: one that has not mattered so far may matter yet.
 _LEAST = 0.01
 
 
 def principal_components(activations: Iterable[Tensor], sensitivity: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Components [C, C] (rows, most important first) and mean [C] of activations [B, C, ...] over all else.
 
-    Orthonormal and by their variance; with a `sensitivity` S [C, C] those that keep x - x' small where it
-    counts, in (x - x')' S (x - x'): components of sqrt(S) x.
-    Batch by batch: all of them at once would take gigabytes where maps are large.
+    Without a `sensitivity` they are orthonormal, by variance. With one, S [C, C], they are the components of sqrt(S) x:
+    the first w keep the weighted error (x - x')' S (x - x') smallest, where x' is what w of them can say of x.
+    Activations are taken batch by batch: all of them at once would take gigabytes where maps are large.
     """
     count, total, products = 0, torch.zeros(()), torch.zeros(())
     for activation in activations:
@@ -29,7 +29,7 @@ def principal_components(activations: Iterable[Tensor], sensitivity: Tensor | No
         products = products + points @ points.T
     mean = total / count
     covariance, root = products / count - torch.outer(mean, mean), torch.eye(len(mean), dtype=torch.float64)
-    if sensitivity is not None and sensitivity.trace() > 0:  # else it is so faint that it says nothing
+    if sensitivity is not None and sensitivity.trace() > 0:  # one of zeros says nothing
         root = _root(sensitivity.double())
     _, vectors = torch.linalg.eigh(root @ covariance @ root)
     components = vectors.flip(1).T @ root

@@ -20,8 +20,8 @@ from common.run import Manifest
 def with_classes(
     trained: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], recipe: Recipe, source: Recipe
 ) -> dict[str, torch.Tensor]:
-    """`trained`, but from `own`, as it was drawn, what has a row for each class, where the recipe has more or fewer
-    classes than the source: the classifier then begins anew."""
+    """`trained`; but where the recipe has more or fewer classes than the source, the classifier begins anew: what has
+    a row for each class is taken from `own`, the new network's random weights."""
     before, now = source.model.classes, recipe.model.classes
     return {
         name: own[name]
@@ -32,8 +32,8 @@ def with_classes(
 
 
 def require_all(source: Recipe, recipe: Recipe, manifest: Manifest) -> None:
-    """MismatchError where the source learnt with some of its channels only, and the new recipe sends all as they are,
-    or cuts elsewhere: the tail has never seen the others."""
+    """MismatchError where the source was trained with some of the cut's channels only, and the new run would use them
+    all: it sends them as they are, or cuts elsewhere. The tail has never seen the others."""
     phase, moved = manifest.phase, source.model.cut != recipe.model.cut
     if source.bottleneck.kind != "channels" or phase.width >= len(phase.order):
         return
@@ -71,7 +71,7 @@ def adopt(
         half.norms.start()
     if old == new:
         if isinstance(half.bottleneck, LinearEncoder):
-            # Rows that were never sent are as they were drawn: with them, components would not be those of what was.
+            # Rows that were never sent are still random: principal components are not to be taken of them too.
             half.bottleneck.close_from(manifest.phase.width)
         return dict(half.state_dict())
     order = torch.tensor(manifest.phase.order or range(half.bottleneck.channels))

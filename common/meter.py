@@ -51,7 +51,7 @@ def count_of(frame: pb.Frame) -> tuple[str, Count]:
         if tensor.dtype == "float32":
             # A shape with more sides is refused where it is looked at; their product would take minutes.
             raw = 4 * math.prod(tensor.shape) if len(tensor.shape) <= MOST_SIDES else 0
-    # Counted before it is looked at: wire.py refuses a role that has no name here.
+    # A frame is counted before it is checked, so its role may be none; wire.py then refuses it.
     return _NAMES.get(frame.role, "control"), Count(raw, data, frame.ByteSize())
 
 
@@ -83,7 +83,7 @@ class Meter:
                 self._books[way]["control"].message += message.ByteSize()
 
     def settle(self, counts: Mapping[tuple[str, str], Count], done: bool) -> None:
-        """Count what a Draft holds, by way and role."""
+        """Count what a Draft holds, by way and role: as needed where it is `done`, else as sent again."""
         with self._lock:
             for (way, role), count in counts.items():
                 if done:
@@ -118,9 +118,9 @@ class Meter:
             return {"books": books, "again": dict(self._again)}
 
     def restore(self, state: dict[str, Any], lost: dict[str, int] | None = None) -> None:
-        """Go back to the books of a checkpoint: what was counted since then is sent again.
+        """Go back to the books of a checkpoint; what was counted after it counts as sent again.
 
-        `lost`, in a new process: bytes by way that the one before had counted after the checkpoint.
+        `lost`: in a new process, which knows nothing of that by itself, how many bytes it was each way.
         """
         with self._lock:
             before = {way: sum(count.message for count in book.values()) for way, book in self._books.items()}
@@ -146,12 +146,14 @@ class Meter:
 
 
 class Draft:
-    """Frames that wait until what they belong to is done, and count in the books (`keep`), or is given up (`drop`, also
-    by leaving its `with`)."""
+    """The frames of something that is not done yet, such as a step. Once it is, they count in the books (`keep`).
+
+    Where it is given up they count as sent again (`drop`, also by leaving its `with`).
+    """
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._counts: dict[tuple[str, str], Count] = {}  # sums: an evaluation has as many frames as its device likes
+        self._counts: dict[tuple[str, str], Count] = {}  # sums, not frames: an evaluation may have any number of these
 
     def __enter__(self) -> Draft:
         return self

@@ -30,7 +30,7 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
 class Norms(nn.Module):
     """Keeps the sets of the norms in `layers`, as buffers that travel with the weights."""
 
-    begun: torch.Tensor  # which sets are more than what the layers had when they were made
+    begun: torch.Tensor  # for each width, whether its set has learnt anything since it was made
 
     def __init__(self, layers: nn.Module, widths: Sequence[int]) -> None:
         super().__init__()
@@ -55,10 +55,10 @@ class Norms(nn.Module):
 
     @torch.no_grad()
     def switch(self, width: int) -> None:
-        """Put away what the layers have learnt of the width until now, and give them the set of this one.
+        """Put away what the layers have learnt at the width until now, and give them the set of this one.
 
         A width without a set (all channels, while they are ranked), or whose set has not begun, goes on from what the
-        layers have, for itself: in a phase that is not the first they have learnt much.
+        layers have now: after an earlier phase that is much better than a set that has learnt nothing.
         """
         self.put_away()
         self.width = width if width in self.widths else None
@@ -73,14 +73,14 @@ class Norms(nn.Module):
             self._put(self.width)
 
     def complete(self) -> None:
-        """Let sets that have not begun, for none of the steps drew their width, be what the layers have."""
+        """Fill the sets that have not begun, because no step drew their width, with what the layers have."""
         for width, begun in zip(self.widths, self.begun.tolist(), strict=True):
             if not begun:
                 self._put(width)
 
     @torch.no_grad()
     def start(self) -> None:
-        """Let every set be what the layers have: the statistics of a run that this one goes on from."""
+        """Fill every set with what the layers have: the statistics of the run that this one starts from."""
         for width in self.widths:
             self._put(width)
 

@@ -28,8 +28,8 @@ class Optimiser:
         self, recipe: OptimiserRecipe, groups: Sequence[tuple[list[nn.Parameter], float]],
         opening: Sequence[nn.Parameter] = (),
     ) -> None:  # fmt: skip
-        """`groups`: parameters, and the weight decay that they have in common; `opening`: those that AdamW moves each
-        element by itself, without decay."""
+        """`groups`: parameters, each group with its weight decay. `opening`: the bottleneck's under AdamW, where
+        channels open one after the other; these are moved by `_adam_by_element`, without decay."""
         self.lr = recipe.lr
         self.parameters = [*(parameter for parameters, _ in groups for parameter in parameters), *opening]
         # What it remembers of a parameter, from its first step on.
@@ -60,7 +60,7 @@ class Optimiser:
             dampening=0.0, maximize=False,
         )  # fmt: skip
         for parameter, buffer in zip(moving, buffers, strict=True):
-            if buffer is not None:  # those that were have been made, unless there is no momentum
+            if buffer is not None:  # sgd has put in those that were missing, unless there is no momentum
                 self.state[parameter]["momentum_buffer"] = buffer
 
     def _adamw(self, moving: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float) -> None:
@@ -77,8 +77,11 @@ class Optimiser:
         )  # fmt: skip
 
     def _adam_by_element(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """The same, each element by the steps in which it had a gradient. torch counts them for all of a parameter, so
-        that channels which are sent late begin as if they had stood still for long, at up to thrice the rate."""
+        """Adam with a count of steps for each element: those in which it had a gradient.
+
+        torch has one count for a whole parameter. By that, channels that are first sent late would seem to have stood
+        still for many steps, and would begin at up to three times the learning rate.
+        """
         state = self.state[parameter]
         if not state:
             state |= {name: torch.zeros_like(parameter) for name in ("steps", "exp_avg", "exp_avg_sq")}

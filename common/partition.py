@@ -123,7 +123,8 @@ class _Plan:
             if node.op == "placeholder" or any(n in self.from_input for n in node.all_input_nodes):
                 self.from_input.add(node)
         self.state = {node: state_of(self.roots[0], node) for node in self.nodes}
-        # What forward asks a tensor for, and what it reckons from such alone: the tail knows that by itself.
+        # Nodes that ask a tensor for its size, or compute from such sizes alone. The tail works these out by itself, so
+        # they do not count as crossing a cut.
         self.asked = {node for node in self.nodes if _asked(node) and self.results[node.name].sizes}
         self.sizes = set(self.asked)
         for node in self.nodes:
@@ -177,7 +178,7 @@ class _Plan:
         return None if problem is None else f"what crosses it {problem}"
 
     def _needed_behind(self, head: set[fx.Node]) -> list[fx.Node]:
-        """What of the head the tail would need: neither sizes nor what they are of."""
+        """Nodes of the head whose values the tail needs; sizes, and tensors that only those are asked of, are not."""
         behind = {node for node in self.nodes if node not in head} - self.sizes
         return [node for node in self.nodes if node in head - self.sizes and behind & node.users.keys()]
 
@@ -206,6 +207,7 @@ class _Plan:
                 copies[node] = head_graph.node_copy(node, copies.__getitem__)
         head_graph.output(copies[cut])
         copies[cut] = tail_graph.placeholder("activation")
+        # What the tail computes: all that is not the head's, and those sizes, of either half, that it needs for it.
         behind = {node for node in self.nodes if node not in in_head} - self.sizes
         for node in reversed(self.nodes):
             if node in self.sizes and behind & node.users.keys():
@@ -223,7 +225,7 @@ class _Plan:
         return head, tail
 
     def _known(self, node: fx.Node, graph: fx.Graph, activation: fx.Node) -> Any:
-        """In the tail, what `node` asks a tensor of the head for."""
+        """What `node` asks a tensor of the head for, as the tail knows it: constants, and the number of pictures."""
         sizes = self.results[node.name].sizes
         pictures = graph.call_method("size", (activation, 0)) if None in sizes else None
         known = tuple(pictures if size is None else size for size in sizes)
@@ -241,7 +243,7 @@ class _Plan:
         tensors = named_state(self.model)
         for name in names - head.state_dict().keys() - tail.state_dict().keys() & tensors.keys():
             tensor = tensors[name]
-            # Another name of a tensor that the head has lies with it, or the tail would keep what it was at first.
+            # A second name of a tensor that the head has is the head's too: the tail's copy would keep its first value.
             own = any(tensor is held for held in named_state(head).values())
             *path, field = name.split(".")
             owner_module: nn.Module = head if own else tail
@@ -259,7 +261,7 @@ class _Plan:
 
 
 def _asked(node: fx.Node) -> str:
-    """Whether it asks a tensor for its whole "shape", or for a "number" that follows from that; else ""."""
+    """What `node` asks a tensor for: its whole "shape", a "number" that follows from that, or "" where neither."""
     if len(node.all_input_nodes) != 1:
         return ""
     if node.op == "call_method" and node.target in ("size", "dim"):

@@ -9,6 +9,7 @@ from common.schedule import KINDS, Phase
 
 
 def phase_message(phase: Phase) -> pb.Phase:
+    """All but `flip` and `shift`, which only the server needs."""
     return pb.Phase(
         index=phase.index, from_step=phase.from_step, width=phase.width, activation_codec=phase.activation_codec,
         gradient_codec=phase.gradient_codec, order=phase.order, kind=pb.Kind.Name(KINDS.index(phase.kind)), lr=phase.lr,
@@ -30,7 +31,8 @@ def phase_of(message: pb.Phase) -> Phase:
             f"the server announced a phase of kind {message.kind}, unknown here; install the same release on both sides"
         )
     return Phase(
-        message.index, message.from_step, message.width, message.activation_codec, message.gradient_codec,
-        message.lr, message.decay_from, message.decay_until, tuple(message.order), KINDS[message.kind],
+        index=message.index, from_step=message.from_step, width=message.width,
+        activation_codec=message.activation_codec, gradient_codec=message.gradient_codec, order=tuple(message.order),
+        kind=KINDS[message.kind], lr=message.lr, decay_from=message.decay_from, decay_until=message.decay_until,
         nested=tuple(message.nested), steps=message.steps,
     )  # fmt: skip

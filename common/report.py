@@ -123,8 +123,8 @@ def _fewer(bytes_: dict[str, Any], plain: dict[str, int], ways: tuple[str, ...])
 
 
 def show(console: Console, summary: dict[str, Any]) -> None:
-    """Print the summary: bytes by role, plain's need, the ratio, and one sentence above all."""
-    bytes_, plain, fewer = summary["bytes"], summary["plain_bytes"], summary["times_fewer"]
+    """Print the summary: what came of the run in a sentence or some, and the table of its bytes."""
+    bytes_ = summary["bytes"]
     # What channels are ranked at is not among the widths of the method.
     phases = [phase for phase in summary["phases"] if phase["kind"] != RANK]
     widths = [widths for widths, _ in groupby((*sorted(phase["nested"]), phase["width"]) for phase in phases)]
@@ -151,6 +151,17 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         console.print(f"The run ended before its {_last_phases(left)} began.", highlight=False)
     if parts := _told(summary["faults"]):
         console.print(f"On the way: {parts}; the result is that of an undisturbed run.", highlight=False)
+    console.print(_table(summary))
+    if any(count["kernel"] and count["kernel"] < count["message"] for count in (bytes_[UP], bytes_[DOWN])):
+        console.print(
+            "The kernel's bytes are without those of a process that was killed, since its last checkpoint: it alone "
+            "could have asked.", highlight=False,
+        )  # fmt: skip
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    """Bytes by role and in all, what plain split learning would have sent, and how many times fewer that makes it."""
+    bytes_, plain, fewer = summary["bytes"], summary["plain_bytes"], summary["times_fewer"]
     table = Table(title="Bytes on the link", title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("")
     for name in ("up", "down", "both"):
@@ -167,8 +178,7 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     row("all messages", bytes_[UP]["message"], bytes_[DOWN]["message"], style="bold")
     if bytes_[UP]["again"] or bytes_[DOWN]["again"]:
         row("sent again", bytes_[UP]["again"], bytes_[DOWN]["again"])
-    kernel = (bytes_[UP]["kernel"], bytes_[DOWN]["kernel"])
-    row("in the kernel (TCP)", *kernel, end_section=not summary["retransmitted"])
+    row("in the kernel (TCP)", bytes_[UP]["kernel"], bytes_[DOWN]["kernel"], end_section=not summary["retransmitted"])
     if again := summary["retransmitted"]:
         # A side knows what it sent twice itself, not what the other one did.
         cells = (_cell(again), "-") if summary["side"] == "device" else ("-", _cell(again))
@@ -177,12 +187,7 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     row("plain split learning, same steps", plain[UP], plain[DOWN])
     ratios = (fewer[key] for key in (UP, DOWN, "total"))
     table.add_row("times fewer", *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios), style="bold")
-    console.print(table)
-    if any(value and value < bytes_[way]["message"] for way, value in zip((UP, DOWN), kernel, strict=True)):
-        console.print(
-            "The kernel's bytes are without those of a process that was killed, since its last checkpoint: it alone "
-            "could have asked.", highlight=False,
-        )  # fmt: skip
+    return table
 
 
 def _spent(summary: dict[str, Any], spent: int) -> str:

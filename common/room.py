@@ -10,9 +10,9 @@ from common.recipe import Recipe
 from common.schedule import ends_of, steps_per_epoch
 from common.words import several, size
 
-# Steps before a run can be judged by what they cost.
+# After so many steps a run is judged by what they cost.
 FIRST = 8
-# Tensors may take that much less than `bits` says.
+# Tensors may come to less than `bits` says: a budget is only refused if this share of the estimate is over it.
 _SURE = 0.7
 
 
@@ -62,7 +62,7 @@ def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, 
 
 
 def bits(name: str) -> float:
-    """Bits an element, about. Those of codecs set by an SNR grow with it as docs/codec.md's tables do."""
+    """About how many bits an element takes. With codecs that have an SNR they grow with it, as in docs/codec.md."""
     chosen = codec(name)
     snr = getattr(chosen, "snr", None)
     if name == "int8":  # zstd leaves 5 to 7 of the 8, by tensor

@@ -76,7 +76,7 @@ def _check_method(recipe: Recipe) -> None:
         demand(len(set(widths)) == 1, f'method "{recipe.method}" has one width; the schedule has {list(widths)}')
     if recipe.method == "prune":
         demand(recipe.model.init != "", 'method "prune" starts from a trained network; set model.init')
-    # Width 0 means all channels, wider than any number.
+    # Width 0 means all channels: it counts as wider than any number.
     sizes = [width or 2**31 for width in widths]
     if recipe.method == "deprune":
         demand(

@@ -189,26 +189,22 @@ class RunFolder:
             if name != "metrics.jsonl":  # opened anew below; it may be a link that its user made
                 (self.path / name).unlink(missing_ok=True)
         write_atomically(self.path / "recipe.toml", recipe_text.encode())
-        self._log()
+        self.metrics = MetricsLog(self.path / "metrics.jsonl")
 
     def resume(self, step: int) -> dict[str, int]:
-        """Go on with the run that lies here from `step`; what is lost by that, as MetricsLog.rewind says."""
+        """Go on from `step` with the run that lies here; the steps and bytes that are lost by that, as of `rewind`."""
         for name in ("head.safetensors", "tail.safetensors", "run.json"):
             (self.path / name).unlink(missing_ok=True)  # of an end that is made once more
         if self.metrics is None:
-            self._log(resume=True)
-        assert self.metrics
+            self.metrics = MetricsLog(self.path / "metrics.jsonl", resume=True)
         return self.metrics.rewind(step)
-
-    def _log(self, resume: bool = False) -> None:
-        self.metrics = MetricsLog(self.path / "metrics.jsonl", resume)
 
     def log(self, line: dict[str, Any]) -> str | None:
         """A line of metrics.jsonl; the warning to show, once, where it could not be written."""
         return self.metrics.append(line) if self.metrics else None
 
     def sync(self) -> None:
-        """Have the metrics up to now be there whatever happens: before a checkpoint that goes on from them."""
+        """Make the metrics safe on the disk: a checkpoint that is written next goes on from them."""
         if self.metrics:
             self.metrics.sync()
 

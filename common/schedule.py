@@ -51,6 +51,11 @@ class Phase:
         """All that its steps may have."""
         return (*self.nested, self.width)
 
+    @property
+    def mean_width(self) -> float:
+        """Channels that cross in a step, on average."""
+        return sum(self.widths) / len(self.widths)
+
     def width_at(self, seed: int, step: int) -> int:
         """The width of one step: a function of seed and step."""
         return self.widths[generator(seed, NESTED, step).integers(len(self.widths))] if self.nested else self.width
@@ -70,11 +75,13 @@ def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int
     start, end = span
     width = entry.width or channels
     phase = Phase(
-        0, start, width, entry.activation or recipe.codec.activation, entry.gradient or recipe.codec.gradient,
-        entry.lr or recipe.optimiser.lr, start, end, nested=entry.nested,
+        index=0, from_step=start, width=width, nested=entry.nested,
+        activation_codec=entry.activation or recipe.codec.activation,
+        gradient_codec=entry.gradient or recipe.codec.gradient,
+        lr=entry.lr or recipe.optimiser.lr, decay_from=start, decay_until=end,
     )  # fmt: skip
     ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
-    # An entry that is shorter is measured for what there is of it: a run that ended so would have all channels.
+    # At least one step of the entry is left at its own width: a run that ended while ranking would have all channels.
     ranking = min(ranking, end - start - 1)
     result = [phase]
     if entry.views:

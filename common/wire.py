@@ -71,7 +71,7 @@ Sealed = TypeVar("Sealed", pb.Frame, pb.OpenRequest, pb.OpenReply)
 
 
 def seal(message: Sealed) -> Sealed:
-    """Put the checksum of everything else into a message; a Part has one of its own, for its payload."""
+    """Put into a message the checksum of everything else in it; see `_check` for frames that carry a payload."""
     message.check = 0
     message.check = _check(message)
     return message
@@ -90,7 +90,9 @@ def unsealed(message: Sealed) -> Sealed:
 def _check(message: pb.Frame | pb.OpenRequest | pb.OpenReply) -> int:
     if not (isinstance(message, pb.Frame) and message.HasField("part")):
         return zlib.crc32(message.SerializeToString(deterministic=True))
-    if not message.kept:  # a damaged place is not the one that is expected
+    # The payload has a checksum of its own, and a role, step or phase that is damaged is refused as not the expected
+    # one. That leaves `kept`.
+    if not message.kept:
         return 0
     beside = pb.Frame(role=message.role, step=message.step, phase=message.phase, kept=message.kept)
     return zlib.crc32(beside.SerializeToString(deterministic=True))
@@ -199,6 +201,6 @@ def _collect(
 
 
 def _words(value: object) -> str:
-    """For a sentence, in which there is no room for all that can be sent."""
+    """`value` in an error's sentence: cut short, for it came from the other side and may be of any length."""
     words = str(list(value[:10])) if isinstance(value, tuple) else str(value)
     return words if len(words) <= 100 else words[:100] + "..."

@@ -72,26 +72,30 @@ def npz(path: Path, shape: Shape, wants_train: bool, wants_test: bool, known: Se
             _check_labels(path, key, arrays[key])
     alone = known and "train_y" not in arrays and "classes" not in arrays
     classes = tuple(known) if alone else _npz_classes(path, arrays)
-    sides = {}
-    for side, wanted in (("train", wants_train), ("test", wants_test)):
-        if wanted:
-            pictures, labels = arrays[f"{side}_x"], arrays[f"{side}_y"]
-            if len(pictures) != len(labels) or not len(labels):
-                raise DataError(
-                    f"{path} has {len(pictures):,} pictures in {side}_x and {len(labels):,} labels in {side}_y;"
-                    " save one label for each picture, and at least one"
-                )
-            if labels.max() >= len(classes):
-                raise DataError(
-                    f"{path} has label {labels.max()} in {side}_y and only {len(classes)} classes (labels 0 to"
-                    f" {len(classes) - 1}); correct the labels, or name every class in `classes`"
-                )
-            if pictures.dtype.kind == "f":
-                sides[side] = _side_of_numbers(side, pictures, labels, shape, path)
-            else:
-                require_channels(shape)
-                sides[side] = _array_side(side, _channels_last(path, f"{side}_x", pictures, shape), labels, shape)
-    return Source(classes, sides.get("train"), sides.get("test"))
+    return Source(
+        classes,
+        _npz_side(path, "train", arrays, len(classes), shape) if wants_train else None,
+        _npz_side(path, "test", arrays, len(classes), shape) if wants_test else None,
+    )
+
+
+def _npz_side(path: Path, side: str, arrays: dict[str, NDArray[Any]], classes: int, shape: Shape) -> Side:
+    """The "train" or "test" side, if pictures and labels fit each other and the number of classes."""
+    pictures, labels = arrays[f"{side}_x"], arrays[f"{side}_y"]
+    if len(pictures) != len(labels) or not len(labels):
+        raise DataError(
+            f"{path} has {len(pictures):,} pictures in {side}_x and {len(labels):,} labels in {side}_y;"
+            " save one label for each picture, and at least one"
+        )
+    if labels.max() >= classes:
+        raise DataError(
+            f"{path} has label {labels.max()} in {side}_y and only {classes} classes (labels 0 to"
+            f" {classes - 1}); correct the labels, or name every class in `classes`"
+        )
+    if pictures.dtype.kind == "f":
+        return _side_of_numbers(side, pictures, labels, shape, path)
+    require_channels(shape)
+    return _array_side(side, _channels_last(path, f"{side}_x", pictures, shape), labels, shape)
 
 
 def _announced_bytes(archive: zipfile.ZipFile, key: str, path: Path) -> int:

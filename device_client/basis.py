@@ -21,8 +21,9 @@ from device_client.inputs import batches_of, computing, sent_batches
 
 @torch.no_grad()
 def principal_basis(head: Head, train: Part, recipe: Recipe, batch: int, sensitivity: Tensor | None) -> np.ndarray:
-    """Turn the head's bottleneck into the principal components of what it sends of `train`; what the server needs to
-    undo that, components as rows, then the mean: float32 [C + 1, C].
+    """Have the head's bottleneck send principal components of what it sends of `train` now.
+
+    Returns what the server needs to undo that: components as rows, then the mean, float32 [C + 1, C].
 
     `batch`: pictures of a step. `sensitivity` [C, C]: by which the components are weighted, where it is known.
     """
@@ -30,7 +31,8 @@ def principal_basis(head: Head, train: Part, recipe: Recipe, batch: int, sensiti
     assert isinstance(encoder, LinearEncoder)
     encoder.resize(encoder.channels)
     count = min(recipe.bottleneck.principal_pictures, len(train))
-    # Where batch norm has no statistics yet, and is to learn some, what is sent is normalised by those of its batch.
+    # Where batch norm has no statistics yet, and is to learn some, activations are taken as in training, where each
+    # batch is normalised by its own.
     schedule = recipe.schedule
     fresh = not (recipe.model.init or recipe.local.epochs or (schedule.phases and schedule.phases[0].views))
     if fresh:

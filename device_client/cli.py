@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from common.run import HEAD, RunFolder
 from common.tokens import exposed
 from common.words import several, size, some
 from device_client import data as data_module
-from device_client.connection import GIVE_UP_S
+from device_client.connection import GIVE_UP_S, Opened
 from device_client.options import DATA, SHARED, TRAIN, USE
 from device_client.remarks import remarks
 from device_client.remote_tail import RemoteTail
@@ -37,6 +38,7 @@ from device_client.sources import check_source
 _LONG = 100_000  # characters of a line
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 console = Screen(soft_wrap=True)
@@ -118,6 +120,47 @@ def _load(
     return loaded
 
 
+def _left(folder: RunFolder, overwrite: bool) -> tuple[Mapping[str, Any] | None, list[int]]:
+    """Head of the newest checkpoint of the run to go on with, and the steps of all; none where there is no such run."""
+    saved = folder.left_by(HEAD)  # also where it is to be replaced: a server's folder is refused all the same
+    if overwrite or not saved:
+        return None, []
+    kept, warnings = Checkpoints(folder.checkpoints, saved["run_id"], saved["digest"]).sound()
+    for warning in warnings:
+        warn(console, warning)
+    return saved, kept
+
+
+def _tell_complete(run_path: Path, publish_head: bool) -> None:
+    what = f"The run in {run_path} is complete already; to train anew, pass --overwrite or another --run."
+    if publish_head:
+        what += " A head can only be published as its run ends; other devices need a copy of that folder."
+    console.print(what, highlight=False, markup=False)
+
+
+def _tell_opened(server: str, opened: Opened) -> None:
+    going = f", going on at step {opened.step:,}" if opened.step else ""
+    if opened.step == 0:
+        going = ", beginning again: no later checkpoint had been taken"
+    console.print(f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {escape(server)}{going}.", highlight=False)
+
+
+def _require_start(opened: Opened, allowed: tuple[str, ...], init: RunFolder | None, begun: bool) -> None:
+    """An error where the recipe's model is not allowed here, or a run that has not begun lacks its trained head."""
+    if ":" in opened.recipe.model.name:
+        from common.models import require_allowed
+
+        require_allowed(opened.recipe.model.name, allowed)
+    if not opened.init_run_id or begun:
+        return
+    if not init:
+        raise MismatchError(
+            f"the recipe starts from the finished run {opened.init_run_id}, whose head stayed on its device; "
+            f"pass --head with that run's folder"
+        )
+    init.head_of(opened.init_run_id)
+
+
 @cli.command()
 @with_options(SHARED + DATA + TRAIN)
 def train(
@@ -133,14 +176,7 @@ def train(
     console.may_be_lost, console.timed = True, times and not console.is_terminal
     folder = RunFolder(run_path)
     click.get_current_context().with_resource(folder.claimed())
-    saved = folder.left_by(HEAD)
-    if overwrite:
-        saved = None
-    kept: list[int] = []
-    if saved:
-        kept, warnings = Checkpoints(folder.checkpoints, saved["run_id"], saved["digest"]).sound()
-        for warning in warnings:
-            warn(console, warning)
+    saved, kept = _left(folder, overwrite)
     done = None if overwrite else folder.finished()
     if not saved and not done:
         folder.prepare(overwrite)
@@ -150,31 +186,13 @@ def train(
             # A server that trains another run refuses; one that is gone need not be there.
             with contextlib.suppress(AbsentError):
                 remote.open(trains=True, run_id=done.run_id)
-            what = f"The run in {run_path} is complete already; to train anew, pass --overwrite or another --run."
-            if publish_head:
-                what += " A head can only be published as its run ends; other devices need a copy of that folder."
-            console.print(what, highlight=False, markup=False)
+            _tell_complete(run_path, publish_head)
             return
         opened = remote.open(trains=True, run_id=saved["run_id"] if saved else "", kept=kept, wait_s=wait)
-        going = f", going on at step {opened.step:,}" if opened.step else ""
-        if opened.step == 0:
-            going = ", beginning again: no later checkpoint had been taken"
-        console.print(
-            f"Recipe [bold]{escape(opened.recipe.name)}[/bold] from {escape(server)}{going}.", highlight=False
-        )
-        # What can be told before the pictures are read is told then: on a small device that takes minutes.
-        if ":" in opened.recipe.model.name:
-            from common.models import require_allowed
-
-            require_allowed(opened.recipe.model.name, allowed)
-        if opened.init_run_id and not head_path and not saved:
-            raise MismatchError(
-                f"the recipe starts from the finished run {opened.init_run_id}, whose head stayed on its device; "
-                f"pass --head with that run's folder"
-            )
+        _tell_opened(server, opened)
+        # What can be found wrong before the pictures are read is found now: on a small device reading takes minutes.
         init = RunFolder(head_path) if head_path else None
-        if opened.init_run_id and init and not saved:
-            init.head_of(opened.init_run_id)
+        _require_start(opened, allowed, init, begun=bool(saved))
         # A card that is not there, too; for the processor torch can wait.
         chosen = None if processor == "cpu" else _compute_with(threads, processor)
         loaded = _load(remote, source, skip_unreadable, ("train", "validation", "test"), limit)
@@ -258,29 +276,36 @@ def predict(
     finally:
         remote.close()
     unreadable = {path: found for path, found in answers if isinstance(found, DataError)}
+    none_read = len(unreadable) == len(dict(answers))
     if as_json:
         for path, found in answers:
-            answer: dict[str, Any] = {"picture": str(path)}
-            if isinstance(found, DataError):
-                answer["error"] = str(found)
-            else:
-                answer["class"] = classes[int(found.argmax())]
-                answer["probabilities"] = dict(zip(classes, found.tolist(), strict=True))
-            click.echo(json.dumps(answer))
-    elif len(unreadable) < len(dict(answers)):
-        table = Table(show_edge=False, pad_edge=False)
-        for name in ("picture", "class"):
-            table.add_column(name, overflow="fold")
-        table.add_column("probability", justify="right")
-        for path, found in answers:
-            if not isinstance(found, DataError):
-                table.add_row(escape(str(path)), escape(classes[int(found.argmax())]), f"{found.max():.1%}")
+            click.echo(json.dumps(_as_json(path, found, classes)))
+    elif not none_read:
         if not console.is_terminal:
             console.width = _LONG  # a line for each picture where a program reads them, however long a path is
-        console.print(table)
-    if unreadable and len(unreadable) == len(dict(answers)):
+        console.print(_predictions(answers, classes))
+    if none_read:
         none = f"none of {len(unreadable):,} pictures can be read; " if len(unreadable) > 1 else ""
         raise DataError(f"{none}{next(iter(unreadable.values()))}")
     if missing := sum(path in unreadable for path in pictures):
         them = "was left out, for it" if missing == 1 else "were left out, for they"
         raise DataError(f"{missing:,} of {several(len(pictures), 'picture')} {them} cannot be read")
+
+
+def _as_json(path: Path, found: np.ndarray | DataError, classes: Sequence[str]) -> dict[str, Any]:
+    if isinstance(found, DataError):
+        return {"picture": str(path), "error": str(found)}
+    probabilities = dict(zip(classes, found.tolist(), strict=True))
+    return {"picture": str(path), "class": classes[int(found.argmax())], "probabilities": probabilities}
+
+
+def _predictions(answers: Iterable[tuple[Path, np.ndarray | DataError]], classes: Sequence[str]) -> Table:
+    """The pictures that could be read, with the class of each."""
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("picture", "class"):
+        table.add_column(name, overflow="fold")
+    table.add_column("probability", justify="right")
+    for path, found in answers:
+        if not isinstance(found, DataError):
+            table.add_row(escape(str(path)), escape(classes[int(found.argmax())]), f"{found.max():.1%}")
+    return table

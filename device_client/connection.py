@@ -54,14 +54,14 @@ T = TypeVar("T")
 class Opened:
     """What the handshake told."""
 
-    session: str
+    session: str  # its name
     recipe: Recipe
-    text: str
-    run_id: str  # of a run that starts anew: "" until it has begun
-    phase: Phase | None  # of the finished run; None in training
-    head_size: int
-    init_run_id: str
-    classes: tuple[str, ...]
+    text: str  # of the recipe's file
+    run_id: str  # "" where the run starts anew, until it has begun
+    phase: Phase | None  # the finished run's last; None in training
+    head_size: int  # bytes of the head's weights that the server gives; 0: the device has them itself
+    init_run_id: str  # the finished run whose head the device must bring; "" where it need not
+    classes: tuple[str, ...]  # names, of the finished run
     step: int | None  # that both sides go on from; None: the run starts anew
     finished: bool  # the run that the device would go on with is finished
     checkpoint_every: int
@@ -91,14 +91,14 @@ class Connection:
         if stub is None:
             self._connect()
         self._train: Stream | None = None
-        self._came = Came()  # on the stream that was opened last, since it was to bring something
-        self._begun: pb.Begin | None = None  # what each Begin of the run says alike
+        self._came = Came()  # on the newest stream, Begin and Ready aside: whether an attempt got anywhere
+        self._begun: pb.Begin | None = None  # what every Begin of the run has in common; None before the first
         self._joined = False  # the server has confirmed that the run has begun
         self._ready: pb.Ready
-        # Of a run that starts from principal components: on every stream on which the server still wants it.
+        # Where a run starts from principal components: sent once on each stream on which the server still wants them.
         self._basis: Sequence[pb.Frame] = ()
-        self._basis_on: Stream | None = None
-        self._basis_booked = False
+        self._basis_on: Stream | None = None  # the newest stream that it was sent on
+        self._basis_booked = False  # the books have it: what is sent from now on is sent again
         self._channels = 0  # of the cut
         self._sensitivity: np.ndarray | None = None  # [C, C], came with Ready; by which the basis is to be weighted
         self._answered = 0  # answers still to come to steps that were sent on an earlier stream
@@ -112,7 +112,7 @@ class Connection:
         self._stub = split_pb2_grpc.SplitStub(self._channel)
 
     def take_up(self, kernel: Mapping[str, int] | None, faults: Mapping[str, int]) -> None:
-        """Go on with the books of the process that the run was left by."""
+        """Add to what an earlier process of this run has counted."""
         self.kernel.carry(KernelBytes(**kernel) if kernel else None)
         self.faults = Faults(**faults)
 
@@ -127,16 +127,41 @@ class Connection:
         request = pb.OpenRequest(
             protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN if trains else pb.USE, run_id=run_id, kept=kept
         )
+        reply = self._first_handshake(request, trains, wait_s)
+        parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
+        if parsed.digest() != reply.digest:
+            raise MismatchError(
+                "the recipe's digest is not the one that the server announced: the two sides read it differently; "
+                "install the same release of deprune on both"
+            )
+        self.opened = Opened(
+            session=reply.session,
+            recipe=parsed,
+            text=reply.recipe,
+            run_id=reply.run_id,
+            phase=phase_of(reply.phase) if reply.HasField("phase") else None,
+            head_size=reply.head_size,
+            init_run_id=reply.init_run_id,
+            classes=tuple(printable(name) for name in reply.classes),
+            step=reply.step if reply.resumed else None,
+            finished=reply.finished,
+            checkpoint_every=reply.checkpoint_every,
+            max_elements=reply.limits.max_tensor_elements,
+        )
+        self._joined = reply.resumed or reply.finished
+        return self.opened
+
+    def _first_handshake(self, request: pb.OpenRequest, trains: bool, wait_s: float) -> pb.OpenReply:
+        """The server's answer, for which is waited up to `wait_s`: it may not be up yet."""
         backoff, told = Backoff(wait_s), False
         while True:
             try:
-                reply = self._handshake(request, again=trains and bool(run_id))
-                break
+                return self._handshake(request, again=trains and bool(request.run_id))
             except (LinkError, FrameError, ClockError, StoppedError, BusyError) as error:
-                # Who uses a run asks again by itself, also where an evaluation finds no place (use.patiently); where
-                # another device trains the run, nobody knows for how long.
-                apart = isinstance(error, BusyError) and (not trains or error.retry_after_s is None)
-                if wait_s <= 0 or apart:
+                # A server that is full is not waited for here in two cases: who uses a run does so itself
+                # (use.patiently), and as long as another device trains the run there is no knowing how long it takes.
+                full = isinstance(error, BusyError) and (not trains or error.retry_after_s is None)
+                if wait_s <= 0 or full:
                     if isinstance(error, AbsentError):
                         raise AbsentError(f"{error}, or give it time with --wait SECONDS") from error
                     raise
@@ -145,21 +170,6 @@ class Connection:
                     told = True
                 backoff.wait(error, lambda text: None)
                 self._connect()
-        parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
-        if parsed.digest() != reply.digest:
-            raise MismatchError(
-                "the recipe's digest is not the one that the server announced: the two sides read it differently; "
-                "install the same release of deprune on both"
-            )
-        self.opened = Opened(
-            reply.session, parsed, reply.recipe, reply.run_id,
-            phase_of(reply.phase) if reply.HasField("phase") else None,
-            reply.head_size, reply.init_run_id, tuple(printable(name, len(name)) for name in reply.classes),
-            reply.step if reply.resumed else None,
-            reply.finished, reply.checkpoint_every, reply.limits.max_tensor_elements,
-        )  # fmt: skip
-        self._joined = reply.resumed or reply.finished
-        return self.opened
 
     def _handshake(self, request: pb.OpenRequest, again: bool) -> pb.OpenReply:
         try:
@@ -198,23 +208,15 @@ class Connection:
 
     def head_weights(self) -> bytes:
         """safetensors bytes of the head, as the server hands them out."""
-        backoff: Backoff | None = None
-        unknown = False
-        while True:
-            try:
-                if backoff:
-                    self._connect()
-                if unknown:
-                    self._reopen(0)
-                return self._head_weights(again=backoff is not None)
-            except CURABLE as error:
-                if self._channel is None or self.opened.phase:  # a finished run is used: its user tries again
-                    raise
-                backoff = backoff or Backoff(self.give_up_s)
-                unknown = isinstance(error, SessionError)
-                # What came counts for the attempt that brought it, not for later ones that open no stream.
-                moved, self._came = self._came.frames > 0, Came()
-                backoff.wait(error, self.say, moved)
+        if self.opened.phase:  # of a finished run that is used: its user tries again
+            return self._head_weights(again=False)
+
+        def attempt(failed: type[DepruneError] | None) -> bytes:
+            if failed is SessionError:
+                self._reopen(0)
+            return self._head_weights(again=failed is not None)
+
+        return self._over_connections(attempt)
 
     def _head_weights(self, again: bool) -> bytes:
         request = pb.HeadRequest(session=self.opened.session)
@@ -248,26 +250,39 @@ class Connection:
         return answer
 
     def _steadily(self, step: int, attempt: Callable[[], T]) -> T:
-        """What `attempt` comes to, over new connections until it succeeds; the device stands at `step`."""
+        """What `attempt` comes to on the run's stream, which is opened again each time that it breaks.
+
+        The device stands at `step`. A finished run has no stream any more: what is left to do needs its session alone.
+        """
+
+        def on_stream(failed: type[DepruneError] | None) -> T:
+            if not self.opened.finished and self._train is None:
+                self._join(step, again=failed is not None)
+            elif self.opened.finished and failed is SessionError:
+                self._reopen(step)
+            return attempt()
+
+        return self._over_connections(on_stream)
+
+    def _over_connections(self, attempt: Callable[[type[DepruneError] | None], T]) -> T:
+        """What `attempt` comes to; tried again, over a new connection each time, where that may cure its error.
+
+        `attempt` is given the kind of error that its last try ended with; None at first.
+        """
         backoff: Backoff | None = None
-        unknown = False
+        failed: type[DepruneError] | None = None
         try:
             while True:
                 try:
-                    if backoff:  # here, for certificates that are being exchanged may not fit for a moment either
+                    if failed:  # inside the try: while certificates are being exchanged, this may fail for a moment too
                         self._connect()
-                    if self.opened.finished and unknown:
-                        self._reopen(step)
-                    elif self._train is None and not self.opened.finished:
-                        self._join(step, again=backoff is not None)
-                    return attempt()
+                    return attempt(failed)
                 except CURABLE as error:
                     moved = self._came.frames > 0
                     self._lose()
-                    unknown = isinstance(error, SessionError)
-                    if self._channel is None or self._begun is None:
+                    if self._channel is None:  # there is no network in between that could fail
                         raise
-                    backoff = backoff or Backoff(self.give_up_s)
+                    backoff, failed = backoff or Backoff(self.give_up_s), type(error)
                     self.offline = True
                     backoff.wait(error, self.say, moved)
         finally:
@@ -296,7 +311,7 @@ class Connection:
             self.say(f"connected again, at step {step:,}")
 
     def _start(self, step: int) -> None:
-        """Begin and Ready."""
+        """Open a stream and begin on it: Begin, Ready, and the basis where that is wanted."""
         assert self._begun
         stream = self._train = self._open_stream(self._stub.Train)
         begin = pb.Begin(session=self.opened.session, step=step)
@@ -306,12 +321,12 @@ class Connection:
             stream.send(draft.frame(UP, frame))
             ready: pb.Ready = wire.body(stream.receive(draft), "ready")
             self._sensitivity = self._receive_sensitivity(stream, draft) if ready.sensitivity_follows else None
-            # The books have the first of a run; where this one is not, they have it already.
+            # The books have one Begin and Ready of a run, its first; on a reconnect they count as sent again.
             if not self._joined:
                 draft.keep()
         self._joined, self._ready, self._answered = True, ready, ready.answered
         self.opened = replace(self.opened, run_id=ready.run_id)
-        self._came.frames = 0  # that it may begin is nothing of what is to come
+        self._came.frames = 0  # Ready is nothing yet of the answer that is waited for
         self._find_connection()
         self._bring_basis()
 
@@ -335,7 +350,10 @@ class Connection:
         return stream
 
     def _reopen(self, step: int) -> bool:
-        """Handshake for a new session of the same run; whether it goes on. RolledBackError where from another step."""
+        """Open a new session of the same run; False where the run was finished meanwhile.
+
+        RolledBackError where it goes on from another step than the device stands at.
+        """
         request = pb.OpenRequest(protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN)
         if self._joined:
             request.run_id = self.opened.run_id
@@ -355,7 +373,7 @@ class Connection:
         return not reply.finished
 
     def _send(self, frames: Sequence[pb.Frame], booked: bool) -> None:
-        """Send frames, which the books have once: already, where they are `booked`."""
+        """Send frames, which the books are to have once; `booked`: they have them from an earlier attempt."""
         for frame in frames:
             self._stream.send(self.meter.frame(UP, frame, again=booked))
 

@@ -23,7 +23,7 @@ from common.words import by, some
 from device_client.arrays import npy
 from device_client.batches import Pictures
 from device_client.pictures import Shape, bombs_are_errors, decode, reason, require_channels
-from device_client.sides import Side, check_memory
+from device_client.sides import Side, Source, check_memory
 from device_client.sources import open_source
 
 Progress = Callable[[int, int], None]
@@ -86,23 +86,8 @@ def load(
 
     wants_train, wants_test = "train" in parts or "validation" in parts, "test" in parts
     opened = open_source(source, input_shape, wants_train, wants_test, known)
-    if classes not in (None, len(opened.classes)):
-        raise DataError(
-            f"{source} has {len(opened.classes)} classes and the recipe {classes}; use other data"
-            f"{'' if known else ', or change model.classes on the server'}"
-        )
-    if strange := [shown for name in opened.classes if (shown := printable(name, len(name))) != name]:
-        raise DataError(f"{source} has the class {strange[0]!r}, with a character that no terminal shows: rename it")
-    wanted: dict[str, tuple[Side, NDArray[np.int64]]] = {}
-    if opened.train:
-        train, held_out = _split(len(opened.train.labels), seed, validation, limit)
-        if "train" in parts:
-            wanted["train"] = (opened.train, train)
-        if "validation" in parts:
-            wanted["validation"] = (opened.train, held_out)
-    if opened.test:
-        wanted["test"] = (opened.test, np.arange(len(opened.test.labels)))
-
+    _require_classes(source, opened.classes, classes, known)
+    wanted = _choose(opened, parts, seed, validation, limit)
     total = sum(len(chosen) for _, chosen in wanted.values())
     fewer = "pass --limit to train on fewer pictures, or " if "train" in parts else ""
     check_memory(
@@ -132,14 +117,39 @@ def load(
     empty = Part(np.empty((0, *input_shape), dtype=np.uint8), np.empty(0, dtype=np.int64))
     train_part, validation_part, test_part = (read.get(name, empty) for name in ("train", "validation", "test"))
     left_out = opened.left_out
-    if train_part.labels.size and (
-        bare := set(opened.classes) - {opened.classes[label] for label in set(train_part.labels)}
-    ):
-        named = some([name for name in opened.classes if name in bare])
-        left_out += (f"no training pictures of {len(bare)} of {len(opened.classes)} classes: {named}",)
+    present = set(train_part.labels)
+    bare = [name for label, name in enumerate(opened.classes) if label not in present]
+    if present and bare:
+        left_out += (f"no training pictures of {len(bare)} of {len(opened.classes)} classes: {some(bare)}",)
     if source == "digits" and input_shape[0] == 1:  # of whose size nobody can be mistaken
         scaled = ""
     return Dataset(opened.classes, train_part, validation_part, test_part, tuple(unreadable), scaled, left_out)
+
+
+def _require_classes(source: str, classes: Sequence[str], expected: int | None, known: Sequence[str]) -> None:
+    if expected not in (None, len(classes)):
+        raise DataError(
+            f"{source} has {len(classes)} classes and the recipe {expected}; use other data"
+            f"{'' if known else ', or change model.classes on the server'}"
+        )
+    if strange := [shown for name in classes if (shown := printable(name)) != name]:
+        raise DataError(f"{source} has the class {strange[0]!r}, with a character that no terminal shows: rename it")
+
+
+def _choose(
+    opened: Source, parts: Sequence[str], seed: int, validation: float, limit: int | None
+) -> dict[str, tuple[Side, NDArray[np.int64]]]:
+    """For each part that is wanted where its pictures are, and their indices there."""
+    wanted: dict[str, tuple[Side, NDArray[np.int64]]] = {}
+    if opened.train:
+        train, held_out = _split(len(opened.train.labels), seed, validation, limit)
+        if "train" in parts:
+            wanted["train"] = (opened.train, train)
+        if "validation" in parts:
+            wanted["validation"] = (opened.train, held_out)
+    if opened.test:
+        wanted["test"] = (opened.test, np.arange(len(opened.test.labels)))
+    return wanted
 
 
 def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> tuple[Pictures, tuple[int, int]]:

@@ -69,7 +69,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     if not names:
         raise DataError(f"{folder} has no classes; put the pictures of each class into a folder of its own there")
     if foreign := [name for name in names if not _is_unicode(name)]:
-        shown = some([printable(name, len(name)) for name in foreign])
+        shown = some([printable(name) for name in foreign])
         raise DataError(f"{folder} has classes whose names are not UTF-8 ({shown}); rename those folders")
     return tuple(names)
 

@@ -43,15 +43,17 @@ class Forecast:
         self._flow, self._before = flow, flow()
         self._rate: float | None = None  # bytes a second
         self._sends = self._steps = 0  # since the link was measured
-        self._seen = -1  # steps of the present phase that were observed; the process's first waits for its set-up
+        # Steps of the present phase that were observed. -1: none of this process yet, whose first step is left out, for
+        # it waits for what is set up.
+        self._seen = -1
         self._index = -1
-        self._seconds = self._waiting = self._up = self._down = 0.0  # of a step of late
-        self._up_of_load = self._down_of_load = 0.0
-        self._computing: dict[str, float] = {}  # seconds by kind of step
-        self._elsewhere = 0.0  # of those of the newest kind, on the server
+        self._seconds = self._waiting = self._up = self._down = 0.0  # of a step, as a running mean
+        self._up_of_load = self._down_of_load = 0.0  # bytes for each unit of what `_load` tells
+        self._computing: dict[str, float] = {}  # seconds that a step computes on both sides, by its kind
+        self._elsewhere = 0.0  # the server's share of that, in the newest kind but RECALL
 
     def observe(self, phase: Phase, seconds: float, up: int, down: int, waiting: float = 0.0) -> None:
-        """A step of `phase` took so many seconds, `waiting` of them for its answer, and so many bytes of messages."""
+        """Take in a step of `phase`: seconds, those of them spent `waiting` for its answer, bytes of messages."""
         self._sends += bool(up)
         self._steps += 1
         if self._seen < 0:
@@ -81,35 +83,34 @@ class Forecast:
         """Before `step`, which is of the `present` phase; None as long as nothing is known."""
         if not self._computing:
             return None
-        # Under a plateau nobody knows the next phase. A budget may have made another length of the run: what comes when
-        # moves in proportion.
+        # Under a plateau nobody knows the next phase. Where a budget has changed the run's length, phases are taken to
+        # begin earlier in proportion.
         steps, phases = present.steps, [present] if self._plateau else self._phases
         scale = steps / self._planned
         ends = [*(phase.from_step * scale for phase in phases[1:]), steps]
         seconds = sent = 0.0
         for phase, end in zip(phases, ends, strict=True):
             count = max(0.0, end - max(step, phase.from_step * scale))
-            up, down = self._bytes_of(phase)
-            sent += count * (up + down)
+            up, down = _load(phase)
+            sent += count * (self._up_of_load * up + self._down_of_load * down)
             seconds += count * self._computing_of(phase)
         last = phases[-1]
         judged = self._test + self._validation * ((steps - step) // self._epoch)
-        sent += judged * self._up_of_load * _width(last) * bits(last.activation_codec)
+        sent += judged * self._up_of_load * last.mean_width * bits(last.activation_codec)
         seconds += judged * self._computing_of(last) * _FORWARD
         return Left(seconds + (sent / self._rate if self._rate else 0.0), sent)
 
-    def _bytes_of(self, phase: Phase) -> tuple[float, float]:
-        up, down = _load(phase)
-        return self._up_of_load * up, self._down_of_load * down
-
     def _computing_of(self, phase: Phase) -> float:
-        """Of a kind that has not come yet, as the dearest of those that have; where the device has no part in it, the
-        server's share of that."""
+        """Seconds that a step of `phase` computes. One of a kind that has not come yet is taken to be as long as the
+        longest of those that have; a recall, in which the device has no part, as the server's share of a step."""
         unknown = self._elsewhere if phase.kind == RECALL else max(self._computing.values())
         return self._computing.get(phase.kind, unknown)
 
     def _measure(self) -> None:
-        """Evaluations tell of the link too, where hardly anything crosses in steps."""
+        """Take the link's rate anew, from all that was sent since it was last taken.
+
+        What evaluations sent counts too: it says most where hardly anything crosses in steps.
+        """
         now, self._steps = self._flow(), 0
         if now and self._before and now.acknowledged >= self._before.acknowledged:  # else it is of a new connection
             if now.acknowledged - self._before.acknowledged < _TELLING:
@@ -120,11 +121,6 @@ class Forecast:
 
 def _load(phase: Phase) -> tuple[float, float]:
     """What the bytes of a step go with, up and down: channels that cross, and bits that their codecs take."""
-    width = _width(phase)
-    up = 0.0 if phase.kind == RECALL else width * bits(phase.activation_codec)
-    down = width * bits(phase.gradient_codec) if phase.kind in (LEARN, RANK) else 0.0
+    up = 0.0 if phase.kind == RECALL else phase.mean_width * bits(phase.activation_codec)
+    down = phase.mean_width * bits(phase.gradient_codec) if phase.kind in (LEARN, RANK) else 0.0
     return up, down
-
-
-def _width(phase: Phase) -> float:
-    return sum(phase.widths) / len(phase.widths)

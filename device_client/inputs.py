@@ -23,10 +23,10 @@ from device_client.data import Part
 def training_batch(
     recipe: Recipe, part: Part, step: int, batch: int, phase: Phase | None = None
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Pictures [B, *input] and labels [B] of a step: a function of (seed, step) and of where a phase that sends each
-    picture once a view has begun, for its epochs are its own."""
+    """Pictures [B, *input] and labels [B] of a step: a function of (seed, step), in a STORE phase also of its start."""
     ordered = step
     if phase and phase.kind == STORE:
+        # Each picture is to cross once a view: the phase has epochs of its own, the first of which begins with it.
         epoch = steps_per_epoch(len(part), batch)
         ordered += -phase.from_step % epoch
     chosen = batches.indices(recipe.seed, ordered, len(part), batch)

@@ -35,17 +35,20 @@ from common.words import duration, gives_up, several
 # certificates that are being exchanged, a fault of the server's own, and bytes that were damaged on the way, which may
 # look like any wrong frame and even like another service.
 CURABLE = (LinkError, AuthError, StoppedError, BusyError, SessionError, FaultError, FrameError, VersionError)
-# A server that answers and refuses the same step so often in a row means it.
+# A server that answers, and refuses the same thing so often in a row, will not change its mind.
 _REFUSALS = 6
-_FIRST_S, _MOST_S, _DOUBLED = 0.2, 15.0, 7
-# A link that breaks again and again, each time after some of the answer has come, is given up after so many.
+_FIRST_S, _MOST_S, _DOUBLED = 0.2, 15.0, 7  # the first pause, the longest, and how often it doubles
+# How often the patience begins anew because some of an answer came before the link broke again.
 _RENEWED = 10
-_LOOK_S = 1.0
+_LOOK_S = 1.0  # between two looks at the connection
 
 
 @dataclass
 class Came:
-    """How many frames have come on a stream: by itself, for whoever asks must not hold on to the stream."""
+    """How many frames have come on a stream.
+
+    An object of its own, so that whoever looks at it later does not keep the stream, and all that hangs on it, alive.
+    """
 
     frames: int = 0
 
@@ -79,8 +82,8 @@ class Stream:
         except StopIteration as error:
             raise LinkError(f"the server at {self._server} closed the stream early") from error
         except grpc.RpcError as error:
-            # gRPC raises the call itself: with its traceback it would hold on to itself, and to all that the frames up
-            # to the trainer's hold (a batch, its graph), until Python's next full collection, hours away in a long run.
+            # gRPC raises the call itself, which would then hold its own traceback, and through that all that functions
+            # up to the trainer hold (a batch, its graph), until Python's next full collection: hours, in a long run.
             error.with_traceback(None)
             raise LinkError(self._lost) if self._lost else from_rpc(error, self._server) from error
         finally:
@@ -123,8 +126,7 @@ class Stream:
 
 @dataclass
 class Backoff:
-    """A stretch of failed attempts at one thing; ends with the first that succeeds, or after `give_up_s` seconds in
-    which nothing has moved."""
+    """The failed attempts at one thing. They are given up after `give_up_s` seconds in which nothing has moved."""
 
     give_up_s: float
 
@@ -134,13 +136,15 @@ class Backoff:
         self._told = ""
 
     def wait(self, error: DepruneError, say: Callable[[str], None], moved: bool = False) -> None:
-        """Sleep before the next attempt, longer each time; raises `error` where there is to be none. `moved`: the link
-        had come back, and broke again only after some of the answer had come."""
+        """Sleep before the next attempt, longer each time; raise where there is to be none.
+
+        `error`: what the last one ended with. `moved`: some of the answer came in it before the link broke again.
+        """
         if moved and self._renewed < _RENEWED:
             self._since, self._attempts = time.monotonic(), 0
             self._renewed += 1
         self._attempts += 1
-        # An answer, though not the one that was wanted; no answer at all is a matter of time alone.
+        # Only an answer can be a refusal; that there is none, or no room, is a matter of time alone.
         unanswered = isinstance(error, LinkError | AuthError | StoppedError | BusyError)
         self._refusals = 0 if unanswered else self._refusals + 1
         spent = time.monotonic() - self._since
@@ -154,7 +158,7 @@ class Backoff:
         pause = min(_MOST_S, _FIRST_S * 2 ** min(self._attempts - 1, _DOUBLED)) * random.uniform(0.5, 1.5)
         if isinstance(error, BusyError) and error.retry_after_s:
             pause = max(pause, error.retry_after_s)
-        # What to do about it is told once.
+        # The whole error is told once; where it is the same again, without the advice behind its semicolon.
         reason = str(error).partition(";")[0] if str(error) == self._told else str(error)
         self._told = str(error)
         say(f"reconnecting, attempt {self._attempts} ({reason}); {gives_up(self.give_up_s - spent)}")

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from device_client.trainer import Trainer
 
 _WIDTHS = 64, 128
-# Its batches are those of epochs that no run comes to: the first that crosses is not one that the head has seen so.
+# Its batches are those of epochs that no run comes to: so none that crosses later is one that the head has seen before,
+# in this order and augmentation.
 _FIRST_EPOCH = 1 << 20
 _BATCHES = 16  # over which the sensitivity is taken
 
@@ -77,7 +78,11 @@ class Local:
         self.per_epoch = steps_per_epoch(len(trainer.data.train), trainer.batch)
         self.steps = max(1, steps_of(self.recipe.local.epochs, self.per_epoch))
         self.lr = self.recipe.local.lr or self.recipe.optimiser.lr
-        self.course = Phase(0, 0, trainer.channels, "fp32", "fp32", self.lr, 0, self.steps)
+        # No phase of the run: the learning rate goes by one.
+        self.course = Phase(
+            index=0, from_step=0, width=trainer.channels, activation_codec="fp32", gradient_codec="fp32", lr=self.lr,
+            decay_from=0, decay_until=self.steps,
+        )  # fmt: skip
         self.optimiser = optim.build(
             self.recipe.optimiser, nn.ModuleList([self.head.layers, self.classifier]), nn.Module()
         )
@@ -85,7 +90,7 @@ class Local:
         self.checkpoints = Checkpoints(trainer.folder.local, self._origin(), "")
 
     def _check(self) -> None:
-        """What the server would only refuse when all has been learnt, and what cannot be learnt from."""
+        """Refuse now what the server would refuse after hours of learning, and what nothing can be learnt from."""
         data, classes = self.trainer.data, self.recipe.model.classes
         if len(data.classes) != classes:
             raise MismatchError(
@@ -158,7 +163,7 @@ class Local:
         return functional.cross_entropy(logits, truth), logits, truth
 
     def sensitivity(self) -> Tensor | None:
-        """The loss's sensitivity to each direction that could be sent [C, C], on the processor; None of too many."""
+        """The loss's sensitivity to each direction that could be sent [C, C]; None for too many channels."""
         encoder, channels = self.head.bottleneck, self.trainer.channels
         if channels > MOST_WEIGHTED:
             return None
@@ -226,7 +231,8 @@ class Local:
         self.trainer.wall_s, self.trainer.busy_s = kept.state["wall_s"], kept.state["busy_s"]
 
     def _origin(self) -> str:
-        """All that decides what the head learns alone, in one word: what comes after in a run may change meanwhile."""
+        """A digest of all that decides what the head learns alone, which its checkpoints are named after. The rest of
+        the recipe may change before the run begins."""
         recipe = self.recipe
         settings = [
             asdict(recipe.model), asdict(recipe.data), asdict(recipe.local), asdict(recipe.optimiser), recipe.seed,

@@ -12,12 +12,12 @@ from common.schedule import Phase
 from common.words import duration, several, size
 from device_client.forecast import Forecast
 
-_NOTICEABLE = 0.1  # by more of its length must a run's change that is told
-_TOLD_AFTER, _LONG_S = 24, 60.0  # steps after which it is told what is left, where that is long
+_NOTICEABLE = 0.1  # share of a run's length by which it must have changed before that is told
+_TOLD_AFTER, _LONG_S = 24, 60.0  # steps after which it is told how long the rest takes, if that is long
 
 
 class Outlook:
-    """On one run, by one process."""
+    """What one process tells of one run."""
 
     def __init__(self, live: StepProgress, recipe: Recipe, meter: Meter, forecast: Forecast, planned: int) -> None:
         """`planned`: how many steps the run was to have."""

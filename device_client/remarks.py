@@ -40,8 +40,8 @@ def remarks(recipe: Recipe, data: Dataset, *, begun: bool) -> Iterator[str]:
 
 
 def _far_from_usual(recipe: Recipe, numbers: Pictures) -> Iterator[str]:
-    """Each channel comes in a unit of its own, and networks learn next to nothing from what is far from 0, or from 1
-    apart."""
+    """Remarks on numbers that are no pixels: each channel has a unit of its own, and a network learns next to nothing
+    where its mean is far from 0 or its standard deviation far from 1."""
     made = normalise(numbers, recipe.data.mean, recipe.data.std)
     middles, spreads = _by_channel(made)
     means, stds = _by_channel(numbers)

@@ -43,9 +43,9 @@ class StepResult:
 
     loss: float
     correct: int
-    next: Phase | None
-    then: pb.Then
-    kept: int  # the server's newest checkpoint, where it told
+    next: Phase | None  # of the next step, where another phase begins there
+    then: pb.Then  # what comes next: a step, a validation or the end
+    kept: int  # the server's newest checkpoint; 0: it has not said
 
 
 class RemoteTail(Connection):
@@ -60,9 +60,11 @@ class RemoteTail(Connection):
         # Told how many pictures have been judged or named, of how many; set by whoever shows it.
         self.progress: Callable[[int, int], None] = lambda judged, count: None
         self._chooser = Chooser(self.kernel.flow)
-        self._asked = 0  # steps of a recall whose answers have not come yet
+        # A recall: how many of the steps that were asked for have no answer yet, on which stream, and the request for
+        # them, which is booked when its first answer has come.
+        self._asked = 0
         self._asked_on: Stream | None = None
-        self._ask: Draft | None = None  # the newest request for them
+        self._ask: Draft | None = None
 
     def send_basis(self, basis: np.ndarray) -> None:
         """Principal components as rows, then the mean: float32 [w + 1, w]."""
@@ -91,15 +93,14 @@ class RemoteTail(Connection):
 
         def attempt() -> tuple[np.ndarray | None, StepResult]:
             nonlocal booked
-            if self._answered:
+            if self._answered:  # the server has the step from an earlier stream, and sends its answer unasked
                 self._answered -= 1
-                if not booked:  # a process before this one sent them
+                if not booked:  # it was sent by an earlier process
                     for frame in frames:
                         self.meter.frame(UP, frame)
-                    booked = True
             else:
                 self._send(frames, booked)
-                booked = True
+            booked = True
             with Draft(self.meter) as draft:
                 gradient = None if phase.frozen else self._gradient(step, phase, sent.shape, aside, draft)
                 result = self._result(step, phase, draft)
@@ -135,8 +136,7 @@ class RemoteTail(Connection):
         return StepResult(done.loss, done.correct, following, done.then, done.kept)
 
     def recall(self, step: int, phase: Phase, kept: int = 0) -> StepResult:
-        """One step that the server makes from what it has kept; asked for many at a time."""
-
+        """One step that the server makes from what it has kept; many are asked for at a time (RECALLED)."""
         ask = wire.seal(Place(pb.CONTROL, step, phase.index).frame(recall=pb.Recall(steps=RECALLED), kept=kept))
 
         def attempt() -> StepResult:
@@ -160,17 +160,22 @@ class RemoteTail(Connection):
         return self._steadily(step, attempt)
 
     def _settle_request(self, ask: pb.Frame) -> None:
-        """On a new stream: a request for recalled steps, `ask`, had arrived if, and only if, some were answered."""
-        if self._ask:
-            (self._ask.keep if self._answered else self._ask.drop)()
-        elif self._answered and self._ready.from_request:
-            self._ask = Draft(self.meter)  # of a process before this one, which has not seen an answer to it
+        """On a new stream: book the last request for recalled steps, which had arrived if some of them were answered.
+
+        If none was, it counts as lost and is sent again.
+        """
+        if self._ask and not self._answered:
+            self._ask.drop()
+        elif self._ask:
+            self._ask.keep()
+        elif self._answered and self._ready.from_request:  # sent by an earlier process, which saw no answer to it
+            self._ask = Draft(self.meter)
             self._ask.frame(UP, ask)
             self._ask.keep()
         self._asked, self._asked_on = 0, self._train
 
     def leave(self, step: int, phase: Phase, head: bytes = b"") -> None:
-        """End a finished run; `head` is published where it isn't empty."""
+        """Say that the run is finished; `head` is published where it isn't empty."""
         place = Place(pb.CONTROL, step, phase.index)
         frames = list(wire.pack_bytes(Place(pb.WEIGHTS, step, phase.index), head)) if head else []
         frames.append(wire.seal(place.frame(leave=pb.Leave(finished=True))))
@@ -193,7 +198,7 @@ class RemoteTail(Connection):
             self._train.drain(_FAREWELL_S)  # so that the server sees us go by ourselves, not by a broken link
 
     def interrupt(self, step: int, phase: Phase, reason: str) -> None:
-        """Tell the server that the run rests at `step`; the link may be gone already."""
+        """Tell the server that the run rests at `step`; not where the link is gone already."""
         if self._train:
             leave = Place(pb.CONTROL, step, phase.index).frame(leave=pb.Leave(finished=False, reason=reason))
             self._train.send(self.meter.frame(UP, wire.seal(leave), again=True))
@@ -256,8 +261,8 @@ class RemoteTail(Connection):
 
     def predict(self, batches: Iterable[np.ndarray], count: int, phase: Phase) -> Iterator[np.ndarray]:
         """Logits [B, classes] for each batch of what is sent [B, width, ...]."""
-        unknown = pb.SUBSET_UNSPECIFIED
-        with Draft(self.meter) as draft, self._evaluation(count, unknown, (), phase, draft) as stream:
+        subset = pb.SUBSET_UNSPECIFIED  # nobody knows the right answers
+        with Draft(self.meter) as draft, self._evaluation(count, subset, (), phase, draft) as stream:
             receive, waiting, done, named = partial(stream.receive, draft), deque[int](), 0, 0
 
             def answer() -> np.ndarray:
@@ -285,7 +290,8 @@ class RemoteTail(Connection):
     def _evaluation(
         self, count: int, subset: pb.Subset, classes: tuple[str, ...], phase: Phase, draft: Draft, step: int = 0
     ) -> Iterator[Stream]:
-        """A stream that has begun one, closed in the end: or a thread would wait for more to send, for ever."""
+        """A stream on which an evaluation has begun. It is closed in the end: gRPC's thread that waits for more to send
+        would never end."""
         stream = self._open_stream(self._stub.Evaluate)
         begin = pb.Begin(
             session=self.opened.session, samples=count, classes=classes, subset=subset, width=phase.width, step=step

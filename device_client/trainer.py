@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from common import checkpoint, codecs, halves, optim, report, weights
-from common.checkpoint import Checkpoints, due
+from common.checkpoint import Checkpoint, Checkpoints, due
 from common.codecs import NOTHING
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
 from common.inherit import adopt
@@ -63,11 +63,12 @@ class Trainer:
         self.step, self.then = 0, pb.STEP
         self.basis: np.ndarray | None = None  # [w + 1, w], where the bottleneck starts from principal components
         self.local: dict[str, Any] | None = None  # what the head has learnt alone, for the summary
-        self.sensitivity: torch.Tensor | None = None  # [C, C], of that classifier's loss, until the basis is made
+        # [C, C], what the head's own classifier says of the directions at the cut; needed until the basis is made.
+        self.sensitivity: torch.Tensor | None = None
         self.busy_s = 0.0  # spent computing in training steps
-        self.mean = RunningMean()  # for whoever looks on
+        self.mean = RunningMean()  # as it is shown
         self.stopping = False  # set by whoever wants the run to rest after the present step
-        self.resting = False  # it does: between two steps, so that a checkpoint can be kept
+        self.resting = False  # it has stopped between two steps, where a checkpoint can be kept
         self.checkpoints = Checkpoints(folder.checkpoints, self.opened.run_id, self.recipe.digest())
         remote.kept = lambda: sorted(self.checkpoints.written)
 
@@ -106,29 +107,30 @@ class Trainer:
                 f"run {self.opened.run_id} is finished on the server, but this device's newest checkpoint is of step "
                 f"{step}: the trained head is only to be had if it was published"
             )
-        earlier = kept.state
-        self.wall_s = earlier["wall_s"]
-        self.remote.take_up(earlier["kernel"], earlier["faults"])
-        lost = self.folder.resume(step)
-        self.remote.meter.restore(earlier["meter"], lost)
-        self.checkpoints.forget_after(step)
-        self._count_lost(lost)
+        self.wall_s = kept.state["wall_s"]
+        self.remote.take_up(kept.state["kernel"], kept.state["faults"])
+        self._go_on_from(kept, new_process=True)
 
-    def _count_lost(self, lost: dict[str, int]) -> None:
+    def _go_on_from(self, kept: Checkpoint, new_process: bool) -> None:
+        """Have folder, books and checkpoints end at the step of `kept`, where the head stands again."""
+        lost = self.folder.resume(kept.step)
+        self.remote.meter.restore(kept.state["meter"], lost if new_process else None)
+        self.checkpoints.forget_after(kept.step)
         self.remote.faults.resumed += 1
         self.remote.faults.steps_again += lost["steps"]
         self.keep(anew=True)  # with what the fault cost: a second one before the next checkpoint must not forget it
 
     def _inherit(self, init: RunFolder | None) -> None:
         wanted = self.opened.init_run_id
-        assert init  # the command line has looked
+        assert init  # else the command line would have refused
         source, manifest = init.head_of(wanted)
         trained = weights.read(init.path / "head.safetensors")
         adopt(self.head, trained, self.recipe, source, manifest)
 
     def run(self, publish: bool) -> dict[str, Any]:
         """All that is left of the run; the summary."""
-        if self.recipe.schedule.budget_mb and not self.begun:  # the server would say so once the head has learnt alone
+        if self.recipe.schedule.budget_mb and not self.begun:
+            # The server looks too, but only when the run begins: after hours in which the head has learnt alone.
             weighs = self.opened.head_size + self._published(publish)
             require_room(self.recipe, self.cut, len(self.data.train), len(self.data.test), weighs)
         self.learn_alone()
@@ -141,15 +143,12 @@ class Trainer:
                 again += 1
                 if self.step > furthest:
                     furthest, since, again = self.step, time.monotonic(), 0
-                # Steps that are made again take their time; a step that its server dies of is met again and again.
+                # Going back is no failure as long as the run then comes further than before; but a step that its server
+                # dies of would be tried for ever. Time alone does not tell: steps that are made again take some too.
                 elif (spent := time.monotonic() - since) > self.remote.give_up_s and again > _ROLLBACKS:
                     raise LinkError(f"step {furthest} was not passed in {duration(spent)}: {error}; gave up") from error
                 self._say(f"Back to step {error.step} from step {self.step}: {error}.")
-                kept = restore(self, error.step)
-                lost = self.folder.resume(error.step)
-                self.remote.meter.restore(kept.state["meter"])
-                self.checkpoints.forget_after(error.step)
-                self._count_lost(lost)
+                self._go_on_from(restore(self, error.step), new_process=False)
 
     def learn_alone(self) -> None:
         """Let the head learn without the server, where the recipe says so and the run has not begun."""
@@ -238,8 +237,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def _put_back_unanswered(self) -> Iterator[None]:
-        """Where the run is stopped, or its server is gone for good, before a step's answer has come: what was moved by
-        then, batch norm's statistics and the books, is put back, and a checkpoint kept from before that step."""
+        """Undo a step that is given up before its answer came, because the run is stopped or its server is gone.
+
+        The forward pass has moved batch norm's statistics and the books by then. With these put back the head stands as
+        before the step, and a checkpoint of that is kept.
+        """
         buffers, books = [buffer.clone() for buffer in self.head.buffers()], self.remote.meter.state()
         try:
             yield
@@ -251,6 +253,7 @@ class Trainer:
             raise
 
     def _news(self) -> int:
+        """What the server is told of the device's checkpoints with the present step."""
         return self.checkpoints.news(self.step, self.opened.checkpoint_every)
 
     def _learn(self, activation: torch.Tensor, gradient: np.ndarray) -> None:
@@ -313,6 +316,7 @@ class Trainer:
         self.head.train(not phase.frozen)
 
     def _judge(self, part: Part, subset: pb.Subset) -> pb.Verdict:
+        """Have the server judge what the head, as it is now, makes of a part's pictures."""
         self.head.eval()
         self.head.bottleneck.resize(self.phase.width)
         self.remote.progress = Counting(self.console, "Judged", "pictures")
@@ -340,15 +344,16 @@ class Trainer:
     def finish(self, publish: bool) -> dict[str, Any]:
         """Judge the test part, say goodbye, keep the head; the summary."""
         verdict = self._judge(self.data.test, pb.TEST)
-        samples = self.step * self.batch
         manifest = Manifest(self.opened.run_id, self.recipe.digest(), self.data.classes, self.phase)
         # The head is safe before the server is told that all is done.
         self._write_head(manifest)
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
         outcome = report.Outcome(
-            self.opened.run_id, verdict.accuracy, verdict.loss, self.step, samples,
-            round(self.step / steps_per_epoch(len(self.data.train), self.batch), 4), self.elapsed_s, self.busy_s,
-            tuple(self.phases), self.remote.faults, self.local,
+            run_id=self.opened.run_id, accuracy=verdict.accuracy, loss=verdict.loss, steps=self.step,
+            samples=self.step * self.batch,
+            epochs=round(self.step / steps_per_epoch(len(self.data.train), self.batch), 4),
+            wall_s=self.elapsed_s, busy_s=self.busy_s, phases=tuple(self.phases), faults=self.remote.faults,
+            local=self.local,
         )  # fmt: skip
         meter, kernel = self.remote.meter, self.remote.kernel.read()
         summary = report.summarise(self.recipe, self.cut, outcome, meter, kernel, "device")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,7 @@ from common.words import gives_up, several
 from device_client.batches import Pictures, together
 from device_client.data import Dataset, Part, load_picture
 from device_client.inputs import sent_batches
+from device_client.pictures import Shape
 from device_client.remote_tail import RemoteTail
 from device_client.sides import check_memory
 
@@ -39,8 +40,8 @@ def open_finished(
     remote: RemoteTail, folder: RunFolder | None, allowed: tuple[str, ...], width: int | None,
     say: Callable[[str], None], processor: torch.device, wait_s: float,
 ) -> Head:  # fmt: skip
-    """Open a session with the server of a finished run, for which is waited up to `wait_s`, and return its head, ready
-    to use at `width` on `processor`.
+    """Open a session with the server of a finished run, and return the run's head, ready to use at `width` on
+    `processor`. The server is waited for up to `wait_s`.
 
     The head is this folder's; without a folder, the one that was published to the server. Without a width, it is the
     run's last; MismatchError where the network was not trained for the one that is asked for.
@@ -96,8 +97,9 @@ def _again(remote: RemoteTail, attempt: Callable[[], T], say: Callable[[str], No
 def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: float = 0.0) -> T:
     """What `attempt` comes to; where the server has no room now and says when it may, tried again then: TRIES times,
     and for no less than `wait_s`."""
-    until = time.monotonic() + wait_s
-    for left in itertools.count(TRIES - 1, -1):
+    until, left = time.monotonic() + wait_s, TRIES
+    while True:
+        left -= 1
         try:
             return attempt()
         except BusyError as error:
@@ -107,7 +109,6 @@ def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: floa
             say(f"{error}; waiting, {gives_up(rest) if rest > 0 else f'{left} more tries'}")
             # Jitter, so that devices which were refused together do not come back together.
             time.sleep(error.retry_after_s * random.uniform(1.0, 1.5))
-    raise AssertionError("count has no end")
 
 
 def evaluate(
@@ -130,35 +131,16 @@ def predict(
     """The probabilities [classes] for each picture file, in the order given, or why it cannot be read, of which `say`
     is told too where others can.
     """
-    opened = remote.opened
-    recipe: Recipe = opened.recipe
-    channels, height, width = recipe.model.input
-    bytes_a_value = 4 if any(path.suffix.lower() == ".npy" for path in paths) else 1
-    check_memory(
-        2 * bytes_a_value * len(paths) * channels * height * width,
-        several(len(paths), "picture"),
-        "give fewer at a time",
-    )
-    read: dict[Path, tuple[Pictures, tuple[int, int]]] = {}
-    unreadable: dict[Path, DataError] = {}
-    for path in dict.fromkeys(paths):
-        try:
-            read[path] = load_picture(path, (channels, height, width))
-        except DataError as error:
-            unreadable[path] = error
+    recipe: Recipe = remote.opened.recipe
+    read, unreadable = _read(paths, recipe.model.input)
     if not read:
         return [(path, unreadable[path]) for path in paths]
     for refused in unreadable.values():
         say(str(refused))
     sound = [path for path in paths if path in read]
     pictures = together([read[path][0] for path in sound])
-    other = [path for path in sound if read[path][1] != (width, height)]
-    if other:
-        path, (wide, high) = other[0], read[other[0]][1]
-        verb = "is" if len(other) == 1 else "are"
-        what = f"{len(other):,} of {several(len(sound), 'picture')} {verb} scaled to the model's {width}x{height}"
-        say(f"{what}, not cropped; {path} was {wide}x{high}.")
-    part = Part(pictures, np.zeros(len(pictures), np.int64))
+    _tell_scaled({path: read[path][1] for path in read}, sound, recipe.model.input, say)
+    part = Part(pictures, np.zeros(len(pictures), np.int64))  # labels that nobody asks for
 
     def attempt() -> np.ndarray:
         # Each by itself: a codec rounds what crosses together by one step, and a picture's answer is its own.
@@ -168,3 +150,35 @@ def predict(
     logits = _again(remote, attempt, say, wait_s)
     found = iter(torch.from_numpy(logits).softmax(1).numpy())
     return [(path, unreadable[path] if path in unreadable else next(found)) for path in paths]
+
+
+def _read(
+    paths: Sequence[Path], shape: Shape
+) -> tuple[dict[Path, tuple[Pictures, tuple[int, int]]], dict[Path, DataError]]:
+    """Each picture [C, H, W] with the width and height that it had, and why others cannot be read."""
+    bytes_a_value = 4 if any(path.suffix.lower() == ".npy" for path in paths) else 1
+    # Once as they are read, and once together.
+    needed = 2 * bytes_a_value * len(paths) * math.prod(shape)
+    check_memory(needed, several(len(paths), "picture"), "give fewer at a time")
+    read: dict[Path, tuple[Pictures, tuple[int, int]]] = {}
+    unreadable: dict[Path, DataError] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            read[path] = load_picture(path, shape)
+        except DataError as error:
+            unreadable[path] = error
+    return read, unreadable
+
+
+def _tell_scaled(
+    sizes: Mapping[Path, tuple[int, int]], paths: Sequence[Path], shape: Shape, say: Callable[[str], None]
+) -> None:
+    """Say how many of `paths` had another width and height than the model's, and which the first."""
+    _, height, width = shape
+    others = [path for path in paths if sizes[path] != (width, height)]
+    if not others:
+        return
+    wide, high = sizes[others[0]]
+    verb = "is" if len(others) == 1 else "are"
+    what = f"{len(others):,} of {several(len(paths), 'picture')} {verb} scaled to the model's {width}x{height}"
+    say(f"{what}, not cropped; {others[0]} was {wide}x{high}.")

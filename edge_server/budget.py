@@ -23,12 +23,12 @@ _EVERY = 16
 _MEMORY = 64  # steps that a running mean looks back
 # The plan changes only where the rest of the run would change by more than this share.
 _NOTICEABLE = 0.02
-# How much more than in training a picture may take in an evaluation, where batch norm and rounding are others.
+# How much more than in training a picture may take in an evaluation: batch norm and rounding are not the same there.
 _EVALUATED = 1.1
-# What stands around the payloads of a step, at most: counted as so many bytes, for the messages themselves may differ
-# by some between a run and the same run after a fault.
+# Bytes around the payloads of a step, at most. The messages are not measured, for they may differ by some bytes between
+# a run and the same run after a fault, and both must go exactly as far.
 _FRAMING = 256
-# Steps that must be paid for so that there is another, beside the one that is not booked yet: the next, and a margin.
+# There is another step only if so many of its kind can be paid for: itself, and a margin.
 _AHEAD = 1.5
 
 
@@ -47,6 +47,15 @@ class Load:
         return spent.up * up, spent.down * down
 
 
+def _step_load(phase: Phase) -> Load:
+    return Load(phase.mean_width, phase.activation_codec, phase.gradient_codec)
+
+
+def _judging_load(phase: Phase) -> Load:
+    """An evaluation takes all the channels that a nested phase has."""
+    return Load(phase.width, phase.activation_codec, phase.gradient_codec)
+
+
 @dataclass
 class Spent:
     """What the run has spent, in bytes, and on what of late."""
@@ -57,7 +66,7 @@ class Spent:
     steps: int = 0
     up: float = 0.0  # a step of late
     down: float = 0.0
-    ranked: int = 0  # the dearest step that ranked channels: more telling than what narrower ones let expect
+    ranked: int = 0  # the dearest step that ranked channels: it says better than narrower steps what the next will take
 
     @property
     def total(self) -> int:
@@ -82,17 +91,14 @@ class Budget:
         """`batch`: pictures a step."""
         # The head comes last and whole: it is set aside from the beginning.
         self._allowed = recipe.schedule.budget_mb * 1e6 - beside.head - (_FRAMING if beside.head else 0)
-        self._loads = [
-            _load(
-                (*entry.nested, entry.width or channels), entry.activation or recipe.codec.activation,
-                entry.gradient or recipe.codec.gradient,
-            )
-            for entry in recipe.schedule.phases
-        ]  # fmt: skip
-        self._widest = [
-            Load(entry.width or channels, load.activation, load.gradient)
-            for entry, load in zip(recipe.schedule.phases, self._loads, strict=True)
-        ]  # an evaluation takes all that a nested phase has
+        # Of each entry of the schedule: a step's load, and an evaluation's.
+        self._step_loads: list[Load] = []
+        self._judging_loads: list[Load] = []
+        for entry in recipe.schedule.phases:
+            codecs = entry.activation or recipe.codec.activation, entry.gradient or recipe.codec.gradient
+            widths = (*entry.nested, entry.width or channels)
+            self._step_loads.append(Load(sum(widths) / len(widths), *codecs))
+            self._judging_loads.append(Load(widths[-1], *codecs))
         self._channels = channels
         self._ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
         self.ends = ends_of(recipe.schedule, steps_per_epoch)
@@ -103,7 +109,8 @@ class Budget:
         self._spent = Spent()
 
     def book(self, up: int, down: int, phase: Phase | None = None) -> None:
-        """The run's payloads have come to so many bytes; with `phase` by one of its steps."""
+        """The run's payloads have come to so many bytes in all: by a step of `phase`, or, without one, by whatever else
+        was sent."""
         spent = self._spent
         sent_up, sent_down = up - spent.payloads[0], down - spent.payloads[1]
         spent.payloads = up, down
@@ -114,7 +121,7 @@ class Budget:
         spent.framing += _FRAMING
         if phase.kind == RANK:
             spent.ranked = max(spent.ranked, sent_up + sent_down)
-        load = _load(phase.widths, phase.activation_codec, phase.gradient_codec)
+        load = _step_load(phase)
         if spent.load != load:
             spent.load, spent.steps = load, 0
         spent.steps += 1
@@ -123,23 +130,27 @@ class Budget:
         spent.down = sent_down * share + spent.down * (1 - share)
 
     def allows(self, present: Phase, coming: Phase, tested: Phase, validates: bool) -> bool:
-        """Whether a step of phase `coming`, and the validation before it, can be paid for after one of `present` that
-        is not booked yet, and the test at the end if that is made in phase `tested`."""
+        """Whether there is enough left for one more step, which is of phase `coming`.
+
+        Before it come the step that was just made, of phase `present`, which is not booked yet, and, with `validates`,
+        a validation; after it the test, in phase `tested`.
+        """
         spent = self._spent
         if not spent.steps:
             return True
-        ahead = self._of(present) + _AHEAD * self._of(coming) + self._judging(self._test, _whole(tested))
+        step = self._bytes_of(coming)
+        ahead = self._bytes_of(present) + _AHEAD * step + self._judging(self._test, _judging_load(tested))
         if coming.kind == RANK:  # it is not over before all its steps are made, and the next phase has begun
-            ahead += self._ranking * self._of(coming)
+            ahead += self._ranking * step
         elif coming is not present:
-            ahead += self._of(coming)  # what it costs is an estimate until it has begun
+            ahead += step  # what it costs is an estimate until it has begun
         if validates:
-            ahead += self._judging(self._validation, _whole(coming))
+            ahead += self._judging(self._validation, _judging_load(coming))
         return spent.total + ahead <= self._allowed
 
-    def _of(self, phase: Phase) -> float:
+    def _bytes_of(self, phase: Phase) -> float:
         """Bytes that a step of a phase takes."""
-        step = self._step(_load(phase.widths, phase.activation_codec, phase.gradient_codec))
+        step = self._bytes_at(_step_load(phase))
         return max(step, self._spent.ranked + _FRAMING) if phase.kind == RANK else step
 
     @property
@@ -152,7 +163,7 @@ class Budget:
         spent, entry = self._spent, self._entry(done - 1)
         if spent.steps < FIRST or spent.steps % _EVERY != FIRST % _EVERY:
             return False
-        ends = self._plan(done, range(entry, len(self._loads)))
+        ends = self._plan(done, range(entry, len(self._step_loads)))
         change = max(abs(then - now) for then, now in zip(ends, self.ends, strict=True))
         if change <= _NOTICEABLE * (self.ends[-1] - done):
             return False
@@ -168,52 +179,56 @@ class Budget:
         """Plan what is left for the entries after the one that the last of `done` steps was of."""
         entry = self._entry(done - 1)
         self.ends[entry] = done
-        self.ends = self._plan(done, range(entry + 1, len(self._loads)))
+        self.ends = self._plan(done, range(entry + 1, len(self._step_loads)))
 
     def _plan(self, done: int, coming: range) -> list[int]:
         """`ends` with as much of the entries `coming`, in the proportions that were asked for, as can be paid for."""
         entry = coming[0]
         start = self.ends[entry - 1] if entry else 0
-        costs = {other: self._step(self._loads[other]) for other in coming}
+        costs = {other: self._bytes_at(self._step_loads[other]) for other in coming}
         if self.ends[-1] >= self._epoch:  # a run that is shorter has no validation
             for other in coming:
-                costs[other] += self._judging(self._validation, self._widest[other]) / self._epoch
-        # What the run takes beside its steps if it ends in one entry or another.
-        beside, ranked = {}, 0.0
-        for last in coming:
-            ranked += self._to_rank(last) if last > entry else 0.0
-            beside[last] = ranked + self._judging(self._test, self._widest[last])
-        share, last = 0.0, coming[-1]
-        for last in reversed(coming):
-            kept = range(entry, last + 1)
-            wanted = sum(self._asked[other] * costs[other] for other in kept)
-            if not wanted:  # entries that come to no step
-                share = 0.0
-                break
-            left = self._allowed - self._spent.total - costs[entry] - beside[last]
-            share = (left + (done - start) * costs[entry]) / wanted
-            # No more steps in all than were asked for: where earlier phases had fewer, these may have more.
-            most = (sum(self._asked) - start) / sum(self._asked[other] for other in kept)
-            if share >= most and last == len(self._loads) - 1:
-                share = most  # all can be paid for, whatever is beside it
-                break
-            share = max(0.0, min(share, most))
-            # An entry that would take more beside its steps than by them, or end before it can be judged whether a
-            # step more is paid for, is left out, so others have more.
-            steps = share * self._asked[last]
-            if last == entry or (steps >= _AHEAD and steps * costs[last] >= beside[last] - beside[last - 1]):
-                break
+                costs[other] += self._judging(self._validation, self._judging_loads[other]) / self._epoch
+        share, last = self._share(done, start, coming, costs)
         ends = list(self.ends)
         ends[entry] = max(done, start + round(self._asked[entry] * share))
         for other in range(entry + 1, len(ends)):
             ends[other] = ends[other - 1] + (round(self._asked[other] * share) if other <= last else 0)
         return ends
 
+    def _share(self, done: int, start: int, coming: range, costs: Mapping[int, float]) -> tuple[float, int]:
+        """Which share of the steps that were asked for can be paid for in each of the entries `coming`, the first of
+        which began at step `start`, and which of them is to be the run's last. `costs`: bytes of a step of each."""
+        entry = coming[0]
+        # What the run takes beside its steps if it ends in one entry or another.
+        beside, ranked = {}, 0.0
+        for last in coming:
+            ranked += self._to_rank(last) if last > entry else 0.0
+            beside[last] = ranked + self._judging(self._test, self._judging_loads[last])
+        for last in reversed(coming):
+            kept = range(entry, last + 1)
+            wanted = sum(self._asked[other] * costs[other] for other in kept)
+            if not wanted:  # entries that come to no step
+                return 0.0, last
+            left = self._allowed - self._spent.total - costs[entry] - beside[last]
+            share = (left + (done - start) * costs[entry]) / wanted
+            # No more steps in all than were asked for: where earlier entries had fewer, these may have more.
+            most = (sum(self._asked) - start) / sum(self._asked[other] for other in kept)
+            if share >= most and last == len(self._step_loads) - 1:
+                return most, last  # all can be paid for, whatever is beside it
+            share = max(0.0, min(share, most))
+            # The last entry is left out, so that the others have more, where what it takes beside its steps is more
+            # than these, or where it would end before it is known whether one more step can be paid for.
+            steps = share * self._asked[last]
+            if last == entry or (steps >= _AHEAD and steps * costs[last] >= beside[last] - beside[last - 1]):
+                return share, last
+        raise AssertionError("the first entry is never left out")
+
     def _entry(self, step: int) -> int:
         """The entry of the schedule that a step lies in."""
         return min(bisect_right(self.ends, step), len(self.ends) - 1)
 
-    def _step(self, load: Load) -> float:
+    def _bytes_at(self, load: Load) -> float:
         """Bytes that a step takes."""
         return sum(load.of_step(self._spent)) + _FRAMING
 
@@ -226,7 +241,7 @@ class Budget:
 
     def _to_rank(self, entry: int) -> float:
         """Bytes that choosing an entry's channels takes, in steps with all of them."""
-        load = self._loads[entry]
+        load = self._step_loads[entry]
         if load.width >= self._channels:
             return 0.0
         expected = sum(Load(self._channels, load.activation, load.gradient).of_step(self._spent))
@@ -241,12 +256,3 @@ class Budget:
         up, down = state["spent"]["payloads"]
         self._spent = Spent(**{**state["spent"], "payloads": (up, down), "load": Load(**state["spent"]["load"])})
         self.ends = list(state["ends"])
-
-
-def _whole(phase: Phase) -> Load:
-    """Of an evaluation in the phase: it takes all that a nested one has."""
-    return Load(phase.width, phase.activation_codec, phase.gradient_codec)
-
-
-def _load(widths: tuple[int, ...], activation: str, gradient: str) -> Load:
-    return Load(sum(widths) / len(widths), activation, gradient)

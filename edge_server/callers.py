@@ -1,4 +1,4 @@
-"""Each caller's share of the server: calls at once, calls and bytes a second. Knows nothing of gRPC.
+"""Each caller's share of the server: calls and evaluations at once, calls and bytes a second. Knows nothing of gRPC.
 
 A caller is an identity, or the address of the device's end where identities are not asked for.
 """
@@ -21,14 +21,15 @@ _REMEMBERED = 256
 
 class Caller:
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
-        self.calls = 0
+        self.calls = 0  # open at the moment
+        self.evaluations = 0  # of them, streams that use the finished run
         self.often = Bucket(limits.calls_a_second, limits.calls_in_a_burst, clock)
         # A second's worth, and no less than one whole frame.
         self.bytes = Bucket(limits.rate, max(limits.rate, FRAME_BYTES), clock)
 
     @property
     def forgettable(self) -> bool:
-        return not self.calls and self.often.full and self.bytes.full
+        return not self.calls and not self.evaluations and self.often.full and self.bytes.full
 
 
 class Callers:
@@ -38,6 +39,7 @@ class Callers:
         self._limits, self._clock = limits, clock
         self._lock = threading.Lock()
         self._known: dict[str, Caller] = {}
+        self._evaluations = 0  # of all callers
 
     def __len__(self) -> int:
         return len(self._known)
@@ -70,3 +72,26 @@ class Callers:
         finally:
             with self._lock:
                 caller.calls -= 1
+
+    @contextlib.contextmanager
+    def evaluation(self, name: str) -> Iterator[None]:
+        """A place among the streams that use the finished run; BusyError where there is none for this caller."""
+        limits, again = self._limits, f"try again in {self._limits.retry_s:g} s"
+        with self._lock:
+            caller = self._get(name)
+            if self._evaluations >= limits.queue:
+                raise BusyError(
+                    f"the server is already judging for {self._evaluations} devices; {again}", limits.retry_s
+                )
+            if caller.evaluations >= limits.queue_each:
+                raise BusyError(
+                    f"the server is already judging for {caller.evaluations} devices of yours; {again}", limits.retry_s
+                )
+            self._evaluations += 1
+            caller.evaluations += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._evaluations -= 1
+                caller.evaluations -= 1

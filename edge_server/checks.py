@@ -41,7 +41,7 @@ def require_schedule(recipe: Recipe, halves: Halves) -> None:
                 f"the schedule has nested {list(phase.nested)}, and {phase.width or channels} channels cross at most "
                 f"in that phase: give narrower ones"
             )
-    ranked = recipe.bottleneck.kind != "channels"
+    ranked = recipe.bottleneck.kind != "channels"  # channels have an order by now, or need none
     for phase in recipe.schedule.phases:
         narrow = min(phase.width or channels, *phase.nested, channels) < channels
         if narrow and phase.views and not ranked:
@@ -94,8 +94,8 @@ def require_batch(recipe: Recipe, halves: Halves) -> None:
 
 
 def wasteful(recipe: Recipe, halves: Halves) -> Iterator[str]:
-    """Words for the operator about what is in vain: gradients to a head that learns nothing by them, widths that never
-    come, validation pictures that a frozen head makes the same of each time."""
+    """Words for the operator about what costs bytes or time for nothing: gradients to a head that cannot learn, widths
+    that never come, validation pictures that cross after each epoch though the head is frozen."""
     learns = any(parameter.requires_grad for parameter in halves.head.parameters())
     views = [phase.views for phase in recipe.schedule.phases]
     if not learns and not all(views):

@@ -94,19 +94,23 @@ def serve(
     address = f"{listen.rpartition(':')[0]}:{server.port}"
     if insecure and not tls_cert:
         warn_unencrypted(console)
-    doing = f"serving run {host.run_id} in {run_path}"
-    if host.run:
-        doing = f"waiting for a device to train {parsed.name}"
-    if host.run and host.run.step:
-        doing = f"waiting for its device to go on with {parsed.name} at step {host.run.step:,}"
     if chosen.type == "cpu" and (slow := imitated(host.recipe.precision)):
         note(console, f"{slow}.")
     where = f" The tail computes on {torch.cuda.get_device_name(chosen)}." if chosen.type == "cuda" else ""
-    words = f"edge-server listens on [bold]{address}[/bold], {doing}.{where}"
+    words = f"edge-server listens on [bold]{address}[/bold], {_doing(host)}.{where}"
     caught, computing = run(server, once, lambda: console.print(words, highlight=False))
     console.print(f"Stopped{f' by {caught}' if caught else ''}{_left(host)}", highlight=False, markup=False)
     if computing:
         leave_at_once()
+
+
+def _doing(host: Host) -> str:
+    """What a server does once it listens."""
+    if not host.run:
+        return f"serving run {host.run_id} in {host.folder.path}"
+    if not host.run.step:
+        return f"waiting for a device to train {host.recipe.name}"
+    return f"waiting for its device to go on with {host.recipe.name} at step {host.run.step:,}"
 
 
 def _left(host: Host) -> str:

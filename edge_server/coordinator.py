@@ -32,7 +32,8 @@ class Coordinator:
         self, recipe: Recipe, channels: int, steps_per_epoch: int, budget: Budget | None = None,
         known: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
-        """`known`: channels that the network has been trained with, where those are not all; none: all."""
+        """`known`: the only channels that an earlier run trained the network with; empty where it used all or there
+        was none."""
         self._recipe = recipe
         self._channels = channels
         self._steps_per_epoch = steps_per_epoch
@@ -69,24 +70,31 @@ class Coordinator:
         done = step + 1
         validate = self._recipe.data.validation > 0 and done % self._steps_per_epoch == 0
         if self._budget:
-            self._fit(self._budget, done)
-            coming, tested = self._ahead(done)
-            # A run that ended while channels are ranked would have all of them.
-            if self.phase.kind != RANK and not self._budget.allows(self.phase, coming, tested, validates=False):
-                self._end(self._budget, done)
-                coming, tested = self._ahead(done)
-            # Under a fixed list of phases a validation decides nothing: the steps it would take are worth more, above
-            # all while channels are ranked, where it would take all of them.
-            validate = validate and not (coming.kind == RANK and self._budget.shortens)
-            validate = validate and self._budget.allows(self.phase, coming, tested, validates=True)
+            has_room = self._keep_within(self._budget, done)
+            validate = validate and has_room
         if done >= self.steps:
             return Decision(pb.FINISH)
         return Decision(pb.VALIDATE if validate else pb.STEP, self._switch(done))
 
-    def after_validation(self, step: int, loss: float) -> Decision:
-        """What follows a validation made after `step`; only a plateau schedule cares.
+    def _keep_within(self, budget: Budget, done: int) -> bool:
+        """Plan anew, or end the run, where the budget has no room for what was planned after `done` steps; whether it
+        has room for a validation now."""
+        self._fit(budget, done)
+        coming, tested = self._ahead(done)
+        # Not while channels are ranked: a run that ended there would be tested, and used, with all of them.
+        if self.phase.kind != RANK and not budget.allows(self.phase, coming, tested, validates=False):
+            self._end(budget, done)
+            coming, tested = self._ahead(done)
+        # A budget goes with a fixed list of phases, where a validation decides nothing. In a run that is shortened its
+        # bytes are better spent on steps, above all before a ranking: it would send all channels.
+        if coming.kind == RANK and budget.shortens:
+            return False
+        return budget.allows(self.phase, coming, tested, validates=True)
 
-        A validation that is made once more, since its verdict was lost, decides nothing anew.
+    def after_validation(self, step: int, loss: float) -> Decision:
+        """What follows a validation made after `step`: under a plateau schedule another width or the end, perhaps.
+
+        The same decision again where a validation is made once more because its verdict was lost.
         """
         if self._validated and self._validated[0] == step:
             return self._validated[1]
@@ -113,23 +121,28 @@ class Coordinator:
         return coming[0], self._tested(coming)
 
     def _tested(self, coming: list[Phase]) -> Phase:
+        """The first of these phases that does more than rank channels."""
         return next((phase for phase in coming if phase.kind != RANK), self.phase)
 
     def _due(self, step: int) -> bool:
-        """Whether another phase begins at `step`."""
+        """Whether the next phase begins at `step`."""
         return bool(self._upcoming) and self._upcoming[0].from_step <= step
 
     def _switch(self, step: int) -> Phase | None:
+        """Begin the next phase if it begins at `step`: that phase, or None."""
         return self._advance() if self._due(step) else None
 
     def _fit(self, budget: Budget, done: int) -> None:
-        """Where the budget makes another length of the run, have the rest of the phase come as one of its own."""
+        """Follow the budget where it has come to another length of the run."""
         if self.phase.kind != RANK and not self._due(done) and budget.fit(done):
             self._follow(budget, done)
 
     def _end(self, budget: Budget, done: int) -> None:
-        """End the run. Where only the phase that is due cannot be paid for, go on with this one while that can be; and
-        where only this one cannot, for the test would have its width, begin the next now."""
+        """End the run, unless steps of another phase than the planned one can still be paid for.
+
+        If the next phase is due and is what costs too much, the present one goes on instead. If the present one costs
+        too much, for a test now would be made at its width, the next begins at once.
+        """
         if self._due(done):
             budget.stay(done)
             self._follow(budget, done)
@@ -144,17 +157,21 @@ class Coordinator:
         self.steps = done
 
     def _follow(self, budget: Budget, done: int) -> None:
-        """The phases as the budget plans them now."""
+        """Take over the phases as the budget plans them now.
+
+        What is left of the present one becomes a phase of its own, by which the device is told of the run's new length.
+        """
         phases = schedule.phases_of(self._recipe, self._channels, self._steps_per_epoch, budget.ends)
         self._upcoming = [phase for phase in phases if phase.from_step >= done]
         self.steps = budget.ends[-1]
         if not self._due(done):
             rest = [phase for phase in phases if phase.from_step < done][-1]
-            if rest.kind == RANK:  # it would rank longer now that the entry is, and its channels are chosen
+            if rest.kind == RANK:  # the entry is longer now, and so its ranking; but its channels are chosen already
                 rest = self._upcoming.pop(0)
             self._upcoming.insert(0, replace(rest, from_step=done))
 
     def _advance(self) -> Phase:
+        """Begin the next phase; after a ranking with the order of channels that came of it."""
         coming = self._upcoming.pop(0)
         if self.phases and self.phase.kind == RANK:
             self._order = reorder(self._order, self._sent, self._scores)

@@ -25,25 +25,14 @@ from edge_server.training import Training
 def evaluate(
     host: Host, receive: Incoming, training: Training | None, tell: Callable[[Session, int, bool], None]
 ) -> Generator[pb.Frame, None, None]:
-    """What is sent down; `training` is that of the run which the device trains, None where a finished run is used, of
-    which `tell` is told, and whether pictures were judged."""
+    """What is sent down.
+
+    `training`: that of the run which the device trains; None where a finished run is used. `tell` is told of such a
+    use: whose it was, how many pictures came, and whether they were judged.
+    """
     draft, begin = receive.draft, receive.begin
     draft.frame(UP, receive.first)
-    if training:
-        if begin.step != training.step:  # a stream of long ago that is played once more must decide nothing
-            raise FrameError(
-                f"an evaluation at step {begin.step} was asked for; the run stands at step {training.step}"
-            )
-        halves, phase = training.halves, training.phase_of_evaluation(receive.first.phase)
-    else:
-        assert host.served
-        halves, phase = host.served.halves, host.served.manifest.phase
-        _check_classes(tuple(begin.classes), host.served.manifest.classes)
-    width = begin.width or phase.width
-    if width not in phase.widths:
-        raise FrameError(
-            f"width {width} was asked for; this network serves {', '.join(map(str, sorted(phase.widths)))}"
-        )
+    halves, phase, width = _network(host, receive, training)
     halves.tail.eval()
     try:
         total, number, pictures = Judgement(), 0, 0
@@ -63,18 +52,10 @@ def evaluate(
                 judged = pb.Judged(count=result.count, loss=result.loss, correct=result.correct)
                 yield draft.frame(DOWN, wire.seal(place.frame(judged=judged)))
             number += 1
-        verdict = pb.Verdict(count=total.count, loss=total.mean_loss, accuracy=total.accuracy)
-        again = False
-        if training and begin.subset in (pb.VALIDATION, pb.TEST):
-            on_test = begin.subset == pb.TEST
-            again = (training.step, on_test) in training.evaluated
-            decision = training.judged(total, on_test)
-            verdict.finished = decision.then == pb.FINISH
-            if decision.phase:
-                verdict.next.CopyFrom(phase_message(decision.phase))
+        verdict, again = _verdict(total, training, begin.subset)
         last = draft.frame(DOWN, wire.seal(Place(pb.EVALUATION, number, phase.index).frame(verdict=verdict)))
         if not again:
-            draft.keep()  # one whose verdict was lost is in the books already
+            draft.keep()
             if training and host.run:
                 if begin.subset == pb.VALIDATION:  # the test's is in the summary
                     found = f"validation loss {verdict.loss:.4f}, accuracy {verdict.accuracy:.2%}"
@@ -82,12 +63,48 @@ def evaluate(
                 training.coordinator.book(host.run.meter)
                 # The device may go on from here without judging again: a server that is lost now must know it.
                 host.run.keep(anew=True)
-        if not training:  # before the device has it, who may hang up then
+        if not training:  # now: once the device has the verdict it may end the stream, and this with it
             tell(receive.session, pictures, total.count > 0)
         yield last
     finally:
-        if training and not host.served:  # which may have ended while its device did not read
+        if training and not host.served:  # a run may be finished, and served, while a stream of it was still open
             halves.tail.train()
+
+
+def _network(host: Host, receive: Incoming, training: Training | None) -> tuple[Halves, Phase, int]:
+    """What judges, in which phase and at which width; FrameError where the device asks for what there is not."""
+    begin = receive.begin
+    if training:
+        if begin.step != training.step:  # a stream of long ago that is played once more must decide nothing
+            raise FrameError(
+                f"an evaluation at step {begin.step} was asked for; the run stands at step {training.step}"
+            )
+        halves, phase = training.halves, training.phase_of_evaluation(receive.first.phase)
+    else:
+        assert host.served
+        halves, phase = host.served.halves, host.served.manifest.phase
+        _check_classes(tuple(begin.classes), host.served.manifest.classes)
+    width = begin.width or phase.width
+    if width not in phase.widths:
+        raise FrameError(
+            f"width {width} was asked for; this network serves {', '.join(map(str, sorted(phase.widths)))}"
+        )
+    return halves, phase, width
+
+
+def _verdict(total: Judgement, training: Training | None, subset: pb.Subset) -> tuple[pb.Verdict, bool]:
+    """The verdict, with what it decides in training; and whether it was given before and lost on the way, so that the
+    books have this evaluation already."""
+    verdict = pb.Verdict(count=total.count, loss=total.mean_loss, accuracy=total.accuracy)
+    if training is None or subset not in (pb.VALIDATION, pb.TEST):
+        return verdict, False
+    on_test = subset == pb.TEST
+    again = (training.step, on_test) in training.evaluated
+    decision = training.judged(total, on_test)
+    verdict.finished = decision.then == pb.FINISH
+    if decision.phase:
+        verdict.next.CopyFrom(phase_message(decision.phase))
+    return verdict, again
 
 
 def _batch(

@@ -10,7 +10,6 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from rich.console import Console
 from common import codecs, weights, wire
 from common import halves as halves_module
 from common.errors import (
-    BusyError,
     FrameError,
     MismatchError,
     ModelError,
@@ -65,8 +63,6 @@ class Host:
         self.limits = limits or Limits()
         self.callers = Callers(self.limits)
         self.watch = Watch(self.limits, self.note)
-        self._evaluations: Counter[str] = Counter()  # streams that use the finished run at the moment, by caller
-        self._lock = threading.Lock()
         self._beginning = threading.Lock()  # held while a stream takes another's place, and while the run is put back
         self.sessions = Sessions(self.limits)
         self.run: LiveRun | None = None
@@ -75,8 +71,8 @@ class Host:
         self.stopping = False
         # Set when the run's device knows that the run is finished.
         self.ended = threading.Event()
-        # Since when, on the clock of time.monotonic(), the device of the run that was trained here is waited for, to
-        # hear of the end; inf while it judges. None where none was trained to the end.
+        # The device of a run that is finished may still have to hear of that. Since when it is waited for, on the clock
+        # of time.monotonic(); inf while it judges, None where no run was finished by this process.
         self.finished_at: float | None = None
 
     @classmethod
@@ -155,8 +151,10 @@ class Host:
 
     @property
     def at_work(self) -> bool:
-        """Whether at this moment a step of the run is computed, a batch of it judged, or its end written: not where an
-        evaluation waits for its device."""
+        """Whether the server itself computes a step of the run, judges a batch of it or writes its end.
+
+        The lock alone does not say: an evaluation holds it while it waits for its device too.
+        """
         training = self.run.training if self.run else None
         return training is not None and training.lock.locked() and self.watch.at_work
 
@@ -206,8 +204,8 @@ class Host:
             self.run.check_free(session.identity)
             return 0
         self.run.check_owner(session.identity)
-        # The run is put back when the device begins, not now: a handshake that is played once more by whoever saw it
-        # (`begin` it cannot, for it doesn't see the answer) disturbs nothing.
+        # The run is put back when the device begins, not now. Else whoever has seen a handshake could disturb it by
+        # sending that once more; to begin, one has to know the answer too.
         session.back_to = self.run.common(run_id, kept)
         session.take_up(self.run)
         return session.back_to
@@ -238,25 +236,6 @@ class Host:
                 self.finished_at = time.monotonic()
         self.ended.set()
 
-    @contextmanager
-    def evaluating(self, session: Session) -> Iterator[None]:
-        """A place among the streams that use the finished run; BusyError where there is none."""
-        caller, again = session.caller, f"try again in {self.limits.retry_s:g} s"
-        with self._lock:
-            if (judging := self._evaluations.total()) >= self.limits.queue:
-                raise BusyError(f"the server is already judging for {judging} devices; {again}", self.limits.retry_s)
-            if (own := self._evaluations[caller]) >= self.limits.queue_each:
-                raise BusyError(
-                    f"the server is already judging for {own} devices of yours; {again}", self.limits.retry_s
-                )
-            self._evaluations[caller] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._evaluations[caller] -= 1
-                self._evaluations += Counter()  # drops callers without one
-
     # Training
 
     def begin(self, session: Session, begin: pb.Begin, context: Stream) -> bool:
@@ -264,43 +243,53 @@ class Host:
 
         FrameError where the device stands at a step from which the run cannot go on: nothing is disturbed by it.
         """
-        run, samples, classes = self.run, begin.samples, tuple(begin.classes)
-        beside = Beside(begin.validation, begin.test, begin.head)
+        run = self.run
         if session.run and self.served:
             raise SessionError("the run of this session is finished; open another to hear of it")
         if not session.trains or run is None or self.served:
             raise FrameError("Begin of training came on a session that does not train")
         with self._beginning:
-            if session.run is None:
-                run.check_free(session.identity)
-                run.take_over(context)
-                try:
-                    run.begin(samples, classes, session.identity, beside)
-                except BaseException:
-                    run.part(context)
-                    raise
-                self._book_head(session)
-                run.meter, run.kernel = session.meter, session.kernel
-                session.run, session.run_id = run, run.run_id
-                session.joined = True
-                return True
-            _check_same(session, run)
-            run.check_data(samples, classes)  # before anything is given up for this device
-            run.check_head(begin.head)
-            if session.back_to is not None:
-                self._put_back(session, begin.step)
-            assert run.training
-            _check_whole(run.training)
-            run.training.answered_from(begin.step)
-            run.take_over(context)
-            run.owner = run.owner or session.identity
-            run.faults.reconnects += session.joined
+            starts = session.run is None
+            if starts:
+                self._start(run, session, begin, context)
+            else:
+                self._go_on(run, session, begin, context)
             session.joined = True
-            return False
+            return starts
+
+    def _start(self, run: LiveRun, session: Session, begin: pb.Begin, context: Stream) -> None:
+        """Start the run for a device that brings no half of it; the session's books become the run's."""
+        run.check_free(session.identity)
+        run.take_over(context)
+        try:
+            beside = Beside(begin.validation, begin.test, begin.head)
+            run.begin(begin.samples, tuple(begin.classes), session.identity, beside)
+        except BaseException:
+            run.part(context)
+            raise
+        self._book_head(session)
+        run.meter, run.kernel = session.meter, session.kernel
+        session.run, session.run_id = run, run.run_id
+
+    def _go_on(self, run: LiveRun, session: Session, begin: pb.Begin, context: Stream) -> None:
+        """Go on with the run where its device stands. Checks come first: a device that fails one disturbs nothing."""
+        _check_same(session, run)
+        run.check_data(begin.samples, tuple(begin.classes))
+        run.check_head(begin.head)
+        if session.back_to is not None:
+            self._put_back(session, begin.step)
+        assert run.training
+        _check_whole(run.training)
+        run.training.answered_from(begin.step)
+        run.take_over(context)
+        run.owner = run.owner or session.identity
+        run.faults.reconnects += session.joined
 
     def _book_head(self, session: Session) -> None:
-        """Have the books of a run that begins say that its device was given the head's first weights, also where it was
-        on an earlier session, which is forgotten: a head that learns alone takes longer than one is kept."""
+        """Count the head's first weights where this session has not: the device was given them on an earlier one.
+
+        A head that learns alone takes longer than a session is kept, and with the session its books were forgotten.
+        """
         if self._first_head and not session.head_sent:
             session.book_head(wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), self._first_head))
 
@@ -314,8 +303,10 @@ class Host:
 
     @contextmanager
     def judging(self, session: Session, context: Stream) -> Iterator[Training]:
-        """Let `context` judge the session's run as it stands, which waits meanwhile. Not while it is put back: the
-        device would be told an outcome that this side gives up, and go on with it."""
+        """Let `context` judge the session's run as it stands, which waits meanwhile.
+
+        Not where the run is yet to be put back: the device would go on with a verdict that this side then gives up.
+        """
         with self._beginning:
             if session.run is None or session.run.training is None or session.back_to is not None:
                 raise FrameError("Evaluate came before Begin")

@@ -26,7 +26,7 @@ STOPPED = "the server was stopped by its operator; the run is not finished and g
 class Incoming:
     """The frames that a device sends on one stream; `wait_s` adds up the time spent waiting for them.
 
-    They wait in `draft` until what they belong to is done, and the caller says so.
+    They are counted in `draft`, which the caller keeps once what they belong to is done.
     """
 
     def __init__(self, frames: Iterator[pb.Frame], host: Host, stream: Watched, identity: str, caller: Caller) -> None:
@@ -58,12 +58,12 @@ class Incoming:
             return next(self._frames, None)
 
     def drained(self) -> bool:
-        """Wait until the device has closed its side, having read all of ours; whether it has."""
+        """Wait until the device closes its side, having read all of ours; False where it sends more instead."""
         return self._next() is None
 
 
 def hold_up(seconds: float, context: Any, host: Host) -> None:
-    """Let a caller wait that is over its rate: what it sends meanwhile stays on its side, by gRPC's flow control."""
+    """Wait on behalf of a caller that is over its rate; gRPC's flow control then keeps what it sends on its side."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0 and context.is_active() and not host.stopping:
         time.sleep(min(left, _NAP_S))

@@ -19,8 +19,12 @@ from common.run import TAIL, RunFolder
 
 @dataclass(frozen=True)
 class Initial:
-    """What to fill new halves with. `run_id`: set where the device must bring the trained head itself. `known`: the
-    channels that a run by channels has sent, the most important first; the tail has seen no others."""
+    """What to fill new halves with; where `head` or `tail` is empty, that half stays random.
+
+    `run_id`: of the finished run whose head the device must bring itself; "" where it need not. `known`: the channels
+    that this run's tail was trained with, the most important first, where a run with bottleneck "channels" sent only
+    some.
+    """
 
     head: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tail: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -45,7 +49,7 @@ def initial_weights(recipe: Recipe, halves: Halves, allowed: Collection[str]) ->
 
 
 def _split(whole: Mapping[str, torch.Tensor], halves: Halves, source: str) -> Initial:
-    """Each half's share of the whole model's weights."""
+    """Each half's share of the whole model's weights; fills `halves` with them too."""
     for half in (halves.head, halves.tail):
         expected = set(half.layers.state_dict())
         weights.fill(half.layers, {name: value for name, value in whole.items() if name in expected}, source)

@@ -25,8 +25,11 @@ class Door(grpc.ServerInterceptor):
         self._host, self._guard = host, guard
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Handlers all take a stream: of a call with one message gRPC would hold a thread until that has come, before
-        any of this is asked."""
+        """The method's handler, behind this door.
+
+        Handlers of one message are made to take a stream too. gRPC would else wait for that message by itself, with a
+        thread that no limit of ours counts and no watch ends.
+        """
         handler = continuation(details)
         if handler is None:
             return handler
@@ -58,7 +61,7 @@ class Door(grpc.ServerInterceptor):
         return counted
 
     def _of_one(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        """A method of one message, which is waited for no longer than the first of a stream."""
+        """A method of one message, from one that takes a stream; the message is waited for as the first of a stream."""
 
         def with_request(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             with self._host.watch.over(context) as stream, stream.waiting():
@@ -70,7 +73,7 @@ class Door(grpc.ServerInterceptor):
         return with_request
 
     def _of_many(self, behaviour: Callable[..., Any]) -> Callable[..., Any]:
-        """A method of many messages, each of which is waited for no longer than that."""
+        """A method of many messages; each is waited for no longer than the first of one of our own streams."""
 
         def heard(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
             with self._host.watch.over(context) as stream:
@@ -85,6 +88,7 @@ class Door(grpc.ServerInterceptor):
 
     @contextlib.contextmanager
     def _place(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """One of the caller's places for calls, once it is not over its rate; a refusal where it has none left."""
         with contextlib.ExitStack() as stack:
             try:
                 caller = stack.enter_context(self._host.callers.call(self._guard.caller(context)))

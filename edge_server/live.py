@@ -75,7 +75,7 @@ class LiveRun:
         self.training: Training | None = None
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.checkpoints = Checkpoints(folder.checkpoints, self.run_id, recipe.digest())
-        self._at = 0  # step of the newest checkpoint, where `saved`
+        self._at = 0  # the step that the run stands at as long as no device has taken it up
         self._writing = threading.Lock()
         self._streams: set[Stream] = set()
         self._changed = threading.Condition()
@@ -115,7 +115,7 @@ class LiveRun:
             )
 
     def check_owner(self, identity: str) -> None:
-        """Raise where the run is another's; where nobody had to say who they are it is the first one's who does."""
+        """Raise where the run is another's. One that was begun when nobody had to say who they are is nobody's yet."""
         if self.owner and not identity:
             raise ForbiddenError(
                 "this run was begun by a device that proved who it is: start the server with --tls-client-ca or "
@@ -172,7 +172,7 @@ class LiveRun:
                 f"the device's pictures have {len(classes)} classes, the recipe {self.recipe.name} has {expected}; "
                 f"use other data, or change model.classes on the server"
             )
-        if strange := [name for name in classes if printable(name, len(name)) != name]:
+        if strange := [name for name in classes if printable(name) != name]:
             raise MismatchError(
                 f"the class {printable(strange[0], 100)!r} has characters in its name that no terminal shows: rename it"
             )
@@ -208,9 +208,9 @@ class LiveRun:
         )
 
     def common(self, run_id: str, kept: Sequence[int]) -> int:
-        """The newest of the steps that the device has kept and from which this side can go on too; changes nothing.
+        """The newest step from which both sides can go on, of those that the device has `kept`; changes nothing.
 
-        Nothing will be undone where the device stands at the very step that this process stands at.
+        Rather one that the run can go on from as it stands, for then nothing is undone; else a checkpoint's.
         """
         if run_id != self.run_id:
             raise MismatchError(
@@ -253,24 +253,28 @@ class LiveRun:
         self.faults.steps_again += lost["steps"]
         self.training = training
         self.checkpoints.forget_after(step)
-        self.keep(anew=True)  # the same but for what the fault cost: a second one before the next must not forget it
+        self.keep(anew=True)  # with what the fault cost: a second one before the next checkpoint must not forget it
 
     def keep(self, anew: bool = False) -> None:
         """Write a checkpoint of where the run stands, unless there is one. `anew`: in its place.
 
         Called with `training.lock` held, or where nothing else can use the training.
         """
-        if snapshot := self.snapshot(anew=anew):
+        if snapshot := self.snapshot(anew):
             self.write(snapshot, anew)
 
-    def snapshot(self, decision: Decision | None = None, anew: bool = False) -> Checkpoint | None:
-        """A checkpoint of the run as it is now, to be written; None where none is due after `decision`, or, without
-        one, where there is one already and it is not to be made `anew`. Called as `keep`."""
+    def snapshot_after(self, decision: Decision) -> Checkpoint | None:
+        """What `write` is to be given after the step that led to `decision`; None where no checkpoint is due."""
+        assert self.training
+        turn = bool(decision.phase) or decision.then != pb.STEP
+        return self.snapshot() if due(self.training.step, self.every, turn=turn) else None
+
+    def snapshot(self, anew: bool = False) -> Checkpoint | None:
+        """A checkpoint of the run as it is now, for `write`; None where it has one, unless that is to be made `anew`,
+        or cannot have any. Called as `keep`."""
         training = self.training
         assert training
-        turn = decision is None or bool(decision.phase) or decision.then != pb.STEP
-        present = training.step in self.checkpoints.written and not anew
-        if present or training.spoiled or not due(training.step, self.every, turn=turn):
+        if training.spoiled or (training.step in self.checkpoints.written and not anew):
             return None
         kernel = self.kernel.read()
         books = {
@@ -285,7 +289,10 @@ class LiveRun:
         return Checkpoint(training.step, tensors, state | books)
 
     def write(self, snapshot: Checkpoint, anew: bool = False) -> None:
-        """Write it, unless a newer one of the same step has come before it; a full disk is told, and that is all."""
+        """Write it, unless another thread has written one of this step meanwhile. A full disk is told, and that is all.
+
+        Apart from `snapshot`, so that a step's answer need not wait for the disk.
+        """
         training = self.training
         assert training
         with self._writing:
@@ -302,7 +309,7 @@ class LiveRun:
         warn(self.console, f"no checkpoint of step {step}: {error}; the run goes on")
 
     def pause(self) -> bool:
-        """Keep where the run stands, unless a step or an evaluation is at work for too long; whether it was not."""
+        """Keep where the run stands; False, and nothing kept, where a step or an evaluation takes too long to end."""
         training = self.training
         if not training or not training.lock.acquire(timeout=_PAUSE_S):
             return False
@@ -329,9 +336,9 @@ class LiveRun:
         training.halves.tail.settle(training.phase.width, training.phase.order)
         self.folder.write_half("tail", training.halves.tail, manifest)
         outcome = report.Outcome(
-            self.run_id, training.test.accuracy, training.test.mean_loss, training.step,
-            training.step * training.batch, training.epochs, training.elapsed_s, training.busy_s,
-            tuple(training.coordinator.phases), self.faults,
+            run_id=self.run_id, accuracy=training.test.accuracy, loss=training.test.mean_loss, steps=training.step,
+            samples=training.step * training.batch, epochs=training.epochs, wall_s=training.elapsed_s,
+            busy_s=training.busy_s, phases=tuple(training.coordinator.phases), faults=self.faults,
         )  # fmt: skip
         cut, kernel = training.halves.cut, self.kernel.read()
         summary = report.summarise(self.recipe, cut, outcome, self.meter, kernel, "server")

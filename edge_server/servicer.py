@@ -71,14 +71,14 @@ class Servicer(split_pb2_grpc.SplitServicer):
         self.host = host
         self._guard = guard or Guard()
         self._identity = self._guard.identity
-        # The log is for a person, and on a disk: a flood of refusals must not become one of lines.
+        # The log is read by a person and lies on a disk: many refusals must not become as many lines.
         self._lines, self._untold = Bucket(1.0, 30.0), 0
         self._faults = Bucket(0.1, 10.0)
 
     def fail(self, context: grpc.ServicerContext, error: Exception) -> None:
         """End the RPC: an error of ours with its own sentence, a fault with a traceback for the operator alone."""
         if isinstance(error, DepruneError):
-            # Its own stopping is no refusal: the operator who stopped it knows, and the device is told.
+            # That the server is being stopped need not be told to the operator, who stopped it.
             if not (self.host.stopping and isinstance(error, StoppedError)):
                 self._tell(error, context)
             abort(context, error)
@@ -149,7 +149,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         head = self.host.head_weights(session)
 
         def frames() -> Generator[pb.Frame, None, None]:
-            """Made as they are sent: a caller that doesn't read them holds none."""
+            """Made one by one as they are sent: a caller that does not read keeps none in memory."""
             yield from wire.pack_bytes(Place(pb.WEIGHTS, 0, 0), head)
 
         session.book_head(frames())
@@ -191,7 +191,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             if run:
                 training = stack.enter_context(self.host.judging(session, context))
             else:
-                stack.enter_context(self.host.evaluating(session))
+                stack.enter_context(self.host.callers.evaluation(session.caller))
                 if session.trains:
                     stack.enter_context(self.host.telling())
                 else:

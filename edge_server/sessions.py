@@ -36,12 +36,12 @@ class Session:
     kernel: Kernel = field(default_factory=Kernel)
     peer: str = ""  # gRPC's name of the device's end of the connection
     run: LiveRun | None = None  # which it has begun, or comes back to
-    run_id: str = ""  # of the run as it was begun then: as long as it stands at step 0 another device may begin it
-    back_to: int | None = None  # the step that it was told to go on from, until it does
+    run_id: str = ""  # the run's id when this session got it; at step 0 another device may begin it anew, with a new id
+    back_to: int | None = None  # the step that the handshake told it to go on from; None once it has, or has none
     streams: int = 0  # open at the moment
-    begun: bool = False  # it has had one
+    begun: bool = False  # it has had a stream, of any kind
     head_sent: bool = False
-    joined: bool = False  # it has had a stream for the run
+    joined: bool = False  # it has had a stream that trains the run: another one is a reconnect
     touched: float = field(default_factory=time.monotonic)
 
     def seen(self, peer: str) -> None:
@@ -107,7 +107,7 @@ class Sessions:
             self._forget_idle(now)
 
     def leave(self, session: Session) -> None:
-        """A stream of this session has ended and the device needs it no more."""
+        """Forget a session that its device needs no more, unless another stream of it is open."""
         with self._lock:
             if not session.streams:
                 self._forget(session)
@@ -120,8 +120,8 @@ class Sessions:
     def _make_room(self, caller: str) -> None:
         """A place for one more session of `caller`'s, another's if need be; BusyError where there is none.
 
-        A place is only taken from sessions without an open stream: from those that are idle, or from the caller that
-        has the most, so that no one's opens keep others out.
+        A place is only taken from sessions without an open stream: from one that is idle, or from one of the caller who
+        has the most, so that nobody keeps others out by opening many.
         """
         now, limits = time.monotonic(), self._limits
         self._forget_idle(now)
@@ -147,7 +147,8 @@ class Sessions:
             self._forget(session)
 
     def _give_way(self, sessions: Iterable[Session], before: float) -> bool:
-        """Forget one of `sessions` that was last heard of `before`, rather one that never began; whether there was."""
+        """Forget one of `sessions` that was not heard since `before`; first those that never had a stream, then the
+        oldest. Whether there was any."""
         idle = [session for session in sessions if not session.streams and session.touched <= before]
         if idle:
             self._forget(min(idle, key=lambda session: (session.begun, session.touched)))

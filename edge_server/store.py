@@ -27,36 +27,32 @@ _MIXED = 4
 class Store:
     """The steps of one STORE phase. `shape` [B, width, ...] is what each decodes to."""
 
-    def __init__(self, folder: Path, phase: Phase, shape: tuple[int, ...], seed: int, limit: int) -> None:
-        """A new, empty store in `folder`; StoreError where it cannot be made."""
-        self._set_up(folder, phase, shape, seed, limit)
-        self._open("w+b")
+    def __init__(
+        self, folder: Path, phase: Phase, shape: tuple[int, ...], seed: int, limit: int,
+        index: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """A new, empty store in `folder`; with `index` the one that lies there, as it was when `index` was taken.
 
-    @classmethod
-    def reopen(
-        cls, folder: Path, phase: Phase, shape: tuple[int, ...], seed: int, limit: int, index: Mapping[str, Tensor]
-    ) -> Store:
-        """The store as it was when `index` was taken: what came later is dropped; StoreError where it is not there."""
-        store = cls.__new__(cls)
-        store._set_up(folder, phase, shape, seed, limit)
-        store._places = [(int(start), int(length), int(crc)) for start, length, crc in index["places"]]
-        store._labels = list(index["labels"].numpy())
-        store._open("r+b")
-        if store._file.seek(0, os.SEEK_END) < store.size:
-            raise StoreError(f"{store.path} is shorter than the checkpoint says; start the run anew with --overwrite")
-        store._file.truncate(store.size)
-        for number in range(store.steps):  # now, for nobody could say when in a run a damaged one would be drawn
-            store._read(number)
-        return store
-
-    def _set_up(self, folder: Path, phase: Phase, shape: tuple[int, ...], seed: int, limit: int) -> None:
+        StoreError where it cannot be made, or is not there.
+        """
         self.shape, self.limit, self.phase = shape, limit, phase
         # Beside the checkpoints, which hold its index.
         self.path = folder / f"store-{phase.from_step:012}.bin"
         self._seed = seed
         self._places: list[tuple[int, int, int]] = []  # start, length and CRC-32 of each payload
         self._labels: list[np.ndarray] = []
-        self._mix: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._mix: tuple[int, np.ndarray, np.ndarray] | None = None  # the payloads that are mixed now, decoded
+        if index is None:
+            self._open("w+b")
+            return
+        self._places = [(int(start), int(length), int(crc)) for start, length, crc in index["places"]]
+        self._labels = list(index["labels"].numpy())
+        self._open("r+b")
+        if self._file.seek(0, os.SEEK_END) < self.size:
+            raise StoreError(f"{self.path} is shorter than the checkpoint says; start the run anew with --overwrite")
+        self._file.truncate(self.size)  # what came later comes once more
+        for number in range(self.steps):  # now: a damaged one would be met at some random moment of the run
+            self._read(number)
 
     def _open(self, mode: str) -> None:
         try:

@@ -7,7 +7,7 @@ any moment leaves the run at a whole step.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 from rich.markup import escape
@@ -41,56 +41,71 @@ class TrainStream:
 
     def frames(self, begun: bool) -> Generator[pb.Frame, None, None]:
         """What is sent down, from Ready to the end; not `begun`: the run goes on where an older stream ended."""
-        run, receive, training, meter = self.run, self.receive, self.training, self.run.meter
+        receive, training, meter = self.receive, self.training, self.run.meter
         answers = training.answered_from(receive.begin.step)
-        wanted = training.recipe.principal and not training.rotated
-        sensitivity = self._sensitivity() if wanted else []
-        ready = pb.Ready(
-            basis_wanted=wanted, phase=phase_message(training.phase), answered=len(answers),
-            sensitivity_follows=bool(sensitivity), from_request=len(answers) == len(training.answers) > 0,
-            run_id=run.run_id,
-        )  # fmt: skip
-        first = [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *sensitivity]
+        wants_basis = training.recipe.principal and not training.rotated
+        first = self._ready(answers, wants_basis)
         meter.frame(UP, receive.first, again=not begun)
         for out in first:
             meter.frame(DOWN, out, again=not begun)
         if begun:  # a device that has heard Ready must find the run again
             self._keep()
-        what = f"The device is connected again, at step {receive.begin.step:,}."
-        if begun:
-            what = (
-                f"{escape(receive.session.identity) or 'A device'} trains [bold]{escape(training.recipe.name)}[/bold]: "
-                f"{several(training.coordinator.steps, 'step')} of {several(training.batch, 'picture')}, "
-                f"{training.samples:,} pictures an epoch."
-            )
-        run.console.print(what, highlight=False)
-        with StepProgress(run.console, training.coordinator.steps, training.step) as live:
+        self._tell_begin(begun)
+        with StepProgress(self.run.console, training.coordinator.steps, training.step) as live:
             yield from first
             for answer in answers:
                 for out in answer:
                     yield meter.frame(DOWN, out, again=True)
-            if wanted:
+            if wants_basis:
                 training.rotate(self._basis())
                 receive.draft.keep()
             if training.step == 0:
                 training.coordinator.book(meter)
-                if wanted:
+                if wants_basis:
                     self._keep(anew=True)
                 meter.lap()
-            chooser = Chooser(run.kernel.flow)
-            while True:
-                frame = receive()
-                run.checkpoints.confirm(frame.kept)
-                if frame.HasField("leave") and not frame.leave.finished:
-                    self._pause(frame.leave)
-                    return
-                if frame.HasField("leave") or (frame.role == pb.WEIGHTS and training.test):
-                    yield from self._finish(frame)
-                    return
-                if frame.HasField("recall"):
-                    yield from self._recall(frame, live)
-                else:
-                    yield from self._step(frame, chooser, live)
+            yield from self._steps(live)
+
+    def _ready(self, answers: Sequence[Sequence[pb.Frame]], wants_basis: bool) -> list[pb.Frame]:
+        """Ready, and what it says follows. `answers`: those that the device has missed, which are sent next."""
+        training = self.training
+        sensitivity = self._sensitivity() if wants_basis else []
+        ready = pb.Ready(
+            basis_wanted=wants_basis, phase=phase_message(training.phase), answered=len(answers),
+            sensitivity_follows=bool(sensitivity), from_request=len(answers) == len(training.answers) > 0,
+            run_id=self.run.run_id,
+        )  # fmt: skip
+        return [wire.seal(Place(pb.CONTROL, 0, 0).frame(ready=ready)), *sensitivity]
+
+    def _tell_begin(self, begun: bool) -> None:
+        """A line for the operator: who trains what, or that the device is back."""
+        training, begin = self.training, self.receive.begin
+        what = f"The device is connected again, at step {begin.step:,}."
+        if begun:
+            who = escape(self.receive.session.identity) or "A device"
+            what = (
+                f"{who} trains [bold]{escape(training.recipe.name)}[/bold]: "
+                f"{several(training.coordinator.steps, 'step')} of {several(training.batch, 'picture')}, "
+                f"{training.samples:,} pictures an epoch."
+            )
+        self.run.console.print(what, highlight=False)
+
+    def _steps(self, live: StepProgress) -> Iterator[pb.Frame]:
+        """Answer what the device asks for, one thing after the other, until it leaves."""
+        chooser = Chooser(self.run.kernel.flow)
+        while True:
+            frame = self.receive()
+            self.run.checkpoints.confirm(frame.kept)
+            if frame.HasField("leave") and not frame.leave.finished:
+                self._pause(frame.leave)
+                return
+            if frame.HasField("leave") or (frame.role == pb.WEIGHTS and self.training.test):
+                yield from self._finish(frame)
+                return
+            if frame.HasField("recall"):
+                yield from self._recall(frame, live)
+            else:
+                yield from self._step(frame, chooser, live)
 
     def _sensitivity(self) -> list[pb.Frame]:
         """The sensitivity, where components are to be weighted by it and the run that this one starts from had one.
@@ -103,6 +118,7 @@ class TrainStream:
         return list(wire.pack_raw(Place(pb.WEIGHTS, 0, 0), sensitivity.cpu().numpy()))
 
     def _basis(self) -> np.ndarray:
+        """What the device sends [w + 1, w]: its principal components as rows, then the mean."""
         receive, training = self.receive, self.training
         frame, place = receive(), Place(pb.WEIGHTS, 0, 0)
         shape = wire.announced(frame)
@@ -120,14 +136,11 @@ class TrainStream:
         if phase.kind == RECALL:
             raise FrameError(f"step {step} is learnt from what the server has kept; Recall was expected")
         clock = time.perf_counter
-        first_wait, receive.wait_s, started = receive.wait_s, 0.0, clock()
-        labels = wire.unpack_labels(
-            frame, receive, Place(pb.LABEL, step, phase.index), training.batch, training.recipe.model.classes
-        )
-        place, shape = Place(pb.ACTIVATION, step, phase.index), training.sent_shape
-        payload = wire.payload_of(receive(), receive, place, shape, phase.activation_codec)
-        sent = codec(phase.activation_codec).decode(payload, shape)
+        started, waited = clock(), receive.wait_s  # until now: for the step's first frame
+        labels, payload = self._received(frame)
+        sent = codec(phase.activation_codec).decode(payload, training.sent_shape)
         decoded = clock()
+        wait, receive.wait_s = receive.wait_s, 0.0
         frames: list[pb.Frame] = []
         with training.applying():
             if training.store:  # first: a tail may work in place on what was decoded, which may be the payload
@@ -140,27 +153,35 @@ class TrainStream:
                 answer = chooser.encode(codec(name), gradient, aside)
                 frames = list(wire.pack(Place(pb.GRADIENT, step, phase.index), answer, gradient.shape, name))
                 encoded = clock()
-            # From here on the step is applied, whatever becomes of the stream: its answer is kept until the device
-            # has shown, by asking for another step, that it has come.
+            # From here on the step is applied, whatever becomes of the stream. Its answer is kept until the device asks
+            # for another step, and so shows that it has the answer.
             decision = training.apply()
             frames.append(self._done(step, phase, loss, correct, decision))
             training.answers = [frames]
             receive.draft.keep()
             for out in frames:
                 run.meter.frame(DOWN, out)
-            wait, receive.wait_s = receive.wait_s, 0.0
             seconds = {
-                "wait": first_wait + wait, "decode": decoded - started - wait,
+                "wait": wait, "decode": decoded - started - (wait - waited),
                 "tail": learnt - decoded + clock() - encoded, "encode": encoded - learnt,
             }  # fmt: skip
             self._log(phase, loss, correct, seconds, live)
-            # Taken before an evaluation can begin, which the device may ask for as soon as it has its answer.
-            snapshot = run.snapshot(decision)
+            # Now, and not when it is written: as soon as the device has its answer it may ask for an evaluation, which
+            # changes what the tail is like.
+            snapshot = run.snapshot_after(decision)
         try:
             yield from frames
         finally:  # also where the stream has ended meanwhile
             if snapshot:
                 run.write(snapshot)
+
+    def _received(self, first: pb.Frame) -> tuple[np.ndarray, bytearray]:
+        """The labels of a step, which start with frame `first`, and the activation's payload."""
+        receive, training = self.receive, self.training
+        step, phase, classes = training.step, training.phase, training.recipe.model.classes
+        labels = wire.unpack_labels(first, receive, Place(pb.LABEL, step, phase.index), training.batch, classes)
+        place = Place(pb.ACTIVATION, step, phase.index)
+        return labels, wire.payload_of(receive(), receive, place, training.sent_shape, phase.activation_codec)
 
     def _keep(self, anew: bool = False) -> None:
         with self.training.lock:
@@ -195,13 +216,13 @@ class TrainStream:
                 _, loss, correct = training.learn(sent, labels)
                 decision = training.apply()
                 done = self._done(step, phase, loss, correct, decision)
-                if not training.answers:  # by the first of its steps the device will know that the request had come
+                if not training.answers:  # the first answer tells the device that its request had come: both book it
                     self.receive.draft.keep()
                 training.answers.append([done])
                 run.meter.frame(DOWN, done)
                 seconds = {"decode": decoded - started, "tail": clock() - decoded}
                 self._log(phase, loss, correct, seconds, live)
-                snapshot = run.snapshot(decision)
+                snapshot = run.snapshot_after(decision)
             try:
                 yield done
             finally:

@@ -47,11 +47,12 @@ class Training:
     rotated: bool = False  # the device's basis has come, where one is wanted
     wall_s: float = 0.0  # taken by the run before this process
     busy_s: float = 0.0  # spent computing
-    mean: RunningMean = field(default_factory=RunningMean)  # for whoever looks on
+    mean: RunningMean = field(default_factory=RunningMean)  # as it is shown
     test: Judgement | None = None
-    evaluated: set[tuple[int, bool]] = field(default_factory=set)  # (step, on the test part) of those made so far
+    evaluated: set[tuple[int, bool]] = field(default_factory=set)  # evaluations made so far: (step, on the test part)
     store: Store | None = None
-    # Answers to the steps since the device last asked for some: what it may have missed when its stream broke.
+    # The server's answers to what the device asked for last, a list of frames for each step: if its stream breaks, it
+    # may have missed them.
     answers: list[list[pb.Frame]] = field(default_factory=list)
     # Held while the tail computes: an evaluation waits for the step before it to be applied.
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -62,7 +63,8 @@ class Training:
         self._optimiser = optim.build(self.recipe.optimiser, tail.layers, tail.bottleneck)
         self._started = time.monotonic()
         self._judged_in = -1, self.phase  # step of the newest validation, and the phase that it was made in
-        self._outlived: dict[Path, int] = {}  # stores that only checkpoints up to this step still need
+        # Stores that learning is done with, and since which step: only checkpoints up to that still need them.
+        self._outlived: dict[Path, int] = {}
         tail.train()
 
     @property
@@ -117,14 +119,14 @@ class Training:
                 raise
 
     def can_go_on(self, step: int) -> bool:
-        """Whether a device that stands at `step` can go on without this side being put back."""
+        """Whether a device that stands at `step` can go on with this run as it is: what it missed is kept."""
         return not self.spoiled and self.step - len(self.answers) <= step <= self.step
 
     def can_be_taken_up(self, step: int) -> bool:
-        """The same for a device that may be another process by now, which knows what its checkpoint of `step` knows.
+        """The same for a device that may be a new process, which knows only what its checkpoint of `step` holds.
 
-        Where a validation was made there, that is perhaps not the verdict: it will judge again, which only a run that
-        stands at that very step can.
+        If a validation was made at that step, the checkpoint may be older than its verdict. The device then judges once
+        more, and a run that has gone on from the step cannot let it.
         """
         return self.can_go_on(step) and (step == self.step or (step, False) not in self.evaluated)
 
@@ -147,7 +149,7 @@ class Training:
         return self.store.draw(self.step - self.phase.from_step, self.phase.flip, self.phase.shift)
 
     def close(self) -> None:
-        """Drop what was kept and what only learning needs: whoever serves the run for months has no use for it."""
+        """Drop the store, and what only learning needs: the run may be served for months from now on."""
         self._optimiser.zero_grad()
         self._optimiser.state.clear()
         self._close_store()
@@ -160,7 +162,7 @@ class Training:
     def learn(self, sent: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray | None, float, int]:
         """Forward and backward of one step: dLoss/dActivation (shape of `sent`), mean loss, right answers.
 
-        No gradient where the head is frozen. The weights move in `apply`, so that it can be on its way meanwhile.
+        No gradient where the head is frozen. The weights do not move here, but in `apply`.
         """
         reseed(self.recipe.seed, self.step, "tail")
         self.halves.tail.resize(self.phase.width_at(self.recipe.seed, self.step))
@@ -179,7 +181,7 @@ class Training:
             self._optimiser.zero_grad()
             loss.backward()
             if activation.grad is not None and self.step % _NOTED_EVERY == 0 and sent.shape[1] == self.phase.width:
-                # Of nested widths the widest alone: it has all directions.
+                # Among nested widths only at the widest, which has all directions.
                 self.halves.tail.note_sensitivity(activation.grad)
         correct = int((logits.argmax(1) == truth).sum())
         if self.phase.frozen:
@@ -246,7 +248,7 @@ class Training:
         }  # fmt: skip
 
     def restore(self, kept: Checkpoint) -> None:
-        """Stand where the training stood that told this; called on a new one, in place of a first `switch`."""
+        """Stand where the training of a checkpoint stood. Called on a new one, before anything else."""
         source, state = f"the checkpoint of step {kept.step}", kept.state
         self.coordinator.restore(state["coordinator"])
         weights.fill(self.halves.tail, part(kept.tensors, "tail"), source)
@@ -264,7 +266,7 @@ class Training:
             phase = phase_from(state["store"])
             shape = self.halves.sent_shape(self.batch, phase.width)
             index = part(kept.tensors, "store")
-            self.store = Store.reopen(self.folder, phase, shape, self.recipe.seed, self.store_limit, index)
+            self.store = Store(self.folder, phase, shape, self.recipe.seed, self.store_limit, index)
 
     def forget_stores(self, oldest: int) -> None:
         """Remove the stores that no checkpoint from step `oldest` on needs."""

@@ -177,7 +177,7 @@ def test_a_store_goes_on_from_its_index(tmp_path: Path) -> None:
     expected = store.draw(7)
     store.add(bytes(store._places[0][1]), np.zeros(4, int))  # after the checkpoint: dropped when it is gone back to
     store.close()
-    again = Store.reopen(tmp_path, store.phase, SHAPE, 7, store.limit, index)
+    again = Store(tmp_path, store.phase, SHAPE, 7, store.limit, index)
     assert again.steps == 5 and again.path.stat().st_size == again.size
     assert all(np.array_equal(left, right) for left, right in zip(again.draw(7), expected, strict=True))
     again.close()
@@ -185,10 +185,10 @@ def test_a_store_goes_on_from_its_index(tmp_path: Path) -> None:
     whole[again.size // 2] ^= 1
     again.path.write_bytes(whole)
     with pytest.raises(StoreError, match="is damaged: what step 2 of its phase brought"):
-        Store.reopen(tmp_path, store.phase, SHAPE, 7, store.limit, index)
+        Store(tmp_path, store.phase, SHAPE, 7, store.limit, index)
     again.path.write_bytes(b"short")
     with pytest.raises(StoreError, match="shorter than the checkpoint says"):
-        Store.reopen(tmp_path, store.phase, SHAPE, 7, store.limit, index)
+        Store(tmp_path, store.phase, SHAPE, 7, store.limit, index)
 
 
 def test_a_store_stays_within_its_limit(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from device_client import remote_tail, use
 from device_client.data import load
 from device_client.remote_tail import RemoteTail
 from edge_server import incoming
+from edge_server.callers import Callers
 from edge_server.host import Host
 from edge_server.limits import Limits
 from edge_server.options import LIMITS, Grouped
@@ -344,21 +345,21 @@ def test_a_head_is_not_kept_for_each_caller_that_does_not_read_it(
     assert booked > 2 and made[0] == booked + 1
 
 
-def test_places_for_evaluations_are_shared_out(tmp_path: Path) -> None:
-    host = quiet_host(tmp_path / "run", queue=8)
+def test_places_for_evaluations_are_shared_out() -> None:
+    callers = Callers(Limits(queue=8))
     with contextlib.ExitStack() as held:
         for number in range(8):
-            held.enter_context(host.evaluating(opened(host, f"caller {number // 2}")))
-        with pytest.raises(BusyError, match="already judging for 8 devices; "), host.evaluating(opened(host, "fifth")):
+            held.enter_context(callers.evaluation(f"caller {number // 2}"))
+        with pytest.raises(BusyError, match="already judging for 8 devices; "), callers.evaluation("fifth"):
             pass
     with contextlib.ExitStack() as held:
         for _ in range(2):
-            held.enter_context(host.evaluating(opened(host, "one")))
-        with pytest.raises(BusyError, match="for 2 devices of yours"), host.evaluating(opened(host, "one")):
+            held.enter_context(callers.evaluation("one"))
+        with pytest.raises(BusyError, match="for 2 devices of yours"), callers.evaluation("one"):
             pass
-        with host.evaluating(opened(host, "other")):
+        with callers.evaluation("other"):
             pass
-    assert not host._evaluations
+    assert callers["one"].forgettable and callers["other"].forgettable
 
 
 def test_a_session_that_reading_outlasted_is_opened_anew() -> None:

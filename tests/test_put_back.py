@@ -35,7 +35,7 @@ def begun(host: Host, step: int = 0, run_id: str = "", kept: tuple[int, ...] = (
 def applied(run: LiveRun) -> None:
     """Apply the step that was learnt, and keep a checkpoint where one is due after it."""
     assert run.training
-    if snapshot := run.snapshot(run.training.apply()):
+    if snapshot := run.snapshot_after(run.training.apply()):
         run.write(snapshot)
 
 

@@ -38,7 +38,7 @@ def load_context() -> Any:
 
 
 def _flags(aside: Aside) -> int:
-    """What both sides know of the form beforehand."""
+    """The flags that follow from what both sides know."""
     return (_DITHERED if aside.dither else 0) | (_SUPPORTED if aside.support is not None else 0)
 
 
@@ -53,7 +53,8 @@ def encode(tensor: Tensor, aside: Aside, snr: float, by_context: bool) -> Buffer
         return HEADER.pack(_ZEROS, 0, 0, 0, 0)
     flags = _flags(aside)
     flags |= _SIGNED if flags or negative else 0
-    # Elements that are zero stay so where there are none below, and have no noise: so the others may have more.
+    # Where nothing is negative, elements that are zero stay exactly zero. They have no rounding noise, so the others
+    # may have more for the same SNR.
     step = quantise.step_of(power, count if flags & _SIGNED else nonzero, snr)
     if support is not None and not step and not np.any(flat[support]):
         return HEADER.pack(_ZEROS, 0, 0, 0, 0)
@@ -80,8 +81,10 @@ def encode(tensor: Tensor, aside: Aside, snr: float, by_context: bool) -> Buffer
 
 
 def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside, by_context: bool) -> Tensor:
-    """The tensor of `shape` in `payload`; CodecError where it isn't one that these settings make. Without `by_context`
-    one that is coded so is refused: some hundred bytes of it may take a second."""
+    """The tensor of `shape` in `payload`; CodecError where it isn't one that these settings make.
+
+    Without `by_context` a payload that is coded by context is refused: to decode some hundred bytes may take a second.
+    """
     count, support = math.prod(shape), _flat(aside.support, math.prod(shape))
     if len(payload) < HEADER.size:
         raise CodecError(f"{len(payload)} bytes are too few for a header")
