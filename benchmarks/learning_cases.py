@@ -218,6 +218,10 @@ CASES = [
     # As coarse as the growing ones are: what the width alone is worth.
     Case("fixed width 8, coarse, longer", "fixed", "[8, 32]", "linear", "step:10", "step:5"),
     Case(
+        "fixed width 16, coarse", "fixed", "[16, 12], { width = 16, epochs = 8, activation = 'step:15' }", "linear",
+        "step:10", "step:5",
+    ),
+    Case(
         "fixed width 16, coarse, longer", "fixed", "[16, 20], { width = 16, epochs = 12, activation = 'step:15' }",
         "linear", "step:10", "step:5",
     ),

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from benchmarks.learning import RESULTS, grouped, reached, sent
@@ -99,19 +100,22 @@ def _lines(axes: Axes, rows: Rows, key: str, scale: float) -> list[tuple[str, st
 
 
 def _names(axes: Axes, ends: list[tuple[str, str, float, float]]) -> None:
-    """Write each name beside the end of its line, from the top down, lower where it would cover another or an end."""
+    """A number beside the end of each line, lower where it would cover another or an end, and beside the plot whose it
+    is: from the left, the fewest first."""
     axes.figure.canvas.draw()
-    at = axes.transData.transform([end[2:] for end in ends])
-    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in at]
-    for name, colour, x, y in sorted(ends, key=lambda end: -end[3]):
+    ends = sorted(ends, key=lambda end: end[2])
+    taken = [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in axes.transData.transform([end[2:] for end in ends])]
+    for number, (_, colour, x, y) in enumerate(ends, 1):
         text = axes.annotate(
-            name, (x, y), fontsize=6, color=colour, xytext=(4, 0), textcoords="offset points", va="center"
+            str(number), (x, y), fontsize=7, color=colour, xytext=(3, 0), textcoords="offset points", va="center"
         )
-        below = 0
+        places = ((3 + right, up) for distance in range(30) for right in (0, distance) for up in (distance, -distance))
         while any(text.get_window_extent().overlaps(box) for box in taken):
-            below -= 2
-            text.set_position((4, below))
+            text.set_position(next(places))
         taken.append(text.get_window_extent())
+    handles = [Line2D([], [], color=colour) for _, colour, _, _ in ends]
+    names = [f"{number}  {name}, {y:.1f} %" for number, (name, _, _, y) in enumerate(ends, 1)]
+    axes.figure.add_artist(axes.legend(handles, names, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0)))
 
 
 def plots(rows: Rows) -> None:
@@ -122,19 +126,17 @@ def plots(rows: Rows) -> None:
         ("bytes", "context", 1e6, "MB on the link, both ways, coded by context where a row is coded"),
         ("seconds", "wall_s", 1.0, "seconds, device and server in turn, no link"),
     ):
-        figure, axes = plt.subplots(figsize=(10, 6), dpi=110)
+        figure, axes = plt.subplots(figsize=(11, 6), dpi=110)
         # Seconds of different machines say nothing of the rows.
         shown = tiny if key == "context" else [row for row in tiny if row["machine"] == machine]
         ends = _lines(axes, shown, key, scale)
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy, %", title=f"accuracy against {name}, tiny")
-        axes.set_xlim(right=axes.get_xlim()[1] * 3)  # room for the names
-        for method, colour in COLOURS.items():
-            if method in {row["method"] for row in tiny}:
-                axes.plot([], [], color=colour, label=method)
-        axes.legend(loc="lower right", fontsize=8)
         axes.grid(alpha=0.3)
-        figure.tight_layout()
+        figure.subplots_adjust(0.06, 0.09, 0.68, 0.94)
         _names(axes, ends)
+        methods = [method for method in COLOURS if method in {row["method"] for row in shown}]
+        handles = [Line2D([], [], color=COLOURS[method]) for method in methods]
+        axes.legend(handles, methods, loc="lower right", fontsize=8)
         figure.savefig(IMAGES / f"learning-{name}.png")
     figure, both = plt.subplots(2, 1, figsize=(9, 8), layout="constrained")
     for axes, method in zip(both, ("deprune", "prune"), strict=True):
