@@ -104,7 +104,7 @@ def main() -> None:
     console = Console()
     threads = len(os.sched_getaffinity(0))
     rows: dict[str, list[float]] = {"unsplit": [], **{f"split {name}": [] for name in CODECS}}
-    parts: dict[str, dict[str, float]] = {}
+    by_round: dict[str, list[dict[str, float]]] = {name: [] for name in CODECS}
     with tempfile.TemporaryDirectory() as name:
         folder, started = Path(name), time.monotonic()
         generator = np.random.default_rng(0)
@@ -114,10 +114,15 @@ def main() -> None:
         for turn in range(ROUNDS):
             rows["unsplit"].append(unsplit(threads))
             for codec in CODECS:
-                seconds, parts[codec] = split(codec, threads, folder, folder / "data.npz")
+                seconds, found = split(codec, threads, folder, folder / "data.npz")
                 rows[f"split {codec}"].append(seconds)
+                by_round[codec].append(found)
             left = (time.monotonic() - started) / (turn + 1) * (ROUNDS - turn - 1)
             console.print(f"round {turn + 1} of {ROUNDS} done, about {left:.0f} s left")
+    parts = {
+        codec: {part: statistics.median(one[part] for one in rounds) for part in rounds[0]}
+        for codec, rounds in by_round.items()
+    }
     ratios = {
         row: statistics.median(a / b for a, b in zip(rows["unsplit"], seconds, strict=True))
         for row, seconds in rows.items()
