@@ -23,6 +23,7 @@ from common.words import duration, size
 _EVERY_S = 10.0
 _COUNTED_S = 3.0  # before the first line of what is counted
 _LATE = 64  # steps that an estimate looks back
+_TO_SPARE = 6  # columns by which numbers may grow
 _BAR, _ENDLESS = 24, 100_000  # columns of a bar, and of a file
 # What a terminal that is too narrow goes without, the first of them first.
 _SPARED = ("loss", "down", "width", "up", "accuracy")
@@ -190,16 +191,22 @@ class StepProgress:
             self._shown, self._width = now, width
 
     def _fitting(self, parts: dict[str, str]) -> str:
-        """The parts as one line, without those that a narrow terminal has no room for; one that had to go stays away,
-        for the line's length changes with every step."""
+        """The parts as one line, without those that a narrow terminal has no room for; one that had to go stays away
+        until there is room to spare, for the line's length changes with every step."""
         columns = self._console.width - self._room if self._console.is_terminal else _ENDLESS
         if columns != self._columns:
             self._columns, self._spared = columns, 0
         while True:
             text = "  ".join(part for name, part in parts.items() if name not in _SPARED[: self._spared])
             if len(text) <= columns or self._spared == len(_SPARED):
-                return text
+                break
             self._spared += 1
+        if self._spared:  # back with the last that had to go, where there is room to spare
+            more = "  ".join(part for name, part in parts.items() if name not in _SPARED[: self._spared - 1])
+            if len(more) <= columns - _TO_SPARE:
+                self._spared -= 1
+                return more
+        return text
 
     def plan(self, steps: int) -> None:
         """The run will have so many steps."""

@@ -74,8 +74,8 @@ class DataRecipe:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.25,)  # then divided by
     validation: float = 0.0  # share of the training pictures held out; a plateau schedule needs some
-    # Pictures a batch when judging: a matter of speed, but for a little that codecs make of it, which round what
-    # crosses together by one step.
+    # Pictures a batch when judging: a matter of speed, and of the result only slightly, for codecs round what crosses
+    # together by one step.
     evaluation_batch: int = 256
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class PhaseRecipe:
     activation: str = ""  # codec of this phase, such as a coarser one early on; "" as in [codec]
     gradient: str = ""  # the same, downwards
     lr: float = 0.0  # highest learning rate of this phase, where optimiser.restart is true; 0 as in [optimiser]
-    # Narrower widths of which, and of `width`, each step draws one: the trained network serves all of them.
+    # Narrower widths: each step uses one of these or `width`, at random, and the trained network serves all of them.
     nested: tuple[int, ...] = ()
     # Above 0 the head and the encoder stay as they are and no gradient comes back: for so many epochs pictures are
     # sent, each time in another augmented view, and for the rest of the phase the server learns from what it kept.

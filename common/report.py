@@ -152,9 +152,10 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     if parts := _told(summary["faults"]):
         console.print(f"On the way: {parts}; the result is that of an undisturbed run.", highlight=False)
     console.print(_table(summary))
-    if any(count["kernel"] and count["kernel"] < count["message"] for count in (bytes_[UP], bytes_[DOWN])):
+    resumed = bool(summary["faults"]["resumed"])
+    if any(0 < (one["kernel"] or 0) < one["message"] + resumed * one["again"] for one in (bytes_[UP], bytes_[DOWN])):
         console.print(
-            "The kernel's bytes are without those of a process that was killed, since its last checkpoint: it alone "
+            "The kernel's bytes are without those that an earlier process moved after its last checkpoint: it alone "
             "could have asked.", highlight=False,
         )  # fmt: skip
 

@@ -79,7 +79,7 @@ def _reason(details: str) -> str:
     if _is_no_name(details):
         return "no such host name is known"
     for words in ("Connection refused", "Connection reset", "Network is unreachable", "No route to host", "Timeout",
-                  "Tls handshake failed"):  # fmt: skip
+                  "Tls handshake failed", "Socket closed"):  # fmt: skip
         if words.lower() in details.lower():
             return words
     return details
@@ -96,7 +96,7 @@ def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
         return LinkError(f"the server at {server} does not use TLS; start it with --tls-cert, or leave out --tls-ca")
     if "Failed parsing HTTP/2" in details:
         return LinkError(f"what answers at {server} is no edge-server, but another program; check the port")
-    if "SETTINGS frame" in details:
+    if "SETTINGS frame" in details or "Endpoint closing" in details:
         return LinkError(
             f"something at {server} takes connections and says nothing; check the port and what runs there"
         )

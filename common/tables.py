@@ -9,6 +9,7 @@ import typing
 from typing import Any
 
 from common.errors import RecipeError
+from common.words import several
 
 
 def demand(holds: bool, message: str) -> None:
@@ -61,7 +62,8 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
     if short and isinstance(value, list):
         keys = [spec.name for spec in dataclasses.fields(hint) if spec.default is dataclasses.MISSING]
         demand(
-            len(value) == len(keys), f"{where} has {len(value)} items; give {short.partition(', such')[0]}, or a table"
+            len(value) == len(keys),
+            f"{where} has {several(len(value), 'item')}; give {short.partition(', such')[0]}, or a table",
         )
         value = dict(zip(keys, value, strict=True))
     if dataclasses.is_dataclass(hint):
@@ -73,7 +75,7 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
         demand(isinstance(value, list), f"{where} is {value!r}; give a list")
         if args[-1] is Ellipsis:
             return tuple(_convert(item, args[0], f"{where}[{i}]", root) for i, item in enumerate(value))
-        demand(len(value) == len(args), f"{where} has {len(value)} items; give {len(args)}")
+        demand(len(value) == len(args), f"{where} has {several(len(value), 'item')}; give {len(args)}")
         return tuple(
             _convert(item, arg, f"{where}[{i}]", root) for i, (item, arg) in enumerate(zip(value, args, strict=True))
         )

@@ -16,7 +16,8 @@ def size(count: float) -> str:
 
 
 def several(count: float, what: str) -> str:
-    """1 step, 1,200 steps, 1.5 epochs."""
+    """1 step, 1,200 steps, 1.57 epochs."""
+    count = count if isinstance(count, int) else round(count, 2)
     return f"{count:{',' if isinstance(count, int) else 'g'}} {what}" + "s" * (count != 1)
 
 

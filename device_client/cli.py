@@ -262,7 +262,8 @@ def predict(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str,
     width: int | None, pictures: tuple[Path, ...], wait: float, as_json: bool, **access: Any,
 ) -> None:  # fmt: skip
-    """Name the class of each PICTURE, with its probability; in JSON with that of each class."""
+    """Name the class of each PICTURE, a file, or numbers in an .npy file, with its probability; in JSON with that of
+    each class."""
     console.stderr = as_json
     remote = _connect(server, access)
     try:

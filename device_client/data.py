@@ -160,7 +160,7 @@ def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> tuple[Pict
     if Path(path).suffix.lower() == ".npz":
         raise DataError(f"{path} holds many arrays; give one of what it holds, saved as an .npy file")
     if Path(path).is_dir():
-        raise DataError(f"{path} is a folder; give the pictures in it")
+        raise DataError(f"{path} is a folder; give the pictures in it: {Path(path) / '*'}")
     require_channels(input_shape)
     try:
         with bombs_are_errors():

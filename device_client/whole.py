@@ -54,7 +54,7 @@ def train(
     except KeyboardInterrupt:
         trainer.rest()
         kept = max(trainer.checkpoints.written, default=0)
-        back = f" from step {kept:,}, for none was kept since" if trainer.begun and kept != trainer.step else ""
+        back = f" from step {kept:,}, its newest checkpoint" if trainer.begun and kept != trainer.step else ""
         console.print(f"Stopped{trainer.where}; the run is not finished: {how}{back}.", highlight=False)
         sys.exit(128 + caught)
     except DivergedError as error:

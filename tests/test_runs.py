@@ -182,8 +182,8 @@ def test_what_went_wrong_is_told_in_words(plain_run: Run) -> None:
     assert "On the way: 1 reconnect, 2,000 steps made again; the result" in shown(reconnects=1, steps_again=2000)
     assert "On the way: 2 times resumed from a checkpoint; the result" in shown(resumed=2)
     assert "On the way" not in shown()
-    assert "without those of a process that was killed" in shown(unseen=9000)
-    assert "process that was killed" not in shown()
+    assert "without those that an earlier process moved" in shown(unseen=9000)
+    assert "earlier process" not in shown()
 
 
 @pytest.mark.parametrize("kind", ["channels", "linear"])

@@ -63,7 +63,9 @@ def test_uses_are_logged_and_a_picture_has_one_answer(deprune_run: Run, tmp_path
     assert missing["picture"].endswith("none.png") and "cannot be read" in missing["error"]
     assert together.returncode == 1 and "1 of 7 pictures was left out, for it cannot be read" in together.stderr
     errors = [json.loads(line)["error"].partition("; ")[2] for line in unread.stdout.splitlines()]
-    assert errors == ["give the pictures in it", "give one of what it holds, saved as an .npy file"], unread
+    assert errors == [f"give the pictures in it: {tmp_path}/*", "give one of what it holds, saved as an .npy file"], (
+        unread
+    )
     assert unread.returncode == 1 and "none of 2 pictures can be read; " in unread.stderr
     text = log.read_text()
     assert "A device had 6 pictures named: " in text and "A device had 359 pictures judged: " in text, text
