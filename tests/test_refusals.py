@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import threading
 import time
 import zlib
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -217,30 +214,6 @@ def test_classes_that_do_not_match(tmp_path: Path) -> None:
         again = pair.device("train", address, "--data", "digits", *device, capture_output=True)
         assert again.returncode == 0 and "after 1 step," in again.stdout, again.stdout + again.stderr
         assert process.wait(timeout=30) == 0
-
-
-def test_no_server_and_no_traceback(tmp_path: Path) -> None:
-    done = pair.device("train", "127.0.0.1:9", "--data", "digits", "--run", tmp_path / "run", capture_output=True)
-    assert done.returncode == 75 and "no server answers at 127.0.0.1:9" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_another_program_answers(tmp_path: Path) -> None:
-    """One that speaks HTTP/1, as web servers and proxies do."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        address = f"127.0.0.1:{other.server_port}"
-        done = pair.device("train", address, "--data", "digits", "--run", tmp_path / "d", capture_output=True)
-        other.shutdown()
-    assert done.returncode == 75
-    assert f"what answers at {address} is no edge-server" in done.stderr.replace("\n", " ")
-
-
-def test_a_port_that_says_nothing_is_no_missing_server() -> None:
-    """After 20 s, which gRPC waits for a first word."""
-    words = "failed to connect to all addresses: connection attempt timed out before receiving SETTINGS frame"
-    error = Mock(code=lambda: grpc.StatusCode.UNAVAILABLE, details=lambda: words, trailing_metadata=lambda: ())
-    assert str(from_rpc(error, "pi:50051")).startswith("something at pi:50051 takes connections and says nothing;")
 
 
 def test_a_finished_run_is_left_alone(server: str, plain_run: Run, tmp_path: Path) -> None:
