@@ -195,23 +195,23 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         console.print(table)
 
 
+def _nearest(rows: list[dict[str, Any]], theirs: str, ours: str) -> list[float]:
+    """Of each tensor how many times our bytes the peer takes that comes nearest to them."""
+    names = dict.fromkeys(row["tensor"] for row in rows)
+    return [min(row[theirs] / row[ours] for row in rows if row["tensor"] == name) for name in names]
+
+
 def goals(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Over the tensors of each kind: the smallest and the median of what is claimed."""
     result: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         mine = [row for row in rows if row["tensor"].startswith(kind)]
         peers8 = [row for row in mine if row["codec"] in peers.EIGHT_BIT]
-        tensors = {row["tensor"]: [other for other in peers8 if other["tensor"] == row["tensor"]] for row in peers8}
-
-        def best(theirs: str, ours: str, tensors: dict[str, list[dict[str, Any]]] = tensors) -> list[float]:
-            """Of each tensor the peer that comes nearest to ours."""
-            return [min(row[theirs] / row[ours] for row in rows) for rows in tensors.values()]
-
         lists = {
-            "best 8-bit peer as it is / step": best("bytes_per_element", "step_at_this_snr"),
-            "best 8-bit peer as it is / context": best("bytes_per_element", "context_at_this_snr"),
-            "best 8-bit peer with zstd / step": best("with_zstd", "step_at_this_snr"),
-            "best 8-bit peer with zstd / context": best("with_zstd", "context_at_this_snr"),
+            "best 8-bit peer as it is / step": _nearest(peers8, "bytes_per_element", "step_at_this_snr"),
+            "best 8-bit peer as it is / context": _nearest(peers8, "bytes_per_element", "context_at_this_snr"),
+            "best 8-bit peer with zstd / step": _nearest(peers8, "with_zstd", "step_at_this_snr"),
+            "best 8-bit peer with zstd / context": _nearest(peers8, "with_zstd", "context_at_this_snr"),
             "8-bit peer as it is / step": [row["bytes_per_element"] / row["step_at_this_snr"] for row in peers8],
             "8-bit peer as it is / context": [row["bytes_per_element"] / row["context_at_this_snr"] for row in peers8],
             "8-bit peer with zstd / step": [row["with_zstd"] / row["step_at_this_snr"] for row in peers8],

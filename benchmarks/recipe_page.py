@@ -8,7 +8,6 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from common import recipe
 
@@ -17,7 +16,7 @@ _HEAD = """# Every key of a recipe
 
 A recipe is one TOML file, which the server owns; the device gets it in the handshake. `edge-server recipes` lists
 those that come along and prints them, to make one's own of; [README](../README.md#recipes) shows the methods by
-example. A key that is not known, or would do nothing, is refused with what to write instead. (Written by
+example. A key that is not known is refused, as are most that would do nothing, with what to write instead. (Written by
 `.venv/bin/python -m benchmarks.recipe_page` from `common/recipe.py`.)
 """
 PARTS = {
@@ -49,14 +48,8 @@ def keys(cls: type) -> Iterator[tuple[str, str, str]]:
     for field in dataclasses.fields(cls):
         if field.name in PARTS and field.name != "phases":  # a table of its own
             continue
-        default = "" if field.default is dataclasses.MISSING else f"`{recipe.in_toml(field.default)}`"
-        if default == "``" or (default == "" and not _is_required(field)):
-            default = "none"
-        yield field.name, default or "required", comments[field.name].replace("|", "\\|")
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        default = "required" if field.default is dataclasses.MISSING else f"`{recipe.in_toml(field.default)}`"
+        yield field.name, default, comments[field.name].replace("|", "\\|")
 
 
 def _comments(cls: type) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ grad modes, of draws, of counters. Such a model would be trained as another one,
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -60,14 +60,19 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info and argument.alias_info.is_write:
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                for tensor in value if isinstance(value, list | tuple) else (value,):
-                    if isinstance(tensor, torch.Tensor):
-                        name = self._known.get(tensor.untyped_storage().data_ptr())
-                        self.names += [name] if name else []
+        for tensor in _written(func, args, kwargs):
+            if name := self._known.get(tensor.untyped_storage().data_ptr()):
+                self.names.append(name)
         return func(*args, **kwargs)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
+    """The tensors that an operator of torch is to overwrite, by its schema."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            values = value if isinstance(value, list | tuple) else (value,)
+            yield from (tensor for tensor in values if isinstance(tensor, torch.Tensor))
 
 
 class _Proxy(fx.Proxy):

@@ -196,17 +196,16 @@ class StepProgress:
         columns = self._console.width - self._room if self._console.is_terminal else _ENDLESS
         if columns != self._columns:
             self._columns, self._spared = columns, 0
-        while True:
-            text = "  ".join(part for name, part in parts.items() if name not in _SPARED[: self._spared])
-            if len(text) <= columns or self._spared == len(_SPARED):
-                break
+
+        def line(spared: int) -> str:
+            return "  ".join(part for name, part in parts.items() if name not in _SPARED[:spared])
+
+        while self._spared < len(_SPARED) and len(line(self._spared)) > columns:
             self._spared += 1
-        if self._spared:  # back with the last that had to go, where there is room to spare
-            more = "  ".join(part for name, part in parts.items() if name not in _SPARED[: self._spared - 1])
-            if len(more) <= columns - _TO_SPARE:
-                self._spared -= 1
-                return more
-        return text
+        # Back with the last that had to go, where there is room to spare.
+        if self._spared and len(line(self._spared - 1)) <= columns - _TO_SPARE:
+            self._spared -= 1
+        return line(self._spared)
 
     def plan(self, steps: int) -> None:
         """The run will have so many steps."""

@@ -17,8 +17,8 @@ def size(count: float) -> str:
 
 def several(count: float, what: str) -> str:
     """1 step, 1,200 steps, 1.57 epochs."""
-    count = count if isinstance(count, int) else round(count, 2)
-    return f"{count:{',' if isinstance(count, int) else 'g'}} {what}" + "s" * (count != 1)
+    shown = f"{count:,}" if isinstance(count, int) else f"{round(count, 2):g}"
+    return f"{shown} {what}" + "s" * (shown != "1")
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

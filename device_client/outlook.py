@@ -39,9 +39,10 @@ class Outlook:
             if abs(steps - self._told) > _NOTICEABLE * self._told:
                 self._told = steps
                 warmup = self._recipe.optimiser.warmup
-                rising = f", of which {min(warmup, steps):,} warm up" if 3 * warmup > steps else ""
-                advice = "; raise schedule.budget_mb, or lower optimiser.warmup" if rising else ""
-                live.say(f"{self._budget} is enough for about {steps:,} steps{rising}{advice}.")
+                rising = (
+                    f", of which {min(warmup, steps):,} warm up; raise schedule.budget_mb, or lower optimiser.warmup"
+                )
+                live.say(f"{self._budget} is enough for about {steps:,} steps{rising * (3 * warmup > steps)}.")
         live.step(
             done, mean, phase.widths, (crossed(UP).message, crossed(DOWN).message), left.seconds if left else None
         )

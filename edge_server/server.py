@@ -69,7 +69,7 @@ class Server:
 
     def stop(self, at_once: Callable[[], bool]) -> bool:
         """Refuse new work, let a step under way end and its answer go, keep a checkpoint, close: within 10 s of that
-        step's end, which is not waited for where `at_once` says so. Whether it has ended."""
+        step's end, which is not waited for where `at_once` says so. Whether something is computed still."""
         host = self.host
         host.stopping = True
         ended, started, told = self._grpc.stop(_STEP_S), time.monotonic(), False
@@ -90,9 +90,9 @@ class Server:
             if at_once() or now - started > _STEP_S:
                 self._grpc.stop(0).wait()
                 break
-        whole = not host.at_work
+        computing = host.at_work
         host.close()
-        return whole
+        return computing
 
 
 def run(server: Server, once: bool, started: Callable[[], None]) -> tuple[str, bool]:
@@ -120,5 +120,5 @@ def run(server: Server, once: bool, started: Callable[[], None]) -> tuple[str, b
             host.console.print("The run is served from now on: device-client evaluate and predict reach it here.")
         if once and since and (host.ended.is_set() or time.monotonic() - since > _LINGER_S):
             break
-    whole = server.stop(lambda: len(caught) > 1)
-    return caught[0] if caught else "", not whole
+    computing = server.stop(lambda: len(caught) > 1)
+    return caught[0] if caught else "", computing

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import DataError
@@ -73,7 +73,6 @@ def test_the_same_step_is_the_same_batch_in_another_process():
     assert found == ["6f59864cf7352a1f8c56fbe386fd3abab4e619ad3ee627e494395ea36c322d9d"] * 2
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 10**9), st.integers(1, 3), st.integers(4, 9), st.integers(4, 9), st.data())
 def test_augmented_pictures_are_windows_of_the_reflected_originals(seed, step, channels, height, width, draw):
     crop, flip = draw.draw(st.integers(0, 3)), draw.draw(st.booleans())

@@ -74,7 +74,7 @@ def allowed_error(name: str, tensor: np.ndarray, aside: Aside) -> np.ndarray | f
 
 
 @names
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(tensor=SMALL | large())
 def test_round_trip(name: str, tensor: np.ndarray) -> None:
     for aside in asides(name, tensor):
@@ -92,14 +92,14 @@ def test_round_trip(name: str, tensor: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if codec(name).exact_zeros])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(tensor=SMALL | large())
 def test_the_receiver_knows_which_elements_are_zero(name: str, tensor: np.ndarray) -> None:
     tensor = np.abs(tensor)
     np.testing.assert_array_equal(codec(name).decode(codec(name).encode(tensor), tensor.shape) != 0, tensor != 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensor=large())
 def test_context_coding_loses_nothing_that_step_keeps(tensor: np.ndarray) -> None:
     for snr in (5, 25):

@@ -44,7 +44,7 @@ def survives(name: str, data: bytes, shape: tuple[int, ...] = SHAPE, aside: Asid
 
 
 @names
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(junk=st.binary(max_size=300), dithered=st.booleans())
 def test_any_bytes_decode_or_are_refused(name: str, junk: bytes, dithered: bool) -> None:
     survives(name, junk, aside=DITHERED if dithered else NOTHING)
@@ -53,7 +53,7 @@ def test_any_bytes_decode_or_are_refused(name: str, junk: bytes, dithered: bool)
 
 
 @names
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     places=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 255)), min_size=1, max_size=4),
     dithered=st.booleans(),
