@@ -319,11 +319,11 @@ class Trainer:
         """Have the server judge what the head, as it is now, makes of a part's pictures."""
         self.head.eval()
         self.head.bottleneck.resize(self.phase.width)
-        self.remote.progress = Counting(self.console, "Judged", "pictures")
-        verdict = self.remote.evaluate(
-            lambda: sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes,
-            self.step,
-        )  # fmt: skip
+        with Counting(self.console, "Judged", "pictures") as self.remote.progress:
+            verdict = self.remote.evaluate(
+                lambda: sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes,
+                self.step,
+            )  # fmt: skip
         self.head.train(not self.phase.frozen)
         return verdict
 
