@@ -93,7 +93,7 @@ class Trainer:
         if self.opened.step is not None or self.opened.finished:
             self._take_up()
         elif self.opened.head_size:
-            weights.fill(self.head, weights.from_bytes(self.remote.head_weights(), "the server"), "the server")
+            weights.take_over(self.head, self.remote.head_weights(), self.recipe.model.name)
         else:
             self._inherit(init)
 

@@ -57,7 +57,7 @@ def open_finished(
     if folder:
         folder.fill_half("head", head)
     else:
-        weights.fill(head, weights.from_bytes(remote.head_weights(), "the server"), "the server")
+        weights.take_over(head, remote.head_weights(), opened.recipe.model.name)
     phase = _phase(remote, width)
     codecs.load(phase.activation_codec, say=say)
     head.bottleneck.resize(phase.width, phase.order)
