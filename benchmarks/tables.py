@@ -73,6 +73,36 @@ def others(rows: list[dict[str, Any]]) -> str:
     return table(head, result)
 
 
+def enough(rows: list[dict[str, Any]]) -> str:
+    """What an SNR costs: the cheapest 8-bit peer that has it or more, and ours, medians over the tensors of a kind."""
+    result = []
+    for kind, levels in codec.KINDS.items():
+        by_tensor: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in rows:
+            if row["tensor"].startswith(kind):
+                by_tensor.setdefault(row["tensor"], {})[row["codec"]] = row
+        for level in levels:
+            costs = []
+            for found in by_tensor.values():
+                fine = [found[name] for name in peers.EIGHT_BIT if found[name]["snr_db"] >= level]
+                if not fine:
+                    break
+                theirs = [min(row[key] for row in fine) for key in ("bytes_per_element", "with_zstd")]
+                costs.append(
+                    (*theirs, *(found[f"{name}:{level}"]["bytes_per_element"] for name in ("step", "context")))
+                )
+            else:
+                shares = [
+                    f"{statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})"
+                    for peer, ours in ((0, 2), (0, 3), (1, 3)) for each in [[cost[peer] / cost[ours] for cost in costs]]
+                ]  # fmt: skip
+                middle = [_number(statistics.median(each)) for each in zip(*costs, strict=True)]
+                result.append([kind, f"{level} dB", *middle, *shares])
+    head = ["", "at least", "8-bit peer", "with zstd", "`step`", "`context`", "peer / `step`", "peer / `context`",
+            "with zstd / `context`"]  # fmt: skip
+    return table(head, result)
+
+
 def learning(result: dict[str, Any]) -> str:
     """Points lost and times fewer bytes for each pair of SNRs, unbiased and nearest, and the means of both ways."""
     cells = effect.cells(result["rows"])
@@ -156,7 +186,7 @@ def main() -> None:
 
     rows, learnt = read("codec"), read("effect")
     made = {
-        "sizes": sizes(rows), "ratios": ratios(rows), "peers": others(rows),
+        "sizes": sizes(rows), "ratios": ratios(rows), "peers": others(rows), "enough": enough(rows),
         "learning": learning(learnt), "close": close(learnt), "raw": raw(learnt),
         "long": long(read("effect-long")),
         "counters": counters(read("counters")["rows"]),
