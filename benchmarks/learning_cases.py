@@ -145,6 +145,15 @@ def _linear(name: str, width: int, up: int = 15, down: int = 10, **more: Any) ->
     return Case(name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"step:{up}", f"step:{down}", **more)
 
 
+def _finer(width: int, coarse: int, fine: int, more: str = "", **others: Any) -> Case:
+    """One width, whose codec grows finer: so many epochs with 10 dB up, then so many with 15."""
+    return Case(
+        f"deprune {width}, 10 then 15 dB{more}", "deprune",
+        f"[{width}, {coarse}], {{ width = {width}, epochs = {fine}, activation = 'step:15' }}", "linear", "step:10",
+        "step:5", **others,
+    )  # fmt: skip
+
+
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
 
 
@@ -217,14 +226,13 @@ CASES = [
     Case("fixed width 16, longer", "fixed", "[16, 32]", "linear", "step:15", "step:10"),
     # As coarse as the growing ones are: what the width alone is worth.
     Case("fixed width 8, coarse, longer", "fixed", "[8, 32]", "linear", "step:10", "step:5"),
-    Case(
-        "fixed width 16, coarse", "fixed", "[16, 12], { width = 16, epochs = 8, activation = 'step:15' }", "linear",
-        "step:10", "step:5",
-    ),
-    Case(
-        "fixed width 16, coarse, longer", "fixed", "[16, 20], { width = 16, epochs = 12, activation = 'step:15' }",
-        "linear", "step:10", "step:5",
-    ),
+    _finer(16, 12, 8),
+    _finer(16, 20, 12, ", longer"),
+    _finer(8, 12, 8, main=True),
+    _finer(4, 12, 8),
+    _finer(2, 12, 8),
+    _finer(1, 12, 8),
+    _finer(32, 12, 8, network="vgg11"),
     # A quarter and a half of its channels, as 8 and 16 are of the others' cuts.
     Case(
         "deprune 32 then 64", "deprune", "[32, 18], { width = 64, epochs = 8, activation = 'step:15' }", "linear",
@@ -249,11 +257,17 @@ CASES = [
     Case("fixed width 1, 5 epochs", "fixed", "[1, 5]", "linear", "step:10", "step:5", warmup=50, quick=True),
     _from_scratch("deprune 4 then 8, head frozen", "deprune", (4, 6), (8, 14), db=8),
     _from_scratch("fixed width 8, head frozen", "fixed", (8, 20), db=10, quick=True),
-    _from_scratch("fixed width 8, head alone, then frozen", "fixed", (8, 20), db=10, local=20),
+    # Nothing crosses while the head learns alone; then each picture once; then what a step takes, both ways.
+    _from_scratch("deprune none then 8, head frozen", "deprune", (8, 20), db=10, local=20),
     Case(
-        "fixed width 8, head alone, then frozen, then learning", "fixed",
+        "deprune none then 8, head frozen, then learning", "deprune",
         "{ width = 8, epochs = 16, views = 1, flip = true, shift = 2 }, { width = 8, epochs = 4, lr = 0.06 }", "linear",
         "step:10", "step:5", "weighted", local=20, restart=True, warmup=20, apart=True,
+    ),
+    # What is left of that lead where the other one's head has learnt alone as well.
+    Case(
+        "fixed width 1, 5 epochs, head alone before", "fixed", "[1, 5]", "linear", "step:10", "step:5", "weighted",
+        local=20, warmup=50, apart=True,
     ),
     Case(
         "deprune 8, then 16 with the head frozen", "deprune",

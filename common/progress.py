@@ -92,24 +92,48 @@ class Screen(Console):
 
 
 class Counting:
-    """Says how many of many things are done, once that has taken a while: "Read 1,200 of 50,000 pictures"."""
+    """Says how many of many things are done, once that has taken a while: "Read 1,200 of 50,000 pictures".
+
+    While it is entered, which may be inside a StepProgress: the two lines then stand below each other.
+    """
 
     def __init__(self, console: Console, doing: str, what: str) -> None:
         self._console, self._doing, self._what = console, doing, what
         self._started = self._shown = time.monotonic()
+        self._line = _line(console, [])
+        self._task = self._line.add_task("")
+
+    def __enter__(self) -> Counting:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self._line.stop()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         told = self._shown != self._started
         if done == total and told:
             took = duration(now - self._started)
+            self._line.stop()
             self._console.print(f"{self._doing} all {total:,} {self._what} in {took}.", highlight=False)
             self._shown = self._started
-        if not 0 < done < total or now - self._shown < (_EVERY_S if told else _COUNTED_S):
+        live = told and self._console.is_terminal
+        if not 0 < done < total or not live and now - self._shown < (_EVERY_S if told else _COUNTED_S):
             return
         self._shown = now
         left = duration((now - self._started) / done * (total - done))
-        self._console.print(f"{self._doing} {done:,} of {total:,} {self._what}, {left} left", highlight=False)
+        text = f"{self._doing} {done:,} of {total:,} {self._what}, {left} left"
+        if self._console.is_terminal:
+            self._line.start()
+            self._line.update(self._task, description=text)
+        else:
+            self._console.print(text, highlight=False)
+
+
+def _line(console: Console, bar: Sequence[BarColumn]) -> Progress:
+    """A line on a terminal that changes in place and goes when it is stopped; nothing elsewhere."""
+    text = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
+    return Progress(text, *bar, console=console, disable=not console.is_terminal, transient=True)
 
 
 @dataclass
@@ -141,13 +165,7 @@ class StepProgress:
         # The bar is for wide terminals; what is told in place of steps may be longer than a line.
         bar = [BarColumn(bar_width=_BAR)] if console.width >= 120 else []
         self._room = _BAR + 1 if bar else 0
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
-            *bar,
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self._bar = _line(console, bar)
         self._task = self._bar.add_task("", total=steps)
 
     def __enter__(self) -> StepProgress:

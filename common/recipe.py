@@ -167,6 +167,16 @@ class PhaseRecipe:
         demand(self.lr >= 0, f"schedule.phases has lr {self.lr}; it must be 0 (as in optimiser) or more")
         demand(0 <= self.views <= 1000, f"schedule.phases has {self.views} views; give 0 to 1000")
         demand(
+            self.views <= self.epochs,
+            f"schedule.phases has {self.views:g} views in {self.epochs:g} epochs, and each takes one; give no more "
+            f"views than epochs",
+        )
+        demand(
+            not (self.views and self.gradient),
+            f"schedule.phases has views and the gradient {self.gradient!r}, and none comes back while the head is "
+            f"frozen: leave gradient out",
+        )
+        demand(
             0 < self.views < self.epochs or not (self.flip or self.shift),
             f"schedule.phases has flip or shift with {self.views:g} views in {self.epochs:g} epochs: they are of what "
             f"the server learns from again, after the views; pictures are varied by data.flip and data.crop",

@@ -134,7 +134,8 @@ class RunFolder:
         return only and metrics.is_file() and not metrics.stat().st_size and not self.unfinished()
 
     def left_by(self, half: str) -> Mapping[str, Any] | None:
-        """As `unfinished`, for the side with this half; RunFolderError where the run that lies here is the other's."""
+        """As `unfinished`, for the side with this half; RunFolderError where the run that lies here is the other's, or
+        where the folders of both lie here."""
         other = TAIL if half == HEAD else HEAD
         saved = self.unfinished()
         if saved:
@@ -142,6 +143,9 @@ class RunFolder:
         else:  # a server may hold both, where the head was published
             there = [name for name in (half, other) if (self.path / f"{name}.safetensors").is_file()]
             theirs = there == [other]
+            inside = self.path / _HOLDERS[half]
+            if not there and (inside / "run.json").is_file():
+                raise RunFolderError(f"{self.path} holds the folders of a run's two sides: give {inside}")
         if theirs:
             raise RunFolderError(
                 f"{self.path} is the folder of the {_HOLDERS[other]} of a run, and the {_HOLDERS[half]} keeps its own: "
@@ -226,8 +230,6 @@ class RunFolder:
     def read(self) -> tuple[Recipe, str, Manifest]:
         """Recipe, its text and manifest of a finished run; RunFolderError where there is none here."""
         if not (self.path / "run.json").is_file():
-            if sides := [str(self.path / one) for one in _HOLDERS.values() if (self.path / one / "run.json").is_file()]:
-                raise RunFolderError(f"{self.path} holds the folders of a run's sides: give {' or '.join(sides)}")
             raise RunFolderError(
                 f"{self.path.absolute()} holds no finished run (no run.json there); train one first, or check the path"
             )

@@ -60,3 +60,14 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) ->
                 f"{list(value.shape)} {value.dtype} was expected"
             )
     module.load_state_dict(dict(tensors))
+
+
+def take_over(module: nn.Module, data: bytes, model: str) -> None:
+    """Copy the weights that a server hands out into the module; ModelError also where the two sides' models of the name
+    `model` are not the same."""
+    tensors = from_bytes(data, "the server's answer")
+    try:
+        fill(module, tensors, "the server's answer")
+    except ModelError as error:
+        same = f"the module of {model}" if ":" in model else "the release of deprune"
+        raise ModelError(f"{error}; {same} must be the same on both sides") from error

@@ -105,11 +105,11 @@ def _load(
 ) -> data_module.Dataset:
     recipe = remote.opened.recipe
     channels, height, width = recipe.model.input
-    loaded = data_module.load(
-        source, (channels, height, width), recipe.seed, recipe.data.validation, parts=parts, skip_unreadable=skip,
-        limit=limit, classes=recipe.model.classes, known=remote.opened.classes,
-        progress=Counting(console, "Read", "pictures"),
-    )  # fmt: skip
+    with Counting(console, "Read", "pictures") as progress:
+        loaded = data_module.load(
+            source, (channels, height, width), recipe.seed, recipe.data.validation, parts=parts, skip_unreadable=skip,
+            limit=limit, classes=recipe.model.classes, known=remote.opened.classes, progress=progress,
+        )  # fmt: skip
     if loaded.skipped:
         names = some(loaded.skipped)
         console.print(
@@ -239,8 +239,8 @@ def evaluate(
         chosen = _compute_with(threads, processor)
         head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
         loaded = _load(remote, source, skip_unreadable, ("test",))
-        remote.progress = Counting(console, "Judged", "pictures")
-        verdict = use.evaluate(remote, head, loaded, _say, wait)
+        with Counting(console, "Judged", "pictures") as remote.progress:
+            verdict = use.evaluate(remote, head, loaded, _say, wait)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
     finally:
         remote.close()
@@ -272,8 +272,8 @@ def predict(
 
         chosen = _compute_with(threads, processor)
         head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
-        remote.progress = Counting(console, "Named", "pictures")
-        answers, classes = use.predict(remote, head, pictures, _say, wait), remote.opened.classes
+        with Counting(console, "Named", "pictures") as remote.progress:
+            answers, classes = use.predict(remote, head, pictures, _say, wait), remote.opened.classes
     finally:
         remote.close()
     unreadable = {path: found for path, found in answers if isinstance(found, DataError)}

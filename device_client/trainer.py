@@ -93,7 +93,7 @@ class Trainer:
         if self.opened.step is not None or self.opened.finished:
             self._take_up()
         elif self.opened.head_size:
-            weights.fill(self.head, weights.from_bytes(self.remote.head_weights(), "the server"), "the server")
+            weights.take_over(self.head, self.remote.head_weights(), self.recipe.model.name)
         else:
             self._inherit(init)
 
@@ -319,11 +319,11 @@ class Trainer:
         """Have the server judge what the head, as it is now, makes of a part's pictures."""
         self.head.eval()
         self.head.bottleneck.resize(self.phase.width)
-        self.remote.progress = Counting(self.console, "Judged", "pictures")
-        verdict = self.remote.evaluate(
-            lambda: sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes,
-            self.step,
-        )  # fmt: skip
+        with Counting(self.console, "Judged", "pictures") as self.remote.progress:
+            verdict = self.remote.evaluate(
+                lambda: sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes,
+                self.step,
+            )  # fmt: skip
         self.head.train(not self.phase.frozen)
         return verdict
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common import codecs, halves, weights
-from common.errors import BusyError, DataError, MismatchError, SessionError
+from common.errors import BusyError, DataError, LinkError, MismatchError, SessionError, StoppedError
 from common.halves import Head
 from common.processor import fits
 from common.recipe import Recipe
@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 # How often a server that has no room is asked: about a minute in all, with the pause that ours asks for.
 TRIES = 12
+_SESSIONS = 10  # that an evaluation takes at most, on a link that breaks
 
 
 def open_finished(
@@ -57,7 +58,7 @@ def open_finished(
     if folder:
         folder.fill_half("head", head)
     else:
-        weights.fill(head, weights.from_bytes(remote.head_weights(), "the server"), "the server")
+        weights.take_over(head, remote.head_weights(), opened.recipe.model.name)
     phase = _phase(remote, width)
     codecs.load(phase.activation_codec, say=say)
     head.bottleneck.resize(phase.width, phase.order)
@@ -83,15 +84,22 @@ def _phase(remote: RemoteTail, width: int | None) -> Phase:
 
 
 def _again(remote: RemoteTail, attempt: Callable[[], T], say: Callable[[str], None], wait_s: float) -> T:
-    """What `attempt` comes to; on a new session where reading the pictures took longer than the server keeps one."""
-    try:
-        return patiently(attempt, say, wait_s)
-    except SessionError:
-        before = remote.opened
+    """What `attempt` comes to; on a new session where reading the pictures took longer than the server keeps one, or
+    where the link broke, whose server is then waited for up to `wait_s`."""
+    before = remote.opened
+    for _ in range(_SESSIONS - 1):
+        try:
+            return patiently(attempt, say, wait_s)
+        except SessionError:
+            pass
+        except (LinkError, StoppedError) as error:
+            if wait_s <= 0:
+                raise type(error)(f"{error}; with --wait SECONDS it is gone on with where the link breaks") from error
+            say(f"{error}; trying again")
         opened = patiently(lambda: remote.open(trains=False, run_id=before.run_id, wait_s=wait_s), say, wait_s)
         if (opened.recipe.digest(), opened.phase) != (before.recipe.digest(), before.phase):
-            raise MismatchError(f"the server at {remote.server} serves another run now; start again") from None
-        return patiently(attempt, say, wait_s)
+            raise MismatchError(f"the server at {remote.server} serves another run now; start again")
+    return patiently(attempt, say, wait_s)
 
 
 def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: float = 0.0) -> T:
@@ -142,10 +150,14 @@ def predict(
     _tell_scaled({path: read[path][1] for path in read}, sound, recipe.model.input, say)
     part = Part(pictures, np.zeros(len(pictures), np.int64))  # labels that nobody asks for
 
+    answers: list[np.ndarray] = []
+
     def attempt() -> np.ndarray:
+        left = Part(part.pictures[len(answers) :], part.labels[len(answers) :])  # where the link broke before
         # Each by itself: a codec rounds what crosses together by one step, and a picture's answer is its own.
-        sent = (batch for batch, _ in sent_batches(head, part, recipe, 1))
-        return np.concatenate(list(remote.predict(sent, len(part), _phase(remote, head.bottleneck.width))))
+        sent = (batch for batch, _ in sent_batches(head, left, recipe, 1))
+        answers.extend(remote.predict(sent, len(left), _phase(remote, head.bottleneck.width)))
+        return np.concatenate(answers)
 
     logits = _again(remote, attempt, say, wait_s)
     found = iter(torch.from_numpy(logits).softmax(1).numpy())

@@ -76,7 +76,7 @@ def test_the_server_goes_on_learning(frozen_run: Run) -> None:
 def test_a_frozen_head_is_the_one_it_started_as(tmp_path: Path) -> None:
     """And where nothing is recalled nothing is kept: this is six times what the server may keep."""
     text = recipe_text(
-        "fixed", bottleneck='kind = "linear"', schedule="phases = [{ width = 0, epochs = 0.5, views = 1 }]"
+        "fixed", bottleneck='kind = "linear"', schedule="phases = [{ width = 0, epochs = 0.5, views = 0.5 }]"
     )
     run = train(tmp_path, text, server=("--store-limit", 1))
     trained = safetensors.torch.load_file(run.path / "device" / "head.safetensors")

@@ -329,6 +329,18 @@ class Named(nn.Module):
         return self.last(self.features(x).mean((2, 3)))
 
 
+def test_weights_of_another_file_of_the_same_name_are_told() -> None:
+    here, there = nn.Linear(3, 2), nn.Linear(4, 2)
+    before = here.weight.clone()
+    with pytest.raises(ModelError, match=r"weight is \[2, 4\].*the module of mine:net must be the same on both sides"):
+        weights.take_over(here, weights.to_bytes(there), "mine:net")
+    with pytest.raises(ModelError, match="the release of deprune must be the same on both sides"):
+        weights.take_over(here, weights.to_bytes(there), "tiny")
+    assert torch.equal(here.weight, before)
+    weights.take_over(here, weights.to_bytes(nn.Linear(3, 2)), "mine:net")
+    assert not torch.equal(here.weight, before)
+
+
 def test_a_layer_of_two_names_lies_whole_in_the_half_that_trains_it() -> None:
     """Else the server's file would have its first weights under one of them, and so would both files together."""
     model = Named()

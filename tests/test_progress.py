@@ -58,14 +58,38 @@ def test_long_counting_is_told_with_what_is_left(monkeypatch: pytest.MonkeyPatch
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     console = Console(file=io.StringIO(), width=80)
-    told = Counting(console, "Read", "pictures")
-    for now in (101.0, 104.0, 108.0, 115.0, 120.0):  # noqa: B007 - the clock that `told` reads
-        told(round(now - 100) * 100, 2000)
+    with Counting(console, "Read", "pictures") as told:
+        for now in (101.0, 104.0, 108.0, 115.0, 120.0):  # noqa: B007 - the clock that `told` reads
+            told(round(now - 100) * 100, 2000)
     assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
         "Read 400 of 2,000 pictures, 0:16 left",
         "Read 1,500 of 2,000 pictures, 0:05 left",
         "Read all 2,000 pictures in 0:20.",
     ]
+
+
+def test_on_a_terminal_counting_is_a_line_below_the_steps_that_goes_when_it_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with StepProgress(console, 10) as live:
+        live.step(5, RunningMean(2.3, 0.1))
+        with pytest.raises(KeyboardInterrupt), Counting(console, "Judged", "pictures") as told:
+            for now in (101.0, 104.0, 105.0, 106.0):  # noqa: B007 - the clock that `told` reads
+                told(round(now - 100) * 100, 2000)
+                live._bar.refresh()
+            raise KeyboardInterrupt
+        before = len(_lines(console))
+        live._bar.refresh()
+    lines = _lines(console)
+    counted = [line for line in lines if line.startswith("Judged")]
+    assert [line for line in dict.fromkeys(line.rstrip() for line in counted)] == [
+        f"Judged {done} of 2,000 pictures, {left} left" for done, left in ((400, "0:16"), (500, "0:15"), (600, "0:14"))
+    ]
+    assert all(lines[at - 1].startswith("step 5/10") for at, line in enumerate(lines) if line.startswith("Judged"))
+    assert not any(line.startswith("Judged") for line in lines[before:])
 
 
 def test_a_log_on_a_full_disk_ends_nothing() -> None:

@@ -80,6 +80,14 @@ INIT = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\n
         # What would do nothing is not let pass.
         ({"schedule": "phases = [{ width = 0, epochs = 2, flip = true }]"}, "flip or shift with 0 views in 2 epochs"),
         (
+            {"schedule": "phases = [{ width = 0, epochs = 2, views = 3 }]"},
+            "3 views in 2 epochs, and each takes one; give no more views than epochs",
+        ),
+        (
+            {"schedule": "phases = [{ width = 0, epochs = 2, views = 1, gradient = 'step:5' }]"},
+            "views and the gradient 'step:5', and none comes back while the head is frozen: leave gradient out",
+        ),
+        (
             {"schedule": "phases = [{ width = 0, epochs = 2, views = 2, shift = 1 }]"},
             "pictures are varied by data.flip and data.crop",
         ),

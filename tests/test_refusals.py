@@ -241,6 +241,12 @@ def test_a_folder_of_the_other_side(plain_run: Run) -> None:
     for recipe in ((), (plain_run.recipe,)):
         refused = failed(server_cli.cli, "serve", *ANY_PORT, *recipe, "--run", device)
         assert f"{device} is the folder of the device of a run, and the server keeps its own" in refused
+    both = plain_run.path
+    for command in ("train", "evaluate"):
+        refused = failed(device_cli.cli, command, "127.0.0.1:9", "--data", "digits", "--run", both)
+        assert refused == f"{both} holds the folders of a run's two sides: give {device}"
+    refused = failed(server_cli.cli, "serve", *ANY_PORT, "--run", both)
+    assert refused == f"{both} holds the folders of a run's two sides: give {server}"
 
 
 def test_a_head_of_another_run(plain_run: Run, deprune_run: Run, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,14 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import inprocess, pair
+from benchmarks.faults import points, proxy
 from benchmarks.recipes import recipe_text
-from common import report
-from device_client import data
+from common import halves, report
+from common.meter import DOWN
+from common.rpc import split_pb2 as pb
+from common.run import RunFolder
+from common.schedule import Phase
+from device_client import data, use
 from device_client.remote_tail import RemoteTail
 from tests.conftest import ANY_PORT, Run, train
 
@@ -140,6 +147,51 @@ def test_evaluate_and_predict_with_the_trained_halves(deprune_run: Run, tmp_path
     assert "1 of 3 pictures was left out" in partly.stderr, partly.stderr
     assert nothing.returncode == 1 and "none of 2 pictures can be read; the picture" in nothing.stderr, nothing.stderr
     assert mistyped.returncode == 1 and "holds no finished run; check --run" in mistyped.stderr.replace("\n", " ")
+
+
+def test_using_a_run_goes_on_where_the_link_breaks(
+    deprune_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is told to wait: an evaluation begins anew, of pictures only those that have no name yet are sent."""
+    loaded, paths = data.load("digits", (1, 8, 8), 0, 0.0, parts=("test",)), []
+    for number in range(40):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(loaded.test.pictures[number][0]).save(paths[-1])
+    asked, answered, predict = [], 0, RemoteTail.predict
+
+    def counted(self: RemoteTail, batches: Any, count: int, phase: Phase) -> Any:
+        asked.append(count)
+        return predict(self, batches, count, phase)
+
+    def some_answers(chunk: proxy.Chunk) -> proxy.Span | None:
+        nonlocal answered
+        answered += sum(bool(seen.frame and seen.frame.role == pb.EVALUATION) for seen in chunk.messages) * (
+            chunk.way == DOWN
+        )
+        return proxy.Span(0, len(chunk.data)) if answered > 20 else None
+
+    monkeypatch.setattr(RemoteTail, "predict", counted)
+    run, said = deprune_run.path / "device", list[str]()
+    with (
+        pair.server("--run", deprune_run.path / "server", log=tmp_path / "log") as (_, address),
+        proxy.Proxy(address) as between,
+    ):
+        cut = between.arm(proxy.Fault(proxy.CUT, points.moment(points.EVALUATION)))
+        arguments = ("evaluate", between.address, "--data", "digits", "--run", run)
+        judged = pair.device(*arguments, "--wait", 60, capture_output=True)
+        between.arm(proxy.Fault(proxy.CUT, points.moment(points.EVALUATION)))
+        refused = pair.device(*arguments, capture_output=True)
+        between.arm(proxy.Fault(proxy.CUT, some_answers))
+        with contextlib.closing(RemoteTail(between.address)) as remote:
+            head = use.open_finished(remote, RunFolder(run), (), None, said.append, halves.CPU, 60.0)
+            named = use.predict(remote, head, paths, said.append, 60.0)
+    assert cut.fired.is_set() and "trying again" in judged.stdout, judged.stdout + judged.stderr
+    assert f"{deprune_run.summary('device')['accuracy']:.2%}" in judged.stdout
+    assert refused.returncode == 75 and "with --wait SECONDS" in refused.stderr.replace("\n", " "), refused.stderr
+    assert asked[0] == 40 and len(asked) == 2 and asked[1] < 40, asked
+    assert [path for path, _ in named] == paths and any("trying again" in sentence for sentence in said)
+    right = [int(found.argmax()) == label for (_, found), label in zip(named, loaded.test.labels[:40], strict=True)]
+    assert sum(right) >= 36
 
 
 def test_widths_that_never_came_are_said(few: data.Dataset) -> None:
