@@ -365,10 +365,11 @@ def parse(text: str, source: str = "recipe") -> Recipe:
     """The recipe in TOML `text`; `source` is what error messages call it."""
     try:
         table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of too many digits, tables in tables without end
+        raise RecipeError(f"{source} is not valid TOML: {error}") from error
+    try:
         if table.get("method") == "plain":  # the one method whose codec is not a choice
             table.setdefault("codec", dataclasses.asdict(_UNCODED))
         return build(Recipe, table, "")
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{source} is not valid TOML: {error}") from error
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}") from error

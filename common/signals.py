@@ -7,14 +7,23 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
-# The last comes where a terminal is closed or its connection is lost; Windows has none.
-_STOPPING = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+_GONE = getattr(signal, "SIGHUP", None)  # a terminal was closed or its connection lost; Windows has none
+_STOPPING = [number for number in (signal.SIGINT, signal.SIGTERM, _GONE) if number]
 
 
 def hear(handler: Callable[[int, FrameType | None], None]) -> Mapping[int, Any]:
     """Have `handler` called with the number of each; those heard, and what they did before.
 
-    One that is ignored, as Ctrl-C is in a script's background and the terminal's end under nohup, stays so.
+    One that is ignored, as Ctrl-C is in a script's background and the terminal's end under nohup, stays so. The end of
+    a terminal is told by its kernel and by its shell: as no more than the first signal, for nobody is impatient.
     """
     heard = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+    asked = False
+
+    def once(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if not (asked and number == _GONE):
+            asked = True
+            handler(number, frame)
+
+    return {number: signal.signal(number, once) for number in heard}

@@ -80,6 +80,7 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
             _convert(item, arg, f"{where}[{i}]", root) for i, (item, arg) in enumerate(zip(value, args, strict=True))
         )
     if hint is float and type(value) is int:
+        demand(abs(value) < 2**1000, f"{where} is too large; give a finite number")
         value = float(value)
     names = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
     # `type(...) is`: TOML's true is no number, though Python's bool is an int.

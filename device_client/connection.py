@@ -84,6 +84,7 @@ class Connection:
         # Set by whoever shows progress, and by whoever keeps checkpoints.
         self.say: Callable[[str], None] = lambda text: None
         self.kept: Callable[[], Sequence[int]] = lambda: ()
+        self.leaving: Callable[[], bool] = lambda: False  # whether the user has stopped the run
         self.offline = False  # waiting for a connection at this moment
         self._access = access or channel.Access()
         self._channel: grpc.Channel | None = None
@@ -133,6 +134,10 @@ class Connection:
             raise MismatchError(
                 "the recipe's digest is not the one that the server announced: the two sides read it differently; "
                 "install the same release of deprune on both"
+            )
+        if trains and not reply.finished and not reply.checkpoint_every:
+            raise MismatchError(
+                "the server did not say at which steps checkpoints are kept; install the same release on both sides"
             )
         self.opened = Opened(
             session=reply.session,
@@ -280,6 +285,8 @@ class Connection:
                 except CURABLE as error:
                     moved = self._came.frames > 0
                     self._lose()
+                    if self.leaving():
+                        raise KeyboardInterrupt from error
                     if self._channel is None:  # there is no network in between that could fail
                         raise
                     backoff, failed = backoff or Backoff(self.give_up_s), type(error)
@@ -365,6 +372,7 @@ class Connection:
         self.opened = replace(
             self.opened, session=reply.session, finished=reply.finished,
             checkpoint_every=reply.checkpoint_every or self.opened.checkpoint_every,
+            max_elements=reply.limits.max_tensor_elements,
         )  # fmt: skip
         if reply.resumed and reply.step != step:
             raise RolledBackError(

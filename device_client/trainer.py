@@ -27,6 +27,7 @@ from common.run import Manifest, RunFolder
 from common.schedule import RECALL, Phase, steps_per_epoch
 from common.words import duration, gives_up, size
 from device_client.basis import principal_basis
+from device_client.connection import Opened
 from device_client.data import Dataset, Part
 from device_client.forecast import Forecast
 from device_client.inputs import computing, sent_batches, training_batch
@@ -50,7 +51,6 @@ class Trainer:
         """`processor`: where the head computes."""
         self.remote, self.data, self.folder, self.console, self.processor = remote, data, folder, console, processor
         remote.say = self._say
-        self.opened = remote.opened
         self.recipe: Recipe = self.opened.recipe
         self.phases: list[Phase] = []
         self.batch = min(self.recipe.data.batch, len(data.train))
@@ -70,7 +70,12 @@ class Trainer:
         self.stopping = False  # set by whoever wants the run to rest after the present step
         self.resting = False  # it has stopped between two steps, where a checkpoint can be kept
         self.checkpoints = Checkpoints(folder.checkpoints, self.opened.run_id, self.recipe.digest())
-        remote.kept = lambda: sorted(self.checkpoints.written)
+        remote.leaving, remote.kept = lambda: self.stopping, lambda: sorted(self.checkpoints.written)
+
+    @property
+    def opened(self) -> Opened:
+        """What the newest handshake told: a server that came back may keep checkpoints at other steps."""
+        return self.remote.opened
 
     @property
     def phase(self) -> Phase:
@@ -182,7 +187,6 @@ class Trainer:
             len(self.data.train), self.data.classes, self.step, judged, self._published(publish), self.channels
         )
         if not self.begun:
-            self.opened = self.remote.opened  # which the beginning has given its id
             self.checkpoints.run_id = self.opened.run_id
             if ready.basis_wanted:
                 weighted_by = self.sensitivity if told is None else torch.from_numpy(told.copy())

@@ -241,6 +241,7 @@ class Training:
         return tensors, {
             "classes": self.classes, "samples": self.samples, "beside": asdict(self.beside),
             "rotated": self.rotated, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
+            "norms": self.halves.tail.norms.width,
             "outlived": {path.name: last for path, last in self._outlived.items()},
             "coordinator": self.coordinator.state(), "store": asdict(self.store.phase) if self.store else None,
             "evaluated": sorted(self.evaluated), "test": asdict(self.test) if self.test else None,
@@ -261,7 +262,9 @@ class Training:
         self._outlived = {self.folder / name: last for name, last in state["outlived"].items()}
         step, phase_then = state["judged_in"]
         self._judged_in = step, phase_from(phase_then)
-        self.halves.tail.resize(self.phase.width, self.phase.order)
+        # The width of the step before, not the phase's: a width that is drawn for the first time goes on from it.
+        self.halves.tail.norms.width = state["norms"]
+        self.halves.tail.bottleneck.resize(self.phase.width, self.phase.order)
         if state["store"]:
             phase = phase_from(state["store"])
             shape = self.halves.sent_shape(self.batch, phase.width)

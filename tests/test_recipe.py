@@ -157,6 +157,22 @@ def test_recipes(change: dict[str, str], words: str) -> None:
     assert words in str(refused.value) and str(refused.value).startswith("my.toml: ")
 
 
+@pytest.mark.parametrize(
+    ("seed", "words"),
+    [
+        ("1" * 5000, "is not valid TOML"),
+        ("{a=" * 3000 + "1" + "}" * 3000, "is not valid TOML"),
+        ("0\nlr = 1" + "0" * 400, "unknown key lr"),
+    ],
+)
+def test_text_that_is_out_of_all_bounds(seed: str, words: str) -> None:
+    """A device has it from its server."""
+    with pytest.raises(RecipeError, match=words):
+        parse(recipe_text().replace("seed = 3", f"seed = {seed}"))
+    with pytest.raises(RecipeError, match="optimiser.lr is too large; give a finite number"):
+        parse(recipe_text(optimiser="lr = 1" + "0" * 400))
+
+
 def test_what_a_sensor_gives_is_no_picture_with_its_channels_last() -> None:
     for shape in ([9, 128, 1], [2, 64, 3], [3, 32, 32]):
         model = f'name = "tiny"\ninput = {shape}\nclasses = 10\ncut = "stage1_relu2"'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -20,6 +21,7 @@ from torch import fx, nn
 
 from benchmarks import pair
 from benchmarks.recipes import BATCH, CLASSES, PHASE, recipe_text
+from common import signals
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from device_client.remote_tail import RemoteTail
@@ -82,6 +84,41 @@ def test_stopping_either_side_says_what_becomes_of_the_run(
         # A step that outlasts the server's grace, on a crowded machine, is cut off instead of told.
         assert "reconnecting, attempt 1 (" in words and "gave up after" in words
         assert f"Stopped by {number.name} at step" in log and "goes on from there" in log
+
+
+def test_a_device_that_is_to_stop_does_not_wait_for_a_server_that_goes_at_the_same_time(tmp_path: Path) -> None:
+    """As where both are stopped together: a shutdown, Ctrl-C in a terminal that runs the two."""
+    (tmp_path / "recipe.toml").write_text(recipe_text(schedule="phases = [[0, 500]]"))
+    arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "server", "--threads", 1)
+    with pair.server(*arguments, log=tmp_path / "log") as (server_process, address):
+        line = pair.command("device-client", "train", address, "--data", "digits", "--run", tmp_path / "device")
+        with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=pair.environment()) as device:
+            metrics = tmp_path / "device" / "metrics.jsonl"
+            deadline = time.monotonic() + 60
+            while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            server_process.send_signal(signal.SIGSTOP)  # so that the step under way has no answer
+            device.send_signal(signal.SIGTERM)
+            assert device.stdout
+            while "Stopping after this step" not in device.stdout.readline():
+                assert device.poll() is None
+            server_process.kill()
+            out, err = device.communicate(timeout=60)  # it would try to reach its server for ten minutes
+    assert device.returncode == 128 + signal.SIGTERM, out + err
+    step = re.search(r"Stopped at step ([\d,]+); the run is not finished", " ".join(out.split()))
+    assert step and (tmp_path / "device" / "checkpoints" / f"step-{int(step[1]):012}.safetensors").is_file(), out
+
+
+def test_a_terminal_that_is_closed_is_told_twice_and_heard_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its kernel and by its shell; a second Ctrl-C is one, for that is a person's."""
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    heard: list[int] = []
+    signals.hear(lambda number, frame: heard.append(number))
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGINT, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        handlers[number](number, None)
+    assert heard == [signal.SIGHUP, signal.SIGINT, signal.SIGINT, signal.SIGTERM]
 
 
 _calls = 0
