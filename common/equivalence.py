@@ -20,12 +20,14 @@ _TOLERANCE = 1e-3
 _PICTURES = 4
 
 
-def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tuple[int, ...]) -> None:
+def require_same(
+    model: nn.Module, head: nn.Module, tail: nn.Module, shape: tuple[int, ...], batch: int = _PICTURES
+) -> None:
     """ModelError where head and tail, which have the model's tensors, do not compute what it does for `shape` (no
-    batch), in training or in evaluation, or do not learn what it does. Statistics, modes and the random state stay as
-    they are.
+    batch), in training or in evaluation, or do not learn what it does; or where it cannot learn. Statistics, modes and
+    the random state stay as they are. `batch`: pictures that the machine is to have room for.
 
-    Where the whole itself fails, nothing is raised: whoever builds and tries the model tells of that.
+    Where forward of the whole itself fails, nothing is raised: whoever builds and tries the model tells of that.
     """
     whole = copy_around_tensors(model)  # it may count on things that are no tensors
     parts = (whole, head, tail)
@@ -33,7 +35,7 @@ def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tupl
     statistics = {id(value): value for part in parts for value in part.buffers()}.values()
     before = [value.clone() for value in statistics]
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(_PICTURES, *shape, generator=generator)
+    pictures = torch.randn(min(_PICTURES, max(2, batch)), *shape, generator=generator)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def joined(inputs: Tensor) -> Tensor:
@@ -60,6 +62,7 @@ def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tupl
             part.train(training)
         return [forward(pictures.clone()) for _ in range(2)]
 
+    works = False  # the forward of the whole, in training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for training in (False, True):
@@ -69,14 +72,17 @@ def require_same(model: nn.Module, head: nn.Module, tail: nn.Module, shape: tupl
                     continue
                 if not all(isinstance(output, Tensor) for output in expected):
                     continue
+                works = training
                 when = "in training" if training else "in evaluation"
                 _compare(expected, lambda: twice(joined, training), when)  # noqa: B023
+            if not works or not learning:
+                return
             for part in parts:
                 part.train()
             try:
                 expected = slopes(whole)
-            except Exception:  # noqa: BLE001 -- as above, or nothing of it learns
-                return
+            except Exception as error:
+                raise ModelError(f"it cannot be trained, for no gradient goes back ({one_line(error)})") from error
             _compare(expected, lambda: slopes(joined), "in learning")
     finally:
         _put_back(statistics, before)

@@ -8,6 +8,7 @@ grad modes, of draws, of counters. Such a model would be trained as another one,
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,7 +25,10 @@ _VIEWS = {
     "getitem", "view", "view_as", "t", "transpose", "permute", "unsqueeze", "squeeze", "narrow", "select", "expand",
     "detach", "movedim", "unflatten", "diagonal", "getattr",
 }  # fmt: skip
-_SIMPLE = (bool, int, float, complex, str, torch.Tensor)
+_SIMPLE = (bool, int, float, complex, str)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_DEEP = 4  # containers in containers that are looked into
+_OF_TORCH = vars(nn.Module()).keys() - {"training"}
 
 
 def traced(root: nn.Module) -> fx.Graph:
@@ -33,7 +37,8 @@ def traced(root: nn.Module) -> fx.Graph:
     with torch.enable_grad(), _Writes([*root.named_parameters(), *root.named_buffers()]) as writes:
         graph = _Tracer().trace(root)
     after = _values(root)
-    moved = [name for name, value in values.items() if after.get(name) is not value and after.get(name) != value]
+    # repr: a number that is none is not equal to itself.
+    moved = [name for name, value in values.items() if repr(after.get(name)) != repr(value)]
     moved += writes.names + _changed(root, graph)
     if moved:
         raise ModelError(
@@ -143,18 +148,24 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _values(root: nn.Module) -> dict[str, object]:
-    """What the modules hold, tensors by where they lie and how often they were overwritten."""
-    result: dict[str, object] = {}
-    for path, module in root.named_modules():
-        held = {**vars(module), **module._parameters, **module._buffers}
-        for name, value in held.items():
-            if isinstance(value, _SIMPLE):
-                known: object = value
-                if isinstance(value, torch.Tensor):
-                    place = 0 if nn.parameter.is_lazy(value) else value.data_ptr()
-                    known = id(value), place, value._version
-                result[f"{path}.{name}".removeprefix(".")] = known
-    return result
+    """What the modules hold."""
+    return {
+        f"{path}.{name}".removeprefix("."): _known(value)
+        for path, module in root.named_modules()
+        for name, value in {**vars(module), **module._parameters, **module._buffers}.items()
+        if name not in _OF_TORCH
+    }
+
+
+def _known(value: object, deep: int = _DEEP) -> object:
+    """What changes where a value does: tensors by where they lie and how often they were overwritten, containers by
+    what is in them. Objects of other kinds are not looked into."""
+    if isinstance(value, torch.Tensor):
+        return id(value), 0 if nn.parameter.is_lazy(value) else value.data_ptr(), value._version
+    if isinstance(value, _CONTAINERS) and deep:
+        items = value.items() if isinstance(value, dict) else value
+        return type(value), [_known(item, deep - 1) for item in items]
+    return value if isinstance(value, _SIMPLE) else type(value)
 
 
 def _drawn() -> tuple[object, ...]:

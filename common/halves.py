@@ -167,7 +167,7 @@ def build(
         head, tail = split(whole, recipe.model.cut, recipe.model.input)
     if compared:
         with _naming("model.name"):
-            require_same(whole, head, tail, recipe.model.input)
+            require_same(whole, head, tail, recipe.model.input, recipe.data.batch)
     shape = cut_shape(head, recipe.model.input)
     if recipe.bottleneck.kind == "linear" and shape[0] > _MOST_MIXED:
         raise ModelError(

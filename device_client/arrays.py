@@ -70,6 +70,12 @@ def npz(path: Path, shape: Shape, wants_train: bool, wants_test: bool, known: Se
     for key in keys:
         if key.endswith("_y"):
             _check_labels(path, key, arrays[key])
+    kinds = {arrays[key].dtype.kind == "f" for key in keys if key.endswith("_x")}
+    if len(kinds) > 1:
+        raise DataError(
+            f"{path} has train_x in {arrays['train_x'].dtype} and test_x in {arrays['test_x'].dtype}: save both as "
+            f"pictures in uint8, or both as numbers in float32"
+        )
     alone = known and "train_y" not in arrays and "classes" not in arrays
     classes = tuple(known) if alone else _npz_classes(path, arrays)
     return Source(

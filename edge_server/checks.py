@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -11,6 +11,7 @@ from common.errors import ModelError
 from common.halves import Halves
 from common.norms import undisturbed
 from common.recipe import Recipe
+from common.words import one_line
 
 
 def require_elements(recipe: Recipe, halves: Halves, most: int) -> None:
@@ -61,14 +62,28 @@ def require_schedule(recipe: Recipe, halves: Halves) -> None:
 def require_output(recipe: Recipe, halves: Halves) -> None:
     """ModelError where the model does not end in a number for each class: better now than in the first step."""
     halves.head.eval(), halves.tail.eval()
-    with torch.no_grad():
-        sent = halves.head(torch.zeros(1, *recipe.model.input))
-        logits = halves.tail.layers(halves.tail.bottleneck(sent))
-    require_logits(recipe.model.name, recipe.model.classes, logits)
+
+    def forward(pictures: torch.Tensor) -> object:
+        return halves.tail.layers(halves.tail.bottleneck(halves.head(pictures)))
+
+    require_logits(recipe.model.name, recipe.model.input, recipe.model.classes, forward)
 
 
-def require_logits(model: str, classes: int, logits: object) -> None:
-    """ModelError where what `model` makes of one picture is not [1, classes]."""
+def require_logits(model: str, shape: tuple[int, ...], classes: int, forward: Callable[[torch.Tensor], object]) -> None:
+    """ModelError where what `forward` of `model` makes of one picture of `shape` is not [1, classes]."""
+    try:
+        with torch.no_grad():
+            logits = forward(torch.zeros(1, *shape))
+    except Exception as error:  # forward is anybody's code
+        raise ModelError(
+            f"the model {model} cannot take one picture by itself, as predict gives it ({one_line(error)}); does it "
+            f"call squeeze() without a dimension?"
+        ) from error
+    if isinstance(logits, torch.Tensor) and logits.shape == (classes,):
+        raise ModelError(
+            f"the model {model} drops the first dimension where it is given one picture, as predict does; name the "
+            f"dimensions in squeeze(), as in x.squeeze((2, 3))"
+        )
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         what = f"of shape {list(logits.shape[1:])}" if isinstance(logits, torch.Tensor) else "that is no tensor"
         raise ModelError(

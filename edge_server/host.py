@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-from common import codecs, weights, wire
+from common import codecs, models, weights, wire
 from common import halves as halves_module
 from common.errors import (
     FrameError,
@@ -86,7 +86,7 @@ class Host:
         saved = folder.left_by(TAIL)  # also where it is to be replaced: a device's only head is no server's to delete
         if overwrite:
             saved = None
-        halves = halves_module.build(recipe, allowed, compared=True)
+        halves = halves_module.build(recipe, allowed, compared=recipe.model.name not in models.MODELS)
         checks.require_elements(recipe, halves, host.limits.elements)
         checks.require_schedule(recipe, halves)
         checks.require_output(recipe, halves)

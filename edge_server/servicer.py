@@ -96,6 +96,8 @@ class Servicer(split_pb2_grpc.SplitServicer):
         text = str(error)
         if isinstance(error, SessionError):  # whose sentence is for the device
             text = "a device came with a session of an earlier start, or one idle too long; it opens another by itself"
+            if self.host.run and self.host.run.training and self.host.run.training.spoiled:
+                text = "a step has failed half-way; its device goes back to a checkpoint by itself"
         # A sentence may quote what came, which may be long.
         where = unquote(context.peer()).partition(":")[2]
         self.host.console.print(

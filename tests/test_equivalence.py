@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from common.errors import ModelError
 from common.partition import describe_cuts, split
 from common.recipe import parse
 from edge_server import cli as server_cli
-from tests.conftest import failed
+from tests.conftest import ANY_PORT, failed
 
 SHAPE = (3, 8, 8)
 
@@ -30,7 +32,7 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
         self.norm, self.last = nn.BatchNorm2d(4), nn.Linear(4, 10)
-        self.own, self.count = np.random.default_rng(0), {"n": 1}
+        self.own, self.count = np.random.default_rng(0), itertools.count(1)
 
     def between(self, x: Tensor) -> Tensor:
         return x
@@ -59,8 +61,7 @@ class Draw(Net):
 
 class Count(Net):
     def between(self, x: Tensor) -> Tensor:
-        self.count["n"] += 1
-        return x * self.count["n"]
+        return x * next(self.count)
 
 
 class Mode(Net):
@@ -84,6 +85,58 @@ class Turned(Net):
 
     def between(self, x: Tensor) -> Tensor:
         return self.block(x)
+
+
+class Overwritten(Net):
+    """torch's own error, at the first step: sigmoid's gradient needs what was overwritten."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x).add_(1)
+
+
+def test_a_model_that_cannot_learn_is_refused_before_a_device_comes() -> None:
+    model = Overwritten()
+    with pytest.raises(ModelError, match=r"it cannot be trained, for no gradient goes back \(RuntimeError: one of the"):
+        require_same(model, *split(model, "relu", SHAPE), SHAPE)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    require_same(model, *split(model, "relu", SHAPE), SHAPE)
+
+
+class Squeezed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x)).mean((2, 3), keepdim=True).squeeze())
+
+
+class Scores(Squeezed):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.log_softmax(super().forward(x), dim=1)
+
+
+def squeezed(shape: tuple[int, ...], classes: int) -> Net:
+    return Squeezed()
+
+
+def scores(shape: tuple[int, ...], classes: int) -> Net:
+    return Scores()
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("squeezed", "drops the first dimension where it is given one picture, as predict does"),
+        ("scores", "cannot take one picture by itself, as predict gives it (IndexError: Dimension out of range"),
+    ],
+)
+def test_a_model_that_cannot_take_one_picture(factory: str, words: str, tmp_path: Path) -> None:
+    """Which nobody would know before the first prediction."""
+    name = f"tests.test_equivalence:{factory}"
+    assert words in failed(server_cli.cli, "cuts", name, "--input", "3x8x8")
+    (tmp_path / "recipe.toml").write_text(
+        recipe_text(model=f'name = "{name}"\ninput = [3, 8, 8]\nclasses = 10\ncut = "relu"')
+    )
+    arguments = (*ANY_PORT, tmp_path / "recipe.toml", "--run", tmp_path / "run", "--allow-model", name)
+    assert words in failed(server_cli.cli, "serve", *arguments)
 
 
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ class Odd(nn.Module):
         super().__init__()
         self.conv, self.last, self.count, self.deed = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), 0, deed
         self.scale, self.unknown = torch.tensor(2.0), float("nan")
+        self.notes, self.seen, self.means = {"n": [0], "nan": [float("nan")]}, deque([0]), [torch.zeros(4)]
         self.register_buffer("mean", torch.zeros(4, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,6 +44,21 @@ def _exact(_odd: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _counted(odd: Any, x: torch.Tensor) -> torch.Tensor:
     odd.count += 1
+    return x
+
+
+def _noted(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    odd.notes["n"][0] += 1
+    return x
+
+
+def _kept(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    odd.seen.append(1)
+    return x
+
+
+def _swapped(odd: Any, x: torch.Tensor) -> torch.Tensor:
+    odd.means[0] = odd.means[0] * 0.9
     return x
 
 
@@ -82,6 +99,9 @@ def _replaced(odd: Any, x: torch.Tensor) -> torch.Tensor:
         (_frozen, "runs without gradients"),
         (_exact, "sets torch.autocast"),
         (_counted, "changes count itself"),
+        (_noted, "changes notes itself"),
+        (_kept, "changes seen itself"),
+        (_swapped, "changes means itself"),
         (_added, "changes mean itself"),
         (_averaged, "changes mean itself"),
         (lambda _, x: x + torch.randn(4, 1, 1), "draws random numbers"),

@@ -75,6 +75,13 @@ def test_malformed_npz_files_are_refused(tmp_path, changes, message):
     refused(message, save_npz(tmp_path / "a.npz", **changes), RGB, 1, 0)
 
 
+def test_pictures_beside_numbers_are_refused(tmp_path):
+    """The ones are divided by 255, the others taken as they are: a test part so judged would say nothing."""
+    numbers = arrays()["test_x"].transpose(0, 3, 1, 2).astype(np.float32)
+    message = "has train_x in uint8 and test_x in float32: save both as pictures in uint8, or both as numbers"
+    refused(message, save_npz(tmp_path / "mixed.npz", test_x=numbers), RGB, 1, 0)
+
+
 def test_pickles_and_broken_files_are_refused(tmp_path):
     refused(
         "classes in .*a.npz holds Python objects",
