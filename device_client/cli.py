@@ -29,7 +29,8 @@ from common.run import HEAD, RunFolder
 from common.tokens import exposed
 from common.words import several, size, some
 from device_client import data as data_module
-from device_client.connection import GIVE_UP_S, Opened
+from device_client.connection import GIVE_UP_S
+from device_client.handshake import Opened
 from device_client.options import DATA, SHARED, TRAIN, USE
 from device_client.remarks import remarks
 from device_client.remote_tail import RemoteTail

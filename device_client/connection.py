@@ -7,14 +7,14 @@ go on. What crosses the stream is remote_tail.py's matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 
-from common import channel, recipe, wire
+from common import channel, wire
 from common.errors import (
     AbsentError,
     AuthError,
@@ -29,43 +29,22 @@ from common.errors import (
     SessionError,
     StoppedError,
     VersionError,
-    printable,
 )
 from common.meter import DOWN, UP, Draft, Meter
-from common.phase_message import phase_of
 from common.pulse import STALLED_S
-from common.recipe import Recipe
 from common.report import Faults
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.rpc_errors import from_rpc, was_sent
-from common.schedule import Phase
 from common.tcp_info import Kernel, KernelBytes, find_server
 from common.wire import Place
 from common.words import gives_up
+from device_client.handshake import Opened, opened_by
 from device_client.link import CURABLE, Backoff, Came, Stream
 
 GIVE_UP_S = 600.0
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What the handshake told."""
-
-    session: str  # its name
-    recipe: Recipe
-    text: str  # of the recipe's file
-    run_id: str  # "" where the run starts anew, until it has begun
-    phase: Phase | None  # the finished run's last; None in training
-    head_size: int  # bytes of the head's weights that the server gives; 0: the device has them itself
-    init_run_id: str  # the finished run whose head the device must bring; "" where it need not
-    classes: tuple[str, ...]  # names, of the finished run
-    step: int | None  # that both sides go on from; None: the run starts anew
-    finished: bool  # the run that the device would go on with is finished
-    checkpoint_every: int
-    max_elements: int  # of one tensor, that the server takes
 
 
 class Connection:
@@ -129,30 +108,7 @@ class Connection:
             protocol_version=wire.PROTOCOL_VERSION, purpose=pb.TRAIN if trains else pb.USE, run_id=run_id, kept=kept
         )
         reply = self._first_handshake(request, trains, wait_s)
-        parsed = recipe.parse(reply.recipe, f"the recipe from {self.server}")
-        if parsed.digest() != reply.digest:
-            raise MismatchError(
-                "the recipe's digest is not the one that the server announced: the two sides read it differently; "
-                "install the same release of deprune on both"
-            )
-        if trains and not reply.finished and not reply.checkpoint_every:
-            raise MismatchError(
-                "the server did not say at which steps checkpoints are kept; install the same release on both sides"
-            )
-        self.opened = Opened(
-            session=reply.session,
-            recipe=parsed,
-            text=reply.recipe,
-            run_id=reply.run_id,
-            phase=phase_of(reply.phase) if reply.HasField("phase") else None,
-            head_size=reply.head_size,
-            init_run_id=reply.init_run_id,
-            classes=tuple(printable(name) for name in reply.classes),
-            step=reply.step if reply.resumed else None,
-            finished=reply.finished,
-            checkpoint_every=reply.checkpoint_every,
-            max_elements=reply.limits.max_tensor_elements,
-        )
+        self.opened = opened_by(reply, trains, self.server)
         self._joined = reply.resumed or reply.finished
         return self.opened
 

@@ -27,9 +27,9 @@ from common.run import Manifest, RunFolder
 from common.schedule import RECALL, Phase, steps_per_epoch
 from common.words import duration, gives_up, size
 from device_client.basis import principal_basis
-from device_client.connection import Opened
 from device_client.data import Dataset, Part
 from device_client.forecast import Forecast
+from device_client.handshake import Opened
 from device_client.inputs import computing, sent_batches, training_batch
 from device_client.link import CURABLE
 from device_client.local import Local
