@@ -145,11 +145,11 @@ def _linear(name: str, width: int, up: int = 15, down: int = 10, **more: Any) ->
     return Case(name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"step:{up}", f"step:{down}", **more)
 
 
-def _finer(width: int, coarse: int, fine: int, more: str = "", **others: Any) -> Case:
-    """One width, whose codec grows finer: so many epochs with 10 dB up, then so many with 15."""
+def _finer(width: int, coarse: int, fine: int, more: str = "", up: int = 15, **others: Any) -> Case:
+    """One width, whose codec grows finer: so many epochs with 10 dB up, then so many with `up`."""
     return Case(
-        f"deprune {width}, 10 then 15 dB{more}", "deprune",
-        f"[{width}, {coarse}], {{ width = {width}, epochs = {fine}, activation = 'step:15' }}", "linear", "step:10",
+        f"deprune {width}, 10 then {up} dB{more}", "deprune",
+        f"[{width}, {coarse}], {{ width = {width}, epochs = {fine}, activation = 'step:{up}' }}", "linear", "step:10",
         "step:5", **others,
     )  # fmt: skip
 
@@ -228,11 +228,15 @@ CASES = [
     Case("fixed width 8, coarse, longer", "fixed", "[8, 32]", "linear", "step:10", "step:5"),
     _finer(16, 12, 8),
     _finer(16, 20, 12, ", longer"),
-    _finer(8, 12, 8, main=True),
-    _finer(4, 12, 8),
-    _finer(2, 12, 8),
-    _finer(1, 12, 8),
-    _finer(32, 12, 8, network="vgg11"),
+    # What a finer end is worth at narrower widths, and with another end; and whether coarser than 10 dB is.
+    *(_finer(width, 12, 8, apart=True) for width in (32, 8, 4, 2, 1)),
+    _finer(8, 16, 4, up=20, apart=True),
+    Case(
+        "deprune 4 then 16, late", "deprune", "[4, 16], { width = 16, epochs = 4, activation = 'step:15' }", "linear",
+        "step:10", "step:5", apart=True,
+    ),
+    _linear("fixed width 8, 5 dB", 8, 5, 1, apart=True),
+    _linear("fixed width 16, 5 dB", 16, 5, 1, apart=True),
     # A quarter and a half of its channels, as 8 and 16 are of the others' cuts.
     Case(
         "deprune 32 then 64", "deprune", "[32, 18], { width = 64, epochs = 8, activation = 'step:15' }", "linear",
