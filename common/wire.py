@@ -17,7 +17,7 @@ from common.codecs.base import NOTHING, Buffer
 from common.errors import CodecError, FrameError, TooLargeError
 from common.rpc import split_pb2 as pb
 
-PROTOCOL_VERSION = 11
+PROTOCOL_VERSION = 12
 # 1 MB frames ran at 380 MB/s each way over loopback, 8 MB ones at 115; see design decision 8 in docs/design.md.
 FRAME_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 1 << 30

@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["common"], exclude=["common.codecs.loop
 
 CORPUS = Path("fuzz/corpus")
 NAMES = ("step:12", "context:12", "int8", "fp16", "fp32")
-SHAPES = ((4, 4, 9, 9), (16, 24), (2, 3, 50), (1, 1, 1, 1), (8, 2, 7, 5))
+SHAPES = ((4, 4, 9, 9), (16, 24), (2, 3, 50), (1, 1, 1, 1), (2, 20, 4, 5))  # more channels than a context looks at
 _GENERATOR = np.random.default_rng(0)
 _TENSORS = [_GENERATOR.laplace(size=shape).astype(np.float32) for shape in SHAPES]
 _SUPPORTS = [tensor > 0 for tensor in _TENSORS]

@@ -2,7 +2,7 @@
 
 The magnitude at a place is predicted by a weighted sum of what is around it, in its channel and in those most like it;
 the weights learn from each error (normalised least mean squares). Prediction, neighbours and how far off predictions
-were of late choose a probability in each of four tables; a mixture of the four, with weights that learn too, codes the
+were of late choose a probability in each of six tables; a mixture of the six, with weights that learn too, codes the
 answer (logistic mixing, as in lpaq; Mahoney 2005), and the answer moves them all. So no table is sent, small tensors
 cost no more than large ones, and both sides stay alike as long as they compute alike: integers only.
 
@@ -21,13 +21,14 @@ from common.codecs.compiled import kept
 
 Array = NDArray[Any]
 
-PARENTS = 6  # channels that each is predicted from
+PARENTS = 16  # channels that each is predicted from
 PAD = 2  # places around a plane that its neighbours may lie in
-OUTSIDE = 1  # planes behind all others that stay empty: parents of the first channels
-_NEAR = 6  # neighbours in the channel itself; in each parent there are five
-_AVERAGES = _NEAR + 5 * PARENTS  # where inputs begin that are averages
-_INPUTS = _AVERAGES + 4
-_MODELS, _CONTEXTS, _QUESTIONS = 4, 4096, 32
+_NEAR, _IN_PARENT = 6, 9  # neighbours in the channel itself; the place and those around it in each parent
+# Inputs: neighbours, averages, parents, of which the first channels have fewer.
+_AVERAGES, _FIRST = _NEAR, _NEAR + 4
+_INPUTS = _FIRST + _IN_PARENT * PARENTS
+_BEST = 6  # parents whose sum is a context
+_MODELS, _CONTEXTS, _QUESTIONS = 6, 4096, 32
 _ZERO, _SIGN, _MORE, _AGAINST, _FIRST_BIT, _BITS = 0, 1, 1, 8, 15, 25  # numbers of the questions
 _CLASSES = 9  # magnitudes 1, 2, 3-4, 5-8, ... 129-256
 _MOST = 255 * 16  # predictions are in sixteenths
@@ -170,47 +171,52 @@ def _code_symbol(tables, weights, bases, stretched, low, high, read, passed, dat
 
 
 @_inner
-def _weigh(factors, inputs):
-    """The weighted sum of the inputs, in 16384ths, and the sum of their squares."""
+def _weigh(factors, inputs, count):
+    """The weighted sum of the first `count` inputs, in 16384ths, and the sum of their squares."""
     total, energy = np.int32(0), np.int32(16)
-    for i in range(_INPUTS):
+    for i in range(count):
         total = np.int32(total + np.int32(factors[i] * inputs[i]))
         energy = np.int32(energy + np.int32(inputs[i] * inputs[i]))
     return total, energy
 
 
 @_inner
-def _adjust(factors, inputs, pull):
+def _adjust(factors, inputs, count, pull):
     """Move the weights by `pull` times the inputs."""
-    for i in range(_INPUTS):
+    for i in range(count):
         push = np.int32(np.int32(pull * inputs[i]) + np.int32(64)) >> np.int32(7)
         factors[i] = max(np.int32(-65000), min(np.int32(65000), np.int32(factors[i] + push)))
 
 
 @_inner
 def _around(inputs):
-    """How large neighbours are, the best parent there, and the two best parents there and about."""
+    """How large neighbours are, the best parent there, the two best parents there and about, and the best few there."""
     near = 2 * (abs(np.int64(inputs[0])) + abs(np.int64(inputs[1])))
     near += abs(np.int64(inputs[2])) + abs(np.int64(inputs[3]))
-    best = abs(np.int64(inputs[_NEAR]))
-    beside = 4 * best + 2 * abs(np.int64(inputs[_NEAR + 5]))
+    best = abs(np.int64(inputs[_FIRST]))
+    beside = 4 * best + 2 * abs(np.int64(inputs[_FIRST + _IN_PARENT]))
     for i in range(1, 5):
-        beside += abs(np.int64(inputs[_NEAR + i]))
-    return near, best, beside
+        beside += abs(np.int64(inputs[_FIRST + i]))
+    some = np.int64(0)
+    for i in range(_BEST):
+        some += abs(np.int64(inputs[_FIRST + _IN_PARENT * i]))
+    return near, best, beside, some
 
 
 @_inner
 def _bases(bases, inputs, size, doubt, signed):
-    """Which entry of each model a symbol without dither is coded with: by the `size` that is expected and the doubt of
-    it, by what neighbours and the best parent are, and by the best parents alone."""
-    near, best, beside = _around(inputs)
+    """Which entry of each model a symbol without dither is coded with: by the `size` that is expected, with the doubt
+    of it and finer without, by what neighbours and the best parent are, and by the best parents."""
+    near, best, beside, some = _around(inputs)
     bases[0] = _log(size) * 32 + doubt
     bases[1] = (min(abs(np.int64(inputs[0])), 15) * 16 + min(abs(np.int64(inputs[1])), 15)) * 16 + min(best, 15)
     bases[2] = min(255, (size + 4) >> 3) * 8 + (doubt >> 2)
     if signed:
         bases[3] = _log(beside) * 32 + _log(near)
     else:
-        bases[3] = min(best, 31) * 32 + min(np.int64(inputs[_NEAR + 5]), 31)
+        bases[3] = min(best, 31) * 32 + min(np.int64(inputs[_FIRST + _IN_PARENT]), 31)
+    bases[4] = min(_CONTEXTS - 1, (size + 1) >> 1)
+    bases[5] = min(some, 63) * 32 + _log(near)
     _stretch(bases)
 
 
@@ -218,11 +224,13 @@ def _bases(bases, inputs, size, doubt, signed):
 def _bases_of_noise(bases, inputs, size, channel, busy, usual, level):
     """The same with dither, each entry by the `level` of the number drawn too: how large neighbours, parents and what
     is expected are, how `busy` the picture is, how large symbols at this place and in this channel."""
-    near, _, beside = _around(inputs)
+    near, _, beside, some = _around(inputs)
     bases[0] = (_log(beside) >> 1) * 16 + (_log(near) >> 1)
     bases[1] = (usual >> 1) * 16 + (busy >> 1)
     bases[2] = _log(size) * 8 + (busy >> 2)
     bases[3] = (channel & 31) * 8 + (busy >> 2)
+    bases[4] = min(511, size >> 1)
+    bases[5] = _log(some) * 16 + (_log(near) >> 1)
     for model in range(_MODELS):
         bases[model] = bases[model] * 8 + level
     _stretch(bases)
@@ -250,18 +258,22 @@ def _replicate(values, first, height, width):
 
 
 @_inner
-def _offsets(around, wrong, parents, channel, channels, size, across):
-    """How far the inputs lie from a place, and the errors of its parents there; a channel has `size` values."""
+def _offsets(around, wrong, parents, channel, size, across):
+    """How far the inputs lie from a place, and the errors of its parents there; a channel has `size` values. How many
+    parents there are."""
     around[0], around[1], around[2], around[3], around[4], around[5] = (
         -1, -across, -across - 1, -across + 1, -2, -2 * across
     )  # fmt: skip
-    for at in range(PARENTS):
-        parent = parents[channel, at] if at < channel else channels
-        there = (parent - channel) * size
+    known = min(channel, PARENTS)
+    for at in range(known):
+        there = (parents[channel, at] - channel) * size
         wrong[at] = there
-        first = _NEAR + 5 * at
+        first = _FIRST + _IN_PARENT * at
         around[first], around[first + 1], around[first + 2] = there, there - 1, there + 1
         around[first + 3], around[first + 4] = there - across, there + across
+        around[first + 5], around[first + 6] = there - across - 1, there - across + 1
+        around[first + 7], around[first + 8] = there + across - 1, there + across + 1
+    return known
 
 
 @kept("i8(u1[::1], UniTuple(i8, 4), i8, u1[::1], u1[::1], u1[:, ::1], u1[::1], b1)", error_model="numpy")
@@ -279,15 +291,15 @@ def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
     signed, dithered, masked = zero != 0, len(drawn) > 0, len(mask) > 0
     by_value = signed and not dithered  # else magnitudes are predicted: dither makes noise of the signs
     slow = 12 if dithered else 14  # the larger, the faster weights move
-    values = np.zeros((channels + OUTSIDE) * size, np.int16)
-    wrong = np.zeros((channels + OUTSIDE) * size, np.uint8)
+    values = np.zeros(channels * size, np.int16)
+    wrong = np.zeros(channels * size, np.uint8)
     by_place, by_picture = np.zeros(height * width, np.int32), np.zeros(pictures, np.int32)
     tables = np.full(_CONTEXTS * _QUESTIONS * _MODELS, 1 << 31, np.uint32)
-    weights = np.full(_QUESTIONS * _MODELS, 26000, np.int32)
+    weights = np.full(_QUESTIONS * _MODELS, 18000, np.int32)
     bases, stretched = np.zeros(_MODELS, np.int64), np.zeros(_MODELS, np.int32)
     factors, inputs = np.zeros(_INPUTS, np.int32), np.zeros(_INPUTS, np.int32)
     factors[0] = factors[1] = 6400
-    around, behind = np.zeros(_AVERAGES, np.int64), np.zeros(PARENTS, np.int64)
+    around, behind = np.zeros(_INPUTS, np.int64), np.zeros(PARENTS, np.int64)
     low, high, read, passed = 0, _WHOLE, 0, 0
     if decoding:
         for at in range(4):
@@ -296,7 +308,8 @@ def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
     at = -1
     for channel in range(channels):
         of_channel = np.int32(0)
-        _offsets(around, behind, parents, channel, channels, size, across)
+        known = _offsets(around, behind, parents, channel, size, across)
+        count = _FIRST + _IN_PARENT * known
         for picture in range(pictures):
             first = channel * size + picture * plane
             if picture:  # above the first row stands that of the picture before
@@ -309,7 +322,9 @@ def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
                 for column in range(width):
                     at += 1
                     here = line + PAD + column
-                    for i in range(_AVERAGES):
+                    for i in range(_NEAR):
+                        inputs[i] = values[np.uint64(here + around[i])]
+                    for i in range(_FIRST, count):
                         inputs[i] = values[np.uint64(here + around[i])]
                     spot = np.uint64(row * width + column)
                     if not by_value:
@@ -317,7 +332,7 @@ def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
                         inputs[_AVERAGES + 1] = by_place[spot] >> np.int32(14)
                         inputs[_AVERAGES + 2] = by_picture[picture] >> np.int32(14)
                         inputs[_AVERAGES + 3] = of_channel >> np.int32(14)
-                    total, energy = _weigh(factors, inputs)
+                    total, energy = _weigh(factors, inputs, count)
                     expected = max(-_MOST if by_value else 0, min(_MOST, np.int64(total) >> 10))
                     if masked and not mask[np.uint64(at)]:
                         values[np.uint64(here)] = (expected + 8) >> 4
@@ -335,7 +350,7 @@ def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
                     else:
                         off = 4 * (np.int64(wrong[here - 1]) + np.int64(wrong[here - across]))
                         off += 2 * (np.int64(wrong[here - across - 1]) + np.int64(wrong[here - across + 1]))
-                        for i in range(PARENTS):
+                        for i in range(known):
                             off += np.int64(wrong[np.uint64(here + behind[i])])
                         _bases(bases, inputs, abs(expected), _log(off), signed)
                     found = np.int64(0)
@@ -357,7 +372,7 @@ def code(symbols, shape, zero, mask, drawn, parents, data, decoding):
                     values[np.uint64(here)] = value
                     error = 16 * value - expected
                     wrong[np.uint64(here)] = min(255, abs(error) >> 3)
-                    _adjust(factors, inputs, np.int32((error << slow) // np.int64(energy)))
+                    _adjust(factors, inputs, count, np.int32((error << slow) // np.int64(energy)))
                     if not by_value:
                         large = np.int32(magnitude << 16)
                         by_place[spot] += np.int32(large - by_place[spot]) >> np.int32(4)
