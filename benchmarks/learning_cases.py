@@ -269,9 +269,12 @@ CASES = [
         "step:10", "step:5", "weighted", local=20, restart=True, warmup=20, apart=True,
     ),
     # What is left of that lead where the other one's head has learnt alone as well.
-    Case(
-        "fixed width 1, 5 epochs, head alone before", "fixed", "[1, 5]", "linear", "step:10", "step:5", "weighted",
-        local=20, warmup=50, apart=True,
+    *(
+        Case(
+            f"fixed width 1, 5 epochs, head alone before{more}", "fixed", phase, "linear", "step:10", "step:5",
+            "weighted", local=20, warmup=50, restart=bool(more), apart=True,
+        )
+        for more, phase in (("", "[1, 5]"), (", lr 0.02", "{ width = 1, epochs = 5, lr = 0.02 }"))
     ),
     Case(
         "deprune 8, then 16 with the head frozen", "deprune",

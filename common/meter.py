@@ -91,6 +91,11 @@ class Meter:
                 else:
                     self._again[way] += count.message
 
+    def again(self, way: str) -> int:
+        """Bytes of messages that were sent for faults."""
+        with self._lock:
+            return self._again[way]
+
     def total(self, way: str) -> Count:
         with self._lock:
             total = Count()

@@ -145,18 +145,20 @@ def show(console: Console, summary: dict[str, Any]) -> None:
             f"Before, the head learnt alone for {several(local['epochs'], 'epoch')}: its own classifier was right on "
             f"{local['accuracy']:.2%} of the test pictures.", highlight=False,
         )  # fmt: skip
+        if local["accuracy"] >= summary["accuracy"]:
+            console.print("So the device alone does as well here: the server has added nothing.", highlight=False)
     if summary["budget"]:
         console.print(_spent(summary, bytes_[UP]["message"] + bytes_[DOWN]["message"]), highlight=False)
     elif left := summary["phases_left_out"]:
-        console.print(f"The run ended before its {_last_phases(left)} began.", highlight=False)
+        console.print(f"The run ended before its {_last_phases(left)} began: its epochs were over.", highlight=False)
     if parts := _told(summary["faults"]):
         console.print(f"On the way: {parts}; the result is that of an undisturbed run.", highlight=False)
     console.print(_table(summary))
     resumed = bool(summary["faults"]["resumed"])
     if any(0 < (one["kernel"] or 0) < one["message"] + resumed * one["again"] for one in (bytes_[UP], bytes_[DOWN])):
         console.print(
-            "The kernel's bytes are without those that an earlier process moved after its last checkpoint: it alone "
-            "could have asked.", highlight=False,
+            "The kernel's bytes are without those that an earlier process moved after its last checkpoint: when it "
+            "ended, their count was lost.", highlight=False,
         )  # fmt: skip
 
 

@@ -73,7 +73,10 @@ def _check_method(recipe: Recipe) -> None:
         demand(not recipe.local.epochs, 'method "plain" is what others are compared with: local.epochs must be 0')
         demand(raw, 'method "plain" compresses nothing: bottleneck.kind is "none" and both codecs are "fp32"')
     if recipe.method in ("plain", "fixed"):
-        demand(len(set(widths)) == 1, f'method "{recipe.method}" has one width; the schedule has {list(widths)}')
+        demand(
+            len(set(widths)) == 1,
+            f'method "{recipe.method}" has one width; the schedule has {list(widths)}: give one',
+        )
     if recipe.method == "prune":
         demand(recipe.model.init != "", 'method "prune" starts from a trained network; set model.init')
     # Width 0 means all channels: it counts as wider than any number.

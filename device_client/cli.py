@@ -243,15 +243,18 @@ def evaluate(
         with Counting(console, "Judged", "pictures") as remote.progress:
             verdict = use.evaluate(remote, head, loaded, _say, wait)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
+        again = remote.meter.again(UP) + remote.meter.again(DOWN)
     finally:
         remote.close()
     if as_json:
         answer = {"accuracy": verdict.accuracy, "loss": verdict.loss, "pictures": verdict.count}
-        click.echo(json.dumps(answer | {"width": head.bottleneck.width, "bytes": {UP: up, DOWN: down}}))
+        crossed = {UP: up, DOWN: down, "again": again}
+        click.echo(json.dumps(answer | {"width": head.bottleneck.width, "bytes": crossed}))
         return
     console.print(
         f"[bold]{verdict.accuracy:.2%}[/bold] of {verdict.count:,} pictures classified correctly, "
-        f"loss {verdict.loss:.4f}; {size(up)} up, {size(down)} down.",
+        f"loss {verdict.loss:.4f}; {size(up)} up, {size(down)} down"
+        f"{f', and {size(again)} for what broke on the way' if again else ''}.",
         highlight=False,
     )
 

@@ -26,7 +26,8 @@ SHARED = [
     click.option("--device", "processor", default="cpu", show_default=True, metavar="NAME",
                  help="Where the head computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one."),
     click.option("--wait", default=0.0, type=Amount(0), metavar="SECONDS",
-                 help="Keep trying so long, or for ever with inf, while the server is not up yet or has no room."),
+                 help="Keep trying so long, or for ever with inf, while the server is not up yet or has no room; for "
+                 "evaluate and predict also where the link breaks."),
     click.option("--tls-ca", type=FILE, help="Encrypt, and trust servers whose certificate this authority (PEM) "
                  "signed."),
     click.option("--tls-cert", type=FILE, help="This device's own certificate (PEM), where the server wants one."),

@@ -94,7 +94,7 @@ def _again(remote: RemoteTail, attempt: Callable[[], T], say: Callable[[str], No
             pass
         except (LinkError, StoppedError) as error:
             if wait_s <= 0:
-                raise type(error)(f"{error}; with --wait SECONDS it is gone on with where the link breaks") from error
+                raise type(error)(f"{error}; with --wait SECONDS it is tried again when the server is back") from error
             say(f"{error}; trying again")
         opened = patiently(lambda: remote.open(trains=False, run_id=before.run_id, wait_s=wait_s), say, wait_s)
         if (opened.recipe.digest(), opened.phase) != (before.recipe.digest(), before.phase):
@@ -193,4 +193,4 @@ def _tell_scaled(
     wide, high = sizes[others[0]]
     verb = "is" if len(others) == 1 else "are"
     what = f"{len(others):,} of {several(len(paths), 'picture')} {verb} scaled to the model's {width}x{height}"
-    say(f"{what}, not cropped; {others[0]} was {wide}x{high}.")
+    say(f"{what}, not cropped: proportions may change; {others[0]} was {wide}x{high}.")

@@ -104,6 +104,13 @@ class Servicer(split_pb2_grpc.SplitServicer):
             f"[yellow]{kind}[/yellow]{more}: {escape(printable(text, 500))} ({where})", highlight=False
         )
 
+    def _tell_come(self, alone: float, context: grpc.ServicerContext) -> None:
+        """A device that may begin the run is there, and may take long to: its head may learn for `alone` epochs."""
+        if self._lines.spare(1.0):
+            first = f"; its head learns alone first, for {several(alone, 'epoch')}" if alone else ""
+            where = unquote(context.peer()).partition(":")[2]
+            self.host.console.print(f"A device has asked for the recipe ({where}){first}.", highlight=False)
+
     def _tell_use(self, session: Session, pictures: int, judged: bool) -> None:
         """What a finished run was used for."""
         if self._lines.spare(1.0):
@@ -125,6 +132,8 @@ class Servicer(split_pb2_grpc.SplitServicer):
         session, step = host.open(trains, request.run_id, tuple(request.kept), identity, self._guard.caller(context))
         session.seen(context.peer())
         back = trains and bool(request.run_id)
+        if trains and not back and host.run:
+            self._tell_come(host.recipe.local.epochs, context)
         reply = pb.OpenReply(
             protocol_version=wire.PROTOCOL_VERSION,
             session=session.name,

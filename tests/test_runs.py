@@ -199,7 +199,7 @@ def test_widths_that_never_came_are_said(few: data.Dataset) -> None:
     text = recipe_text("deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', schedule=schedule)
     console = Console(record=True, width=200, file=io.StringIO())
     report.show(console, inprocess.train(text, few))
-    assert "The run ended before its last phase began." in console.export_text()
+    assert "The run ended before its last phase began: its epochs were over." in console.export_text()
 
 
 def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
