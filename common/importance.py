@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from common.errors import DivergedError
+
 # Every direction is given at least this share of the mean sensitivity: one that has not mattered so far may matter yet.
 _LEAST = 0.01
 
@@ -31,6 +33,11 @@ def principal_components(activations: Iterable[Tensor], sensitivity: Tensor | No
     covariance, root = products / count - torch.outer(mean, mean), torch.eye(len(mean), dtype=torch.float64)
     if sensitivity is not None and sensitivity.trace() > 0:  # one of zeros says nothing
         root = _root(sensitivity.double())
+    if not torch.isfinite(covariance).all():
+        raise DivergedError(
+            "what the head makes of the pictures is not finite before any training: its first weights or the data are "
+            "too large, or none"
+        )
     _, vectors = torch.linalg.eigh(root @ covariance @ root)
     components = vectors.flip(1).T @ root
     # eigh leaves the sign open; the largest entry is made positive so that equal data give equal components.

@@ -133,7 +133,7 @@ class Budget:
         """Whether there is enough left for one more step, which is of phase `coming`.
 
         Before it come the step that was just made, of phase `present`, which is not booked yet, and, with `validates`,
-        a validation; after it the test, in phase `tested`.
+        a validation in that phase; after it the test, in phase `tested`.
         """
         spent = self._spent
         if not spent.steps:
@@ -145,7 +145,7 @@ class Budget:
         elif coming is not present:
             ahead += step  # what it costs is an estimate until it has begun
         if validates:
-            ahead += self._judging(self._validation, _judging_load(coming))
+            ahead += self._judging(self._validation, _judging_load(present))
         return spent.total + ahead <= self._allowed
 
     def _bytes_of(self, phase: Phase) -> float:

@@ -74,7 +74,8 @@ class Coordinator:
             validate = validate and has_room
         if done >= self.steps:
             return Decision(pb.FINISH)
-        return Decision(pb.VALIDATE if validate else pb.STEP, self._switch(done))
+        # A validation is of the phase that has been trained: the next begins with its verdict.
+        return Decision(pb.VALIDATE) if validate else Decision(pb.STEP, self._switch(done))
 
     def _keep_within(self, budget: Budget, done: int) -> bool:
         """Plan anew, or end the run, where the budget has no room for what was planned after `done` steps; whether it
@@ -86,8 +87,8 @@ class Coordinator:
             self._end(budget, done)
             coming, tested = self._ahead(done)
         # A budget goes with a fixed list of phases, where a validation decides nothing. In a run that is shortened its
-        # bytes are better spent on steps, above all before a ranking: it would send all channels.
-        if coming.kind == RANK and budget.shortens:
+        # bytes are better spent on steps, above all while channels are ranked: it would send all of them.
+        if self.phase.kind == RANK and budget.shortens:
             return False
         return budget.allows(self.phase, coming, tested, validates=True)
 
@@ -104,7 +105,7 @@ class Coordinator:
 
     def _validation(self, step: int, loss: float) -> Decision:
         if self._recipe.schedule.kind != "plateau" or self.phase.kind == RANK:  # its loss is that of all channels
-            return Decision(pb.STEP)
+            return Decision(pb.STEP, self._switch(step + 1))
         before = self._plateau.position
         self._plateau = schedule.after_validation(self._plateau, loss, self._recipe.schedule)
         if self._plateau.finished:

@@ -98,7 +98,8 @@ class Training:
         self.rotated = True
 
     def switch(self, phase: Phase) -> None:
-        self.halves.tail.resize(phase.width, phase.order)
+        # The norms follow with the width of each step: of that of the phase nothing is known before it is drawn.
+        self.halves.tail.bottleneck.resize(phase.width, phase.order)
         if phase.kind != RECALL and self.store:
             self._outlived[self.store.path] = self.step
             self._close_store()

@@ -179,11 +179,11 @@ def test_a_plateau_decides_nothing_while_channels_are_ranked() -> None:
     )
     coordinator = Coordinator(parse(text), 32, 1)
     thens = []
-    for step in range(5):
+    for step in range(6):
         coordinator.after_step(step)
         thens.append(coordinator.after_validation(step, 1.0).then)
     assert (coordinator.phase.kind, coordinator.phase.width) == ("learn", 4)
-    assert thens == [pb.STEP] * 4 + [pb.FINISH]
+    assert thens == [pb.STEP] * 5 + [pb.FINISH]
 
 
 def test_plateau_moves_on_after_patience() -> None:

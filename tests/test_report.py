@@ -88,7 +88,8 @@ def test_widths_are_told_as_they_were_learnt_at() -> None:
     found = summary(ranked, schedule)
     assert "width 4 → 8." in shown(found)["said"][0] and found["phases_left_out"] == 0
     early = summary(ranked[:3], schedule)
-    assert early["phases_left_out"] == 1 and "The run ended before its last phase began: its epochs were over." in shown(early)["said"][0]
+    assert early["phases_left_out"] == 1
+    assert "The run ended before its last phase began: its epochs were over." in shown(early)["said"][0]
     (nested,) = shown(summary([phase(8, nested=(4, 2))]))["said"]
     assert "width 2/4/8." in nested and "That is at width 8; evaluate --width judges" in nested
     whole = summary([phase(32)], "phases = [[0, 1]]")

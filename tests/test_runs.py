@@ -194,6 +194,24 @@ def test_using_a_run_goes_on_where_the_link_breaks(
     assert sum(right) >= 36
 
 
+def test_a_validation_judges_the_phase_that_was_trained() -> None:
+    """Where the next one begins at the same step, its network has learnt nothing of its width yet."""
+    judged = []
+
+    class Noting(RemoteTail):
+        def evaluate(self, batches: Any, count: int, subset: Any, phase: Phase, *rest: Any) -> pb.Verdict:
+            judged.append((subset, phase.width, phase.kind))
+            return super().evaluate(batches, count, subset, phase, *rest)
+
+    pictures = data.load("digits", (1, 16, 16), 3, 0.2, limit=320)
+    text = recipe_text(
+        "deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "channels"\nranking_steps = 2',
+        schedule="phases = [[2, 1], [4, 1]]",
+    )  # fmt: skip
+    inprocess.train(text, pictures, Noting)
+    assert judged == [(pb.VALIDATION, 2, "learn"), (pb.TEST, 4, "learn")]
+
+
 def test_widths_that_never_came_are_said(few: data.Dataset) -> None:
     schedule = 'kind = "plateau"\nwidths = [2, 4]\nmax_epochs = 2'
     text = recipe_text("deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', schedule=schedule)

@@ -106,11 +106,6 @@ def test_phases_are_told_as_a_recipe_has_them() -> None:
     assert recipe.in_toml(phases.phases) == written
 
 
-def test_a_folder_that_holds_both_sides_of_a_run_is_told_apart(plain_run: Run) -> None:
-    told = failed(server_cli.cli, "serve", *ANY_PORT, "--run", plain_run.path)
-    assert told.endswith(f"give {plain_run.path / 'device'} or {plain_run.path / 'server'}")
-
-
 def test_what_a_finished_run_had_otherwise_is_told(plain_run: Run, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(plain_run.recipe.read_text().replace("lr = 0.05", "lr = 0.02"))
     told = failed(server_cli.cli, "serve", *ANY_PORT, tmp_path / "recipe.toml", "--run", plain_run.path / "server")
