@@ -92,8 +92,8 @@ class DataRecipe:
 class BottleneckRecipe:
     kind: str = "none"  # "none" all channels as they are, "channels" the most important, "linear" a learnt 1x1 map
     # linear: "orthogonal" at random (from model.init's channels as they are), "principal" components of the activation,
-    # "weighted" by the sensitivity to each direction in the run that `model.init` names, or where the head learnt alone (without either as principal), or
-    # "auto": weighted with one of the two, else orthogonal.
+    # "weighted" by the sensitivity to each direction in the run that `model.init` names, or where the head learnt alone
+    # (without either as principal), or "auto": weighted with one of the two, else orthogonal.
     start: str = "auto"
     # linear, principal and weighted: pictures that the device takes the components of; a batch at the least.
     principal_pictures: int = 1024
