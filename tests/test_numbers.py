@@ -53,7 +53,10 @@ def test_numbers_are_read_as_they_are(tmp_path: Path) -> None:
             {"train_x": np.where(np.arange(12)[:, None, None, None] == 7, np.float32(np.nan), numbers(12))},
             "train_x .* 1 of 12 rows with NaN, .* the first at 7",
         ),
-        ({"train_x": arrays()["train_x"]}, "pictures have 1 or 3 channels and the model wants 2"),
+        (
+            {name: arrays()[name] for name in ("train_x", "test_x")},
+            "pictures have 1 or 3 channels and the model wants 2",
+        ),
     ],
 )
 def test_numbers_that_the_model_cannot_take_are_refused(changes, message, tmp_path: Path) -> None:
