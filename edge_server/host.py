@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from common import codecs, models, weights, wire
 from common import halves as halves_module
@@ -105,6 +106,8 @@ class Host:
             except (RunFolderError, ModelError, MismatchError, RecipeError):
                 if not saved:  # else the checkpoint has all that came of it, for the device that began the run
                     raise
+            if initial and initial.told:
+                console.print(f"Starts from {escape(initial.told)}.", highlight=False)
             if initial and not initial.run_id:
                 initial.fill(halves)
                 host._first_head = weights.to_bytes(halves.head)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,13 +25,14 @@ class Initial:
 
     `run_id`: of the finished run whose head the device must bring itself; "" where it need not. `known`: the channels
     that this run's tail was trained with, the most important first, where a run with bottleneck "channels" sent only
-    some.
+    some. `told`: what a run starts from, in words.
     """
 
     head: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tail: Mapping[str, torch.Tensor] = field(default_factory=dict)
     run_id: str = ""
     known: tuple[int, ...] = ()
+    told: str = ""
 
     def fill(self, halves: Halves) -> None:
         if self.head:
@@ -79,6 +82,7 @@ def _from_run(recipe: Recipe, halves: Halves, folder: Path, allowed: Collection[
         if (place / "head.safetensors").is_file() and RunFolder(place).read()[2].run_id == manifest.run_id:
             RunFolder(place).fill_half("head", trained.head)
             here = True
+    told = f"run {manifest.run_id} in {folder}{_judged(folder)} at width {manifest.phase.width}"
     if source.model.cut != recipe.model.cut:
         if not here or source.bottleneck.kind == "linear":
             raise RunFolderError(
@@ -88,10 +92,17 @@ def _from_run(recipe: Recipe, halves: Halves, folder: Path, allowed: Collection[
         require_all(source, recipe, manifest)
         layers = dict(trained.head.layers.state_dict()) | dict(trained.tail.layers.state_dict())
         own = dict(halves.head.layers.state_dict()) | dict(halves.tail.layers.state_dict())
-        return _split(with_classes(layers, own, recipe, source), halves, str(folder))
+        return replace(_split(with_classes(layers, own, recipe, source), halves, str(folder)), told=told)
     known = manifest.phase.order[: manifest.phase.width] if recipe.bottleneck.kind == "channels" else ()
     tail = adopt(halves.tail, trained.tail.state_dict(), recipe, source, manifest)
     if here:
         head = adopt(halves.head, trained.head.state_dict(), recipe, source, manifest)
-        return Initial(head, tail, known=known)
-    return Initial(tail=tail, run_id=manifest.run_id, known=known)
+        return Initial(head, tail, known=known, told=told)
+    return Initial(tail=tail, run_id=manifest.run_id, known=known, told=told)
+
+
+def _judged(folder: Path) -> str:
+    """How good a finished run was, as its summary has it; "" where that is gone."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return f", {json.loads((folder / 'summary.json').read_text())['accuracy']:.2%}"
+    return ""

@@ -110,7 +110,10 @@ def test_a_run_goes_on_at_another_cut(plain_run: Run, deprune_run: Run) -> None:
     table = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "{}"\ninit = "run:{}"'
     recipe = parse(recipe_text("fixed", model=table.format("stage2_1_relu2", plain_run.path)))
     fresh, trained = halves.build(recipe), halves.build(load(plain_run.recipe)[0])
-    initial_weights(recipe, fresh, ()).fill(fresh)
+    initial = initial_weights(recipe, fresh, ())
+    initial.fill(fresh)
+    run_id, accuracy = (plain_run.summary("server")[name] for name in ("run_id", "accuracy"))
+    assert initial.told == f"run {run_id} in {plain_run.path / 'server'}, {accuracy:.2%} at width 32"
     for side, name, half in (("device", "head", trained.head), ("server", "tail", trained.tail)):
         RunFolder(plain_run.path / side).fill_half(name, half)
     x = torch.randn(2, 1, 16, 16)
