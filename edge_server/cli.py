@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common import recipe as recipes
-from common.channel import ServerTls
+from common.channel import ServerTls, is_loopback
 from common.cli import leave_at_once, with_options
 from common.errors import ModelError
 from common.progress import Screen, note, warn, warn_unencrypted
@@ -151,12 +151,13 @@ def certs(folder: Path, hosts: tuple[str, ...], devices: tuple[str, ...], renew:
         f"Made in {escape(str(folder))}: {', '.join(f'{name}.pem' for name in made)}, {days}.", highlight=False
     )
     address = f"{hosts[0] if hosts else 'HOST'}:50051"
+    own = hosts[0] if hosts and all(map(is_loopback, hosts)) else "0.0.0.0"  # noqa: S104 -- with TLS, as printed
     keys = "--tls-cert {0}.pem --tls-key {0}.key"
     for name in made:
         if name == "server":
             console.print(
                 f"To the server go server.pem, server.key and ca.pem:\n  edge-server serve RECIPE --run RUN "
-                f"--listen 0.0.0.0:50051 {keys.format(name)} --tls-client-ca ca.pem", highlight=False, markup=False,
+                f"--listen {own}:50051 {keys.format(name)} --tls-client-ca ca.pem", highlight=False, markup=False,
             )  # fmt: skip
         elif name != "ca":
             console.print(
