@@ -151,7 +151,7 @@ def certs(folder: Path, hosts: tuple[str, ...], devices: tuple[str, ...], renew:
         f"Made in {escape(str(folder))}: {', '.join(f'{name}.pem' for name in made)}, {days}.", highlight=False
     )
     address = f"{hosts[0] if hosts else 'HOST'}:50051"
-    own = hosts[0] if hosts and all(map(is_loopback, hosts)) else "0.0.0.0"  # noqa: S104 -- with TLS, as printed
+    own = hosts[0] if hosts and all(map(is_loopback, hosts)) else "0.0.0.0"
     keys = "--tls-cert {0}.pem --tls-key {0}.key"
     for name in made:
         if name == "server":
