@@ -82,10 +82,11 @@ class TrainStream:
         training, begin = self.training, self.receive.begin
         what = f"The device is connected again, at step {begin.step:,}."
         if begun:
-            who = escape(self.receive.session.identity) or "A device"
+            who, planned = escape(self.receive.session.identity) or "A device", training.recipe.schedule
+            most = "up to " if planned.budget_mb or planned.kind == "plateau" else ""  # which may end it sooner
             what = (
                 f"{who} trains [bold]{escape(training.recipe.name)}[/bold]: "
-                f"{several(training.coordinator.steps, 'step')} of {several(training.batch, 'picture')}, "
+                f"{most}{several(training.coordinator.steps, 'step')} of {several(training.batch, 'picture')}, "
                 f"{training.samples:,} pictures an epoch."
             )
         self.run.console.print(what, highlight=False)
