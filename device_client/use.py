@@ -156,7 +156,8 @@ def predict(
         left = Part(part.pictures[len(answers) :], part.labels[len(answers) :])  # where the link broke before
         # Each by itself: a codec rounds what crosses together by one step, and a picture's answer is its own.
         sent = (batch for batch, _ in sent_batches(head, left, recipe, 1))
-        answers.extend(remote.predict(sent, len(left), _phase(remote, head.bottleneck.width)))
+        if len(left):
+            answers.extend(remote.predict(sent, len(left), _phase(remote, head.bottleneck.width)))
         return np.concatenate(answers)
 
     logits = _again(remote, attempt, say, wait_s)
