@@ -27,3 +27,9 @@ def hear(handler: Callable[[int, FrameType | None], None]) -> Mapping[int, Any]:
             handler(number, frame)
 
     return {number: signal.signal(number, once) for number in heard}
+
+
+def ignore() -> None:
+    """Have none of them end the process: it is ending, and whoever asks for that once more changes nothing."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common import recipe as recipes
+from common import signals
 from common.channel import ServerTls, is_loopback
 from common.cli import leave_at_once, with_options
 from common.errors import ModelError
@@ -100,6 +101,7 @@ def serve(
     words = f"edge-server listens on [bold]{address}[/bold], {_doing(host)}.{where}"
     caught, computing = run(server, once, lambda: console.print(words, highlight=False))
     console.print(f"Stopped{f' by {caught}' if caught else ''}{_left(host)}", highlight=False, markup=False)
+    signals.ignore()  # as it ends Python lets go of its own handlers: a second SIGTERM would make it a failure
     if computing:
         leave_at_once()
 

@@ -26,7 +26,7 @@ from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from device_client.remote_tail import RemoteTail
 from edge_server.health import Health
-from tests.conftest import ANY_PORT
+from tests.conftest import ANY_PORT, Run
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,20 @@ def test_a_device_that_is_to_stop_does_not_wait_for_a_server_that_goes_at_the_sa
     assert device.returncode == 128 + signal.SIGTERM, out + err
     step = re.search(r"Stopped at step ([\d,]+); the run is not finished", " ".join(out.split()))
     assert step and (tmp_path / "device" / "checkpoints" / f"step-{int(step[1]):012}.safetensors").is_file(), out
+
+
+def test_a_server_that_is_told_to_stop_again_as_it_ends_has_not_failed(
+    plain_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair, "popen", subprocess.Popen)  # a forked one ends without Python's own farewell
+    with pair.server("--run", plain_run.path / "server", log=tmp_path / "log") as (process, _):
+        process.terminate()
+        while "Stopped by SIGTERM" not in (tmp_path / "log").read_text():
+            time.sleep(0.005)
+        while process.poll() is None:
+            process.terminate()
+            time.sleep(0.005)
+    assert process.returncode == 0
 
 
 def test_a_terminal_that_is_closed_is_told_twice_and_heard_once(monkeypatch: pytest.MonkeyPatch) -> None:
