@@ -188,50 +188,6 @@ def test_both_sides_hear_which_checkpoints_the_other_has(
     assert {(side, step) for side in ("device", "server") for step in (4, 8)} <= told
 
 
-def test_a_server_that_comes_back_says_anew_when_checkpoints_are_kept(
-    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A device that stayed goes by it: else the two would soon have no step in common."""
-    text, first, written = CASES["nested widths"], server_of(tmp_path, CASES["nested widths"]), []
-
-    def unwatched(remote: RemoteTail, call: Any) -> Stream:
-        return Stream(call, remote.server, watched=False)
-
-    monkeypatch.setattr(RemoteTail, "_connect", lambda remote: None)
-    monkeypatch.setattr(RemoteTail, "_open_stream", unwatched)
-    remote = RemoteTail("127.0.0.1:1", stub=Stub(Servicer(first)))
-    remote._channel = Mock()  # so that a lost stream is opened again
-    remote.open(trains=True)
-    trainer = Trainer(remote, few, RunFolder(tmp_path / "device"), Console(file=io.StringIO()))
-    trainer.prepare((), None)
-    trainer.folder.start(text)
-    after, write = trainer._after, Checkpoints.write
-
-    def replaced(*arguments: Any) -> dict[str, Any]:
-        line = after(*arguments)
-        if trainer.step == 6:
-            assert first.run
-            first.run.keep()
-            first.folder.close()
-            second = server_of(tmp_path, text)
-            assert second.run
-            second.run.every = 3
-            remote._lose()
-            remote._stub = Stub(Servicer(second))
-        return line
-
-    def noted(checkpoints: Checkpoints, step: int, *arguments: Any) -> None:
-        written.append((checkpoints.folder.parent.name, step))
-        write(checkpoints, step, *arguments)
-
-    monkeypatch.setattr(Checkpoints, "write", noted)
-    trainer._after = replaced  # type: ignore[method-assign]
-    assert trainer.run(publish=False)["steps"] == 20
-    for side in ("device", "server"):
-        steps = {step for of, step in written if of == side}
-        assert {4, 9, 12, 15} <= steps and 8 not in steps, (side, steps)
-
-
 @pytest.mark.parametrize("name", ["nested widths", "frozen head"])
 def test_stopped_while_it_waits_for_an_answer_it_goes_on_from_before_that_step(
     name: str, few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
