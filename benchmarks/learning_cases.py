@@ -145,13 +145,15 @@ def _linear(name: str, width: int, up: int = 15, down: int = 10, **more: Any) ->
     return Case(name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"step:{up}", f"step:{down}", **more)
 
 
+def _growing(name: str, first: tuple[int, int], last: tuple[int, int], up: int = 15, **others: Any) -> Case:
+    """(width, epochs) with 10 dB up, then (width, epochs) with `up`."""
+    phases = f"[{first[0]}, {first[1]}], {{ width = {last[0]}, epochs = {last[1]}, activation = 'step:{up}' }}"
+    return Case(name, "deprune", phases, "linear", "step:10", "step:5", **others)
+
+
 def _finer(width: int, coarse: int, fine: int, more: str = "", up: int = 15, **others: Any) -> Case:
-    """One width, whose codec grows finer: so many epochs with 10 dB up, then so many with `up`."""
-    return Case(
-        f"deprune {width}, 10 then {up} dB{more}", "deprune",
-        f"[{width}, {coarse}], {{ width = {width}, epochs = {fine}, activation = 'step:{up}' }}", "linear", "step:10",
-        "step:5", **others,
-    )  # fmt: skip
+    """One width, whose codec alone grows: so many epochs coarse, then so many fine."""
+    return _growing(f"deprune {width}, 10 then {up} dB{more}", (width, coarse), (width, fine), up, **others)
 
 
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
@@ -213,14 +215,8 @@ CASES = [
     Case("plain", "plain", quick=True, main=True),
     Case("plain, longer", "plain", "[0, 32]"),
     Case(KNOWN, "pretrained", part=OTHERS, quick=True, main=True),
-    Case(
-        "deprune 8 then 16", "deprune", "[8, 18], { width = 16, epochs = 8, activation = 'step:15' }", "linear",
-        "step:10", "step:5", quick=True, main=True,
-    ),
-    Case(
-        "deprune 8 then 16, longer", "deprune", "[8, 20], { width = 16, epochs = 12, activation = 'step:15' }",
-        "linear", "step:10", "step:5",
-    ),
+    _growing("deprune 8 then 16", (8, 18), (16, 8), quick=True, main=True),
+    _growing("deprune 8 then 16, longer", (8, 20), (16, 12)),
     _linear("fixed width 8", 8, quick=True, main=True),
     Case("fixed width 8, longer", "fixed", "[8, 32]", "linear", "step:15", "step:10"),
     Case("fixed width 16, longer", "fixed", "[16, 32]", "linear", "step:15", "step:10"),
@@ -231,17 +227,11 @@ CASES = [
     # What a finer end is worth at narrower widths, and with another end; and whether coarser than 10 dB is.
     *(_finer(width, 12, 8, apart=True) for width in (32, 8, 4, 2, 1)),
     _finer(8, 16, 4, up=20, apart=True),
-    Case(
-        "deprune 4 then 16, late", "deprune", "[4, 16], { width = 16, epochs = 4, activation = 'step:15' }", "linear",
-        "step:10", "step:5", apart=True,
-    ),
+    _growing("deprune 4 then 16, late", (4, 16), (16, 4), apart=True),
     _linear("fixed width 8, 5 dB", 8, 5, 1, apart=True),
     _linear("fixed width 16, 5 dB", 16, 5, 1, apart=True),
     # A quarter and a half of its channels, as 8 and 16 are of the others' cuts.
-    Case(
-        "deprune 32 then 64", "deprune", "[32, 18], { width = 64, epochs = 8, activation = 'step:15' }", "linear",
-        "step:10", "step:5", network="vgg11",
-    ),
+    _growing("deprune 32 then 64", (32, 18), (64, 8), network="vgg11"),
     _linear("fixed width 32", 32, network="vgg11"),
     _frozen("prune to 8, head frozen", 8, quick=True),
     _frozen("prune to 8 weighted, head frozen", 8, "weighted", apart=True),

@@ -67,7 +67,7 @@ def others(rows: list[dict[str, Any]]) -> str:
                 kind, name, _number(middle("snr_db"), 1), _number(middle("bytes_per_element")),
                 _number(middle("with_zstd")), _number(middle("step_at_this_snr")),
                 _number(middle("context_at_this_snr")),
-                f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})" if ratios else "",
+                _spread(ratios) if ratios else "",
             ])  # fmt: skip
     head = ["", "peer", "its SNR", "bytes", "with zstd", "`step` at that SNR", "`context`", "peer / `step`"]
     return table(head, result)
@@ -77,30 +77,31 @@ def enough(rows: list[dict[str, Any]]) -> str:
     """What an SNR costs: the cheapest 8-bit peer that has it or more, and ours, medians over the tensors of a kind."""
     result = []
     for kind, levels in codec.KINDS.items():
-        by_tensor: dict[str, dict[str, dict[str, Any]]] = {}
-        for row in rows:
-            if row["tensor"].startswith(kind):
-                by_tensor.setdefault(row["tensor"], {})[row["codec"]] = row
+        tensors = dict.fromkeys(row["tensor"] for row in rows if row["tensor"].startswith(kind))
         for level in levels:
-            costs = []
-            for found in by_tensor.values():
-                fine = [found[name] for name in peers.EIGHT_BIT if found[name]["snr_db"] >= level]
-                if not fine:
-                    break
-                theirs = [min(row[key] for row in fine) for key in ("bytes_per_element", "with_zstd")]
-                costs.append(
-                    (*theirs, *(found[f"{name}:{level}"]["bytes_per_element"] for name in ("step", "context")))
-                )
-            else:
-                shares = [
-                    f"{statistics.median(each):.1f} ({min(each):.1f} to {max(each):.1f})"
-                    for peer, ours in ((0, 2), (0, 3), (1, 3)) for each in [[cost[peer] / cost[ours] for cost in costs]]
-                ]  # fmt: skip
-                middle = [_number(statistics.median(each)) for each in zip(*costs, strict=True)]
-                result.append([kind, f"{level} dB", *middle, *shares])
+            costs = [_costs([row for row in rows if row["tensor"] == name], level) for name in tensors]
+            peer, coded, step, context = zip(*costs, strict=True)
+            shares = [
+                _spread([one / other for one, other in zip(theirs, ours, strict=True)])
+                for theirs, ours in ((peer, step), (peer, context), (coded, context))
+            ]
+            middle = [_number(statistics.median(each)) for each in (peer, coded, step, context)]
+            result.append([kind, f"{level} dB", *middle, *shares])
     head = ["", "at least", "8-bit peer", "with zstd", "`step`", "`context`", "peer / `step`", "peer / `context`",
             "with zstd / `context`"]  # fmt: skip
     return table(head, result)
+
+
+def _costs(rows: list[dict[str, Any]], level: int) -> tuple[float, float, float, float]:
+    """Bytes an element of one tensor's `rows` at `level` dB: the cheapest 8-bit peer, that with zstd, and ours."""
+    fine = [row for row in rows if row["codec"] in peers.EIGHT_BIT and row["snr_db"] >= level]
+    size = {row["codec"]: row["bytes_per_element"] for row in rows}
+    peer, coded = (min(row[key] for row in fine) for key in ("bytes_per_element", "with_zstd"))
+    return peer, coded, size[f"step:{level}"], size[f"context:{level}"]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def learning(result: dict[str, Any]) -> str:

@@ -63,6 +63,11 @@ def _streaming(method: Callable[..., Iterator[pb.Frame]]) -> Callable[..., Itera
     return guarded
 
 
+def _address(context: grpc.ServicerContext) -> str:
+    """Of whoever calls, as a log shows it."""
+    return unquote(context.peer()).partition(":")[2]
+
+
 SERVICE = pb.DESCRIPTOR.services_by_name["Split"].full_name
 
 
@@ -99,7 +104,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
             if self.host.run and self.host.run.training and self.host.run.training.spoiled:
                 text = "a step has failed half-way; its device goes back to a checkpoint by itself"
         # A sentence may quote what came, which may be long.
-        where = unquote(context.peer()).partition(":")[2]
+        where = _address(context)
         self.host.console.print(
             f"[yellow]{kind}[/yellow]{more}: {escape(printable(text, 500))} ({where})", highlight=False
         )
@@ -108,8 +113,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         """A device that may begin the run is there, and may take long to: its head may learn for `alone` epochs."""
         if self._lines.spare(1.0):
             first = f"; its head learns alone first, for {several(alone, 'epoch')}" if alone else ""
-            where = unquote(context.peer()).partition(":")[2]
-            self.host.console.print(f"A device has asked for the recipe ({where}){first}.", highlight=False)
+            self.host.console.print(f"A device has asked for the recipe ({_address(context)}){first}.", highlight=False)
 
     def _tell_use(self, session: Session, pictures: int, judged: bool) -> None:
         """What a finished run was used for."""

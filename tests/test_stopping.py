@@ -115,7 +115,7 @@ def test_a_server_that_is_told_to_stop_again_as_it_ends_has_not_failed(
     monkeypatch.setattr(pair, "popen", subprocess.Popen)  # a forked one ends without Python's own farewell
     with pair.server("--run", plain_run.path / "server", log=tmp_path / "log") as (process, _):
         process.terminate()
-        while "Stopped by SIGTERM" not in (tmp_path / "log").read_text():
+        while "Stopped by SIGTERM" not in (tmp_path / "log").read_text() and process.poll() is None:
             time.sleep(0.005)
         while process.poll() is None:
             process.terminate()
