@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import adamw, sgd
 
+from common.bottleneck import ChannelDecoder, ChannelEncoder
 from common.errors import ModelError
 from common.recipe import OptimiserRecipe
 from common.schedule import Phase
@@ -26,12 +27,12 @@ class Optimiser:
 
     def __init__(
         self, recipe: OptimiserRecipe, groups: Sequence[tuple[list[nn.Parameter], float]],
-        opening: Sequence[nn.Parameter] = (),
+        opening: Sequence[tuple[list[nn.Parameter], float]] = (),
     ) -> None:  # fmt: skip
-        """`groups`: parameters, each group with its weight decay. `opening`: the bottleneck's under AdamW, where
-        channels open one after the other; these are moved by `_adam_by_element`, without decay."""
+        """`groups`: parameters, each group with its weight decay. `opening`: under AdamW those whose elements begin to
+        learn one after the other, as channels open; `_adam_by_element` moves them."""
         self.lr = recipe.lr
-        self.parameters = [*(parameter for parameters, _ in groups for parameter in parameters), *opening]
+        self.parameters = [parameter for parameters, _ in (*groups, *opening) for parameter in parameters]
         # What it remembers of a parameter, from its first step on.
         self.state: defaultdict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
         self._recipe, self._groups, self._opening = recipe, groups, opening
@@ -48,9 +49,10 @@ class Optimiser:
             moving: list[torch.Tensor] = [parameter for parameter in parameters if parameter.grad is not None]
             if moving:
                 move(moving, [parameter.grad for parameter in moving if parameter.grad is not None], weight_decay)
-        for parameter in self._opening:
-            if parameter.grad is not None:
-                self._adam_by_element(parameter, parameter.grad)
+        for parameters, weight_decay in self._opening:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    self._adam_by_element(parameter, parameter.grad, weight_decay)
 
     def _sgd(self, moving: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float) -> None:
         momentum = self._recipe.momentum
@@ -76,11 +78,11 @@ class Optimiser:
             eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
 
-    def _adam_by_element(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Adam with a count of steps for each element: those in which it had a gradient.
+    def _adam_by_element(self, parameter: torch.Tensor, gradient: torch.Tensor, weight_decay: float) -> None:
+        """AdamW with a count of steps for each element: those in which it had a gradient.
 
         torch has one count for a whole parameter. By that, channels that are first sent late would seem to have stood
-        still for many steps, and would begin at up to three times the learning rate.
+        still for many steps, and would move at several times the learning rate at first.
         """
         state = self.state[parameter]
         if not state:
@@ -91,7 +93,7 @@ class Optimiser:
             state[name].lerp_(value, (1 - beta) * moved)
         mean = state["exp_avg"] / (1 - 0.9**steps).clamp_min(1e-9)
         spread = (state["exp_avg_sq"] / (1 - 0.999**steps).clamp_min(1e-9)).sqrt_()
-        parameter.sub_(self.lr * moved * mean / (spread + 1e-8))
+        parameter.mul_(1 - self.lr * weight_decay).sub_(self.lr * moved * mean / (spread + 1e-8))
 
 
 def build(recipe: OptimiserRecipe, layers: nn.Module, bottleneck: nn.Module) -> Optimiser:
@@ -99,10 +101,13 @@ def build(recipe: OptimiserRecipe, layers: nn.Module, bottleneck: nn.Module) -> 
 
     The bottleneck has no weight decay: it would shrink the channels that are not sent yet.
     """
-    decaying, opening = (list(layers.parameters()), recipe.weight_decay), list(bottleneck.parameters())
-    if recipe.name == "adamw":
-        return Optimiser(recipe, [decaying], opening)
-    return Optimiser(recipe, [decaying, (opening, 0.0)])
+    decaying, steady = (list(layers.parameters()), recipe.weight_decay), (list(bottleneck.parameters()), 0.0)
+    if recipe.name != "adamw":
+        return Optimiser(recipe, [decaying, steady])
+    # Of channels taken as they are, those not sent yet have no gradient in the layers beside the cut either.
+    if isinstance(bottleneck, (ChannelEncoder, ChannelDecoder)):
+        return Optimiser(recipe, [], [decaying, steady])
+    return Optimiser(recipe, [decaying], [steady])
 
 
 def learning_rate(recipe: OptimiserRecipe, step: int, phase: Phase) -> float:

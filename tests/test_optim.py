@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import optim
+from common import bottleneck, optim
 from common.recipe import OptimiserRecipe
 from common.schedule import Phase
 
@@ -53,13 +53,38 @@ def test_it_moves_as_torch_does(recipe: OptimiserRecipe) -> None:
                 assert torch.equal(value, expected), name
 
 
-def test_channels_that_are_sent_late_have_first_steps_of_their_own() -> None:
-    """As large as those of a parameter that begins then, however many steps the others have made."""
-    recipe = OptimiserRecipe(name="adamw", lr=0.01)
+def test_counted_by_element_it_moves_as_torch_does_where_all_elements_have_gradients() -> None:
+    torch.manual_seed(4)
+    recipe = OptimiserRecipe(name="adamw", lr=0.01, weight_decay=0.05)
+    mine, copy = nn.Linear(5, 4), nn.Linear(5, 4)
+    copy.load_state_dict(mine.state_dict())
+    ours = optim.build(recipe, mine, bottleneck.build("channels", 4, 0)[1])
+    theirs = torch.optim.AdamW(copy.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    for _ in range(20):
+        pictures = torch.randn(7, 5)
+        for layer, optimiser in ((mine, ours), (copy, theirs)):
+            optimiser.zero_grad()
+            layer(pictures).square().sum().backward()
+            optimiser.step()
+    for value, expected in zip(mine.parameters(), copy.parameters(), strict=True):
+        assert torch.allclose(value, expected, 1e-5, 1e-7)
+
+
+@pytest.mark.parametrize("kind", ["linear", "channels"])
+def test_channels_that_are_sent_late_have_first_steps_of_their_own(kind: str) -> None:
+    """As large as those of a parameter that begins then, however many steps the others have made: the bottleneck's own
+    parameters, and where it has none, those of the layers beside it."""
+    recipe = OptimiserRecipe(name="adamw", lr=0.01, weight_decay=0.0)
+
+    def built(layer: nn.Module) -> optim.Optimiser:
+        if kind == "linear":
+            return optim.build(recipe, nn.Identity(), layer)
+        return optim.build(recipe, layer, bottleneck.build("channels", 4, 0)[0])
+
     mixed, alone = nn.Linear(3, 4, bias=False), nn.Linear(3, 2, bias=False)
     with torch.no_grad():
         alone.weight.copy_(mixed.weight[2:])
-    ours, fresh = (optim.build(recipe, nn.Identity(), layer) for layer in (mixed, alone))
+    ours, fresh = built(mixed), built(alone)
     slopes = torch.randn(300, 4, 3)
     for step, slope in enumerate(slopes):
         mixed.weight.grad = slope * (torch.arange(4) < (4 if step >= 290 else 2))[:, None]
@@ -71,7 +96,7 @@ def test_channels_that_are_sent_late_have_first_steps_of_their_own() -> None:
             assert torch.equal(mixed.weight[2:], alone.weight), "and until then they stay"
     assert torch.equal(mixed.weight[2:], alone.weight)
     kept = {name: value.clone() for name, value in optim.tensors_of(ours).items()}
-    again = optim.build(recipe, nn.Identity(), mixed)
+    again = built(mixed)
     optim.restore(again, kept, "the checkpoint")
     before = mixed.weight.detach().clone()
     moved = []
