@@ -23,6 +23,7 @@ from common.words import duration, size
 _EVERY_S = 10.0
 _COUNTED_S = 3.0  # before the first line of what is counted
 _LATE = 64  # steps that an estimate looks back
+_ENOUGH, _ENOUGH_S = 8, 10.0  # steps or seconds that it needs
 _TO_SPARE = 6  # columns by which numbers may grow
 _BAR, _ENDLESS = 24, 100_000  # columns of a bar, and of a file
 # What a terminal that is too narrow goes without, the first of them first.
@@ -196,7 +197,7 @@ class StepProgress:
         if crossed:
             parts |= {"up": f"up {size(crossed[0])}", "down": f"down {size(crossed[1])}"}
         first, since = self._late[0]
-        if left_s is None and done > first:
+        if left_s is None and done > first and (done - first >= _ENOUGH or now - since >= _ENOUGH_S):
             left_s = (now - since) / (done - first) * (self._steps - done)
         if left_s is not None:
             parts["left"] = f"{duration(left_s)} left"

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from common import models
 from common.errors import ModelError
 from common.words import some
 
@@ -69,5 +70,5 @@ def take_over(module: nn.Module, data: bytes, model: str) -> None:
     try:
         fill(module, tensors, "the server's answer")
     except ModelError as error:
-        same = f"the module of {model}" if ":" in model else "the release of deprune"
+        same = f"the module of {model}" if models.is_own(model) else "the release of deprune"
         raise ModelError(f"{error}; {same} must be the same on both sides") from error

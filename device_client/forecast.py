@@ -16,6 +16,7 @@ from common.schedule import LEARN, RANK, RECALL, Phase
 from common.tcp_info import Flow
 
 _MEMORY = 32  # steps that a running mean looks back
+_ENOUGH, _ENOUGH_S = 4, 10.0  # steps or seconds of a phase that say more than what was known before it
 _AGAIN, _TELLING = 16, 1500  # steps after which the link is measured anew, and bytes that say nothing of it yet
 # Of a step's computing, what judging as many pictures takes: a quarter or a third of each side's, which work at once.
 _FORWARD = 1 / 5
@@ -69,6 +70,8 @@ class Forecast:
         self._down += (down - self._down) * share
         if self._steps >= _AGAIN or self._rate is None:
             self._measure()
+        if self._seen < _ENOUGH and self._seen * self._seconds < _ENOUGH_S:
+            return
         load_up, load_down = _load(phase)
         if load_up:
             self._up_of_load = self._up / load_up

@@ -214,7 +214,7 @@ def cuts(model: str, input_text: str, classes: int) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     cuts_of = describe_cuts(built, shape)
     checks.require_logits(model, shape, classes, built.eval())
-    if cuts_of and model not in models.MODELS:  # what is dropped at one cut is dropped at each
+    if cuts_of and models.is_own(model):  # what is dropped at one cut is dropped at each
         require_same(built, *split(built, cuts_of[0].name, shape), shape)
     for info in cuts_of:
         flops = f"{info.head_flops / 1e6:.2f} + {info.tail_flops / 1e6:.2f}"

@@ -87,7 +87,7 @@ class Host:
         saved = folder.left_by(TAIL)  # also where it is to be replaced: a device's only head is no server's to delete
         if overwrite:
             saved = None
-        halves = halves_module.build(recipe, allowed, compared=recipe.model.name not in models.MODELS)
+        halves = halves_module.build(recipe, allowed, compared=models.is_own(recipe.model.name))
         checks.require_elements(recipe, halves, host.limits.elements)
         checks.require_schedule(recipe, halves)
         checks.require_output(recipe, halves)

@@ -83,11 +83,13 @@ class TrainStream:
         what = f"The device is connected again, at step {begin.step:,}."
         if begun:
             who, planned = escape(self.receive.session.identity) or "A device", training.recipe.schedule
-            most = "up to " if planned.budget_mb or planned.kind == "plateau" else ""  # which may end it sooner
+            ends = {"its plateau": planned.kind == "plateau", "its budget": planned.budget_mb > 0}
+            sooner = " or ".join(name for name, given in ends.items() if given)
+            most, may = ("up to ", f"; {sooner} may end it sooner") if sooner else ("", "")
             what = (
                 f"{who} trains [bold]{escape(training.recipe.name)}[/bold]: "
                 f"{most}{several(training.coordinator.steps, 'step')} of {several(training.batch, 'picture')}, "
-                f"{training.samples:,} pictures an epoch."
+                f"{training.samples:,} pictures an epoch{may}."
             )
         self.run.console.print(what, highlight=False)
 

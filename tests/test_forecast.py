@@ -80,8 +80,21 @@ def test_nothing_is_said_before_anything_is_known_and_a_link_that_is_not_told_of
     forecast.observe(phase, 60.0, 1000, 1000)  # in which all was set up
     assert forecast.left(1, phase) is None
     forecast.observe(phase, 2.0, 1000, 1000)
-    left = forecast.left(2, phase)
-    assert left and left.seconds == pytest.approx(2 * 98) and left.bytes == pytest.approx(2000 * 98)
+    assert forecast.left(2, phase) is None, "of one short step"
+    forecast.observe(phase, 10.0, 1000, 1000)
+    left = forecast.left(3, phase)
+    assert left and left.seconds == pytest.approx(6 * 97) and left.bytes == pytest.approx(2000 * 97)
+
+
+def test_the_first_steps_of_a_phase_do_not_overturn_what_is_known() -> None:
+    parsed = recipe.parse(recipe_text("deprune", bottleneck='kind = "linear"', schedule="phases = [[4, 2], [8, 2]]"))
+    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
+    first, second = (replace(phase, index=index) for index, phase in enumerate(schedule.planned(parsed, 32, EPOCH)[0]))
+    for _ in range(20):
+        forecast.observe(first, 0.1, 1000, 0)
+    forecast.observe(second, 5.0, 2000, 0)  # what was set up for it
+    left = forecast.left(201, replace(second, steps=400))
+    assert left and left.seconds == pytest.approx(0.1 * 199)
 
 
 def test_a_run_that_a_budget_shortens_has_less_of_each_phase_left() -> None:
@@ -89,7 +102,7 @@ def test_a_run_that_a_budget_shortens_has_less_of_each_phase_left() -> None:
     parsed = recipe.parse(text, "here")
     forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
     phase = schedule.planned(parsed, 32, EPOCH)[0][0]
-    for _ in range(3):
+    for _ in range(5):
         forecast.observe(phase, 1.0, 1000, 1000)
     whole, half = (forecast.left(3, replace(phase, steps=count * EPOCH)) for count in (4, 2))
     assert whole and half
@@ -103,9 +116,9 @@ def test_under_a_plateau_what_is_left_is_of_the_present_width_at_most() -> None:
     forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
     first = schedule.planned(parsed, 32, EPOCH)[0][0]
     wider = replace(first, index=1, width=8, from_step=300)
-    for _ in range(3):
+    for _ in range(5):
         forecast.observe(first, 1.0, 1000, 0)
-    for _ in range(3):
+    for _ in range(4):
         forecast.observe(wider, 1.0, 2000, 0)
     left = forecast.left(400, replace(wider, steps=1000))
     assert left and left.bytes == pytest.approx(2000 * 600)

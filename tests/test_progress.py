@@ -28,13 +28,26 @@ def test_what_matters_most_fits(width: int, told: str) -> None:
     """The time left and the accuracy above all; what once had no room does not come and go with a number's length."""
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
     with StepProgress(console, 123_456) as live:
-        for done, up in ((9_999, 99_999_999), (10_000, 123_456_789), (10_001, 9_000_000), (10_002, 123_456_789)):
+        for done, up in ((9_990, 99_999_999), (10_000, 123_456_789), (10_001, 9_000_000), (10_002, 123_456_789)):
             live.step(done, RunningMean(2.345, 0.5), (16,), (up, 98_765_432))
             live._bar.refresh()
     lines = [line for line in _lines(console) if "/123456" in line]
     assert re.fullmatch(rf"{told}  [0-9:]+ left", lines[-1].rstrip("━╸╺ "))
     assert max(len(line.rstrip()) for line in lines) <= width and "…" not in lines[-1]
     assert re.findall("[a-z]+", lines[-1]) == re.findall("[a-z]+", next(line for line in lines if "10001/" in line))
+
+
+def test_one_short_step_says_nothing_of_the_time_left() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with StepProgress(console, 100) as live:
+        for done in (1, 2, 20):
+            live.step(done, RunningMean(2.345, 0.5))
+            live._bar.refresh()
+    lines = _lines(console)
+    assert {step: any(" left" in line for line in lines if f" {step}/100" in line) for step in (2, 20)} == {
+        2: False,
+        20: True,
+    }
 
 
 def _lines(console: Console) -> list[str]:

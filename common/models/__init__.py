@@ -51,7 +51,7 @@ def build(name: str, input_shape: tuple[int, int, int], classes: int, allowed: C
         )
     if name in MODELS:
         return MODELS[name](input_shape, classes)
-    if ":" not in name:
+    if not is_own(name):
         raise ModelError(
             f"there is no model {name!r}; use one of {', '.join(sorted(MODELS))}, or your own as package.module:factory"
         )
@@ -59,9 +59,14 @@ def build(name: str, input_shape: tuple[int, int, int], classes: int, allowed: C
     return _call_custom(name, input_shape, classes)
 
 
+def is_own(name: str) -> bool:
+    """Whether it names code of the user's own, and no built-in model."""
+    return ":" in name
+
+
 def require_allowed(name: str, allowed: Collection[str]) -> None:
     """ModelError where `name` is code that this side's user has not allowed."""
-    if ":" in name and name not in allowed:
+    if is_own(name) and name not in allowed:
         raise ModelError(
             f"the recipe wants to run the code {name}, which is not part of deprune; "
             f"if you trust it, allow it with `--allow-model {name}` on the command line"
