@@ -30,6 +30,7 @@ setup: $(VENV)/.ready
 # Linux. What numba compiles, some seconds, is compiled at once and not in somebody's first run.
 $(VENV)/.ready: pyproject.toml constraints.txt protos/split.proto hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo 'Setting up $(VENV): torch and the rest are downloaded, a minute or more.'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'

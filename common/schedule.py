@@ -127,6 +127,14 @@ def courses(recipe: Recipe, per_epoch: int) -> Iterator[tuple[str, int]]:
             yield f"phase {number} of {len(ends)}", end - start
 
 
+def never_warm(recipe: Recipe, per_epoch: int) -> Iterator[str]:
+    """Words on each of the courses that is over before its learning rate has risen."""
+    warmup = recipe.optimiser.warmup
+    for name, steps in courses(recipe, per_epoch):
+        if warmup > steps:
+            yield f"optimiser.warmup is {warmup:,} steps, and {name} has {steps:,}: it never learns at its full rate"
+
+
 def planned(recipe: Recipe, channels: int, per_epoch: int) -> tuple[list[Phase], int]:
     """All phases known beforehand, and the steps of the run (the most that it can take, under a plateau)."""
     schedule = recipe.schedule

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.recipe import Recipe
-from common.schedule import courses, steps_per_epoch
+from common.schedule import never_warm, steps_per_epoch
 from device_client.batches import Pictures, normalise
 from device_client.data import Dataset
 
@@ -33,10 +33,7 @@ def remarks(recipe: Recipe, data: Dataset, *, begun: bool) -> Iterator[str]:
             f"data.batch is {batch:,}, so {rest:,} of {pictures:,} pictures are in no whole batch; a phase with one "
             f"view learns nothing from those"
         )
-    warmup = recipe.optimiser.warmup
-    for name, steps in courses(recipe, steps_per_epoch(pictures, batch)):
-        if warmup > steps:
-            yield f"optimiser.warmup is {warmup:,} steps, and {name} has {steps:,}: it never learns at its full rate"
+    yield from never_warm(recipe, steps_per_epoch(pictures, batch))
 
 
 def _far_from_usual(recipe: Recipe, numbers: Pictures) -> Iterator[str]:

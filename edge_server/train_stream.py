@@ -19,9 +19,9 @@ from common.errors import BusyError, FrameError, RunFolderError, StoppedError, T
 from common.meter import DOWN, UP, Draft
 from common.metrics import metrics_line
 from common.phase_message import phase_message
-from common.progress import StepProgress, warn
+from common.progress import StepProgress, note, warn
 from common.rpc import split_pb2 as pb
-from common.schedule import RECALL, Phase
+from common.schedule import RECALL, Phase, never_warm, steps_per_epoch
 from common.wire import Place
 from common.words import several
 from edge_server.coordinator import Decision
@@ -92,6 +92,9 @@ class TrainStream:
                 f"{training.samples:,} pictures an epoch{may}."
             )
         self.run.console.print(what, highlight=False)
+        if begun:
+            for sentence in never_warm(training.recipe, steps_per_epoch(training.samples, training.batch)):
+                note(self.run.console, f"{sentence}.")
 
     def _steps(self, live: StepProgress) -> Iterator[pb.Frame]:
         """Answer what the device asks for, one thing after the other, until it leaves."""

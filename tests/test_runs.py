@@ -222,7 +222,9 @@ def test_widths_that_never_came_are_said(few: data.Dataset) -> None:
 
 def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
     text = recipe_text(schedule="phases = [[0, 0.05]]", optimiser="lr = 0.05\nwarmup = 100")
-    assert "optimiser.warmup is 100 steps, and the run has 2" in train(tmp_path, text).output
+    done = train(tmp_path, text)
+    for told in (done.output, done.log):
+        assert "optimiser.warmup is 100 steps, and the run has 2" in told
 
 
 def test_a_run_on_fewer_pictures_than_a_batch_is_of_all_of_them(tmp_path: Path) -> None:
