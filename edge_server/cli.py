@@ -61,11 +61,11 @@ def serve(
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
     for warning in exposed(tls_key, token_file):
         warn(console, warning)
+    if recipe:
+        parsed, text = recipes.load(bundled.path_of(recipe))
     require_free(listen, insecure or tls_cert is not None)
     console.may_be_lost, console.timed = True, times and not console.is_terminal
     folder = RunFolder(run_path)
-    if recipe:
-        parsed, text = recipes.load(bundled.path_of(recipe))
     import torch
 
     from common.optim import imitated
