@@ -156,6 +156,17 @@ def _finer(width: int, coarse: int, fine: int, more: str = "", up: int = 15, **o
     return _growing(f"deprune {width}, 10 then {up} dB{more}", (width, coarse), (width, fine), up, **others)
 
 
+def _from_nothing(width: int, frozen: int = 4, coarse: int = 10, fine: int = 6) -> Case:
+    """The head learns alone; then each picture crosses once, and the tail learns from what it kept; then both learn,
+    coarse and then finer. As many epochs of the tail as plain has."""
+    first = f"{{ width = {width}, epochs = {frozen}, views = 1, flip = true, shift = 2 }}"
+    last = f"{{ width = {width}, epochs = {fine}, activation = 'step:15' }}"
+    return Case(
+        f"deprune none then {width}", "deprune", f"{first}, [{width}, {coarse}], {last}", "linear", "step:10", "step:5",
+        "weighted", local=EPOCHS, apart=True,
+    )  # fmt: skip
+
+
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
 
 
@@ -258,6 +269,8 @@ CASES = [
         "{ width = 8, epochs = 16, views = 1, flip = true, shift = 2 }, { width = 8, epochs = 4, lr = 0.06 }", "linear",
         "step:10", "step:5", "weighted", local=20, restart=True, warmup=20, apart=True,
     ),
+    *(_from_nothing(width) for width in (1, 2, 4, 8, 16, 32)),
+    _linear("fixed width 8, head alone before", 8, basis="weighted", local=EPOCHS, apart=True),
     # What is left of that lead where the other one's head has learnt alone as well.
     *(
         Case(
