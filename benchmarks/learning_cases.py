@@ -156,14 +156,14 @@ def _finer(width: int, coarse: int, fine: int, more: str = "", up: int = 15, **o
     return _growing(f"deprune {width}, 10 then {up} dB{more}", (width, coarse), (width, fine), up, **others)
 
 
-def _from_nothing(width: int, frozen: int = 4, coarse: int = 10, fine: int = 6) -> Case:
+def _from_nothing(width: int, frozen: int = 4, coarse: int = 10, fine: int = 6, **others: Any) -> Case:
     """The head learns alone; then each picture crosses once, and the tail learns from what it kept; then both learn,
     coarse and then finer. As many epochs of the tail as plain has."""
     first = f"{{ width = {width}, epochs = {frozen}, views = 1, flip = true, shift = 2 }}"
     last = f"{{ width = {width}, epochs = {fine}, activation = 'step:15' }}"
     return Case(
         f"deprune none then {width}", "deprune", f"{first}, [{width}, {coarse}], {last}", "linear", "step:10", "step:5",
-        "weighted", local=EPOCHS, apart=True,
+        "weighted", local=EPOCHS, **others,
     )  # fmt: skip
 
 
@@ -241,6 +241,11 @@ CASES = [
     _growing("deprune 4 then 16, late", (4, 16), (16, 4), apart=True),
     _linear("fixed width 8, 5 dB", 8, 5, 1, apart=True),
     _linear("fixed width 16, 5 dB", 16, 5, 1, apart=True),
+    # Nothing crosses while the head learns alone, for as many epochs again; then each picture once; then all.
+    _from_nothing(8, main=True),
+    *(_from_nothing(width) for width in (16, 4, 2, 1)),
+    _from_nothing(32, network="vgg11"),
+    _linear("fixed width 8, head alone before", 8, basis="weighted", local=EPOCHS),
     # A quarter and a half of its channels, as 8 and 16 are of the others' cuts.
     _growing("deprune 32 then 64", (32, 18), (64, 8), network="vgg11"),
     _linear("fixed width 32", 32, network="vgg11"),
@@ -269,8 +274,6 @@ CASES = [
         "{ width = 8, epochs = 16, views = 1, flip = true, shift = 2 }, { width = 8, epochs = 4, lr = 0.06 }", "linear",
         "step:10", "step:5", "weighted", local=20, restart=True, warmup=20, apart=True,
     ),
-    *(_from_nothing(width) for width in (1, 2, 4, 8, 16, 32)),
-    _linear("fixed width 8, head alone before", 8, basis="weighted", local=EPOCHS, apart=True),
     # What is left of that lead where the other one's head has learnt alone as well.
     *(
         Case(

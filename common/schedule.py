@@ -66,11 +66,13 @@ def phase_from(table: Mapping[str, Any]) -> Phase:
     return Phase(**{**table, "order": tuple(table["order"]), "nested": tuple(table["nested"])})
 
 
-def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int) -> list[Phase]:
+def stretches(
+    recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int, ranked: bool = False
+) -> list[Phase]:  # fmt: skip
     """The phases that one entry of the schedule comes to, from span[0] up to span[1], numbered from 0.
 
     One; or two where channels are chosen by rank and must be measured first, or where the server recalls what was
-    sent in the first `views` steps.
+    sent in the first `views` steps. `ranked`: the channels that it sends are chosen already.
     """
     start, end = span
     width = entry.width or channels
@@ -89,7 +91,7 @@ def stretches(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int
             replace(phase, kind=STORE),
             replace(phase, from_step=start + max(1, views), kind=RECALL, flip=entry.flip, shift=entry.shift),
         ]
-    elif ranking > 0 and min(phase.widths) < channels:
+    elif ranking > 0 and min(phase.widths) < channels and not ranked:
         result = [replace(phase, width=channels, kind=RANK, nested=()), replace(phase, from_step=start + ranking)]
     # One without steps is left out.
     return [piece for piece in result if piece.from_step < end]
@@ -149,8 +151,14 @@ def planned(recipe: Recipe, channels: int, per_epoch: int) -> tuple[list[Phase],
 def phases_of(recipe: Recipe, channels: int, per_epoch: int, ends: list[int]) -> list[Phase]:
     """The phases of the schedule's entries, which are over at the steps `ends`."""
     result: list[Phase] = []
+    chosen = 0  # as many channels as the last ranking was for: no other could become one of them
     for entry, start, end in zip(recipe.schedule.phases, [0, *ends], ends, strict=False):
-        result += stretches(recipe, entry, channels, (start, end), steps_of(entry.views, per_epoch))
+        width = entry.width or channels
+        ranked = width == chosen and not entry.nested
+        pieces = stretches(recipe, entry, channels, (start, end), steps_of(entry.views, per_epoch), ranked)
+        if any(piece.kind == RANK for piece in pieces):
+            chosen = width
+        result += pieces
     return result if recipe.optimiser.restart else [run_long(phase, recipe, ends[-1]) for phase in result]
 
 

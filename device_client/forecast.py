@@ -6,8 +6,9 @@ codecs, and the time for that with the link's rate, which the kernel tells; the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common import schedule
 from common.recipe import Recipe
@@ -32,15 +33,17 @@ class Forecast:
     """One run's, on the device."""
 
     def __init__(
-        self, recipe: Recipe, channels: int, batch: int, parts: tuple[int, int, int], flow: Callable[[], Flow | None]
-    ) -> None:
-        """`batch`: pictures a step; `parts`: those trained on, of a validation, of the test; `flow`: what the
-        connection has sent so far, None where that is not known."""
+        self, recipe: Recipe, cut: tuple[int, ...], batch: int, parts: tuple[int, int, int],
+        flow: Callable[[], Flow | None],
+    ) -> None:  # fmt: skip
+        """`cut`: [C, ...] of a picture; `batch`: pictures a step; `parts`: those trained on, of a validation, of the
+        test; `flow`: what the connection has sent so far, None where that is not known."""
         samples, validation, test = parts
         self._epoch = schedule.steps_per_epoch(samples, batch)
         self._validation, self._test = validation / batch, test / batch  # in steps' worth of pictures
-        self._phases, self._planned = schedule.planned(recipe, channels, self._epoch)
-        self._plateau = recipe.schedule.kind == "plateau"
+        self._phases, self._planned = schedule.planned(recipe, cut[0], self._epoch)
+        # Under a plateau: the widths, one after the other.
+        self._widths = [width or cut[0] for width in recipe.schedule.widths]
         self._flow, self._before = flow, flow()
         self._rate: float | None = None  # bytes a second
         self._sends = self._steps = 0  # since the link was measured
@@ -49,7 +52,8 @@ class Forecast:
         self._seen = -1
         self._index = -1
         self._seconds = self._waiting = self._up = self._down = 0.0  # of a step, as a running mean
-        self._up_of_load = self._down_of_load = 0.0  # bytes for each unit of what `_load` tells
+        # Bytes for each unit of what `_load` tells; down as up, as long as nothing has come.
+        self._up_of_load, self._down_of_load = batch * math.prod(cut[1:]) / 8, 0.0
         self._computing: dict[str, float] = {}  # seconds that a step computes on both sides, by its kind
         self._elsewhere = 0.0  # the server's share of that, in the newest kind but RECALL
 
@@ -86,20 +90,24 @@ class Forecast:
         """Before `step`, which is of the `present` phase; None as long as nothing is known."""
         if not self._computing:
             return None
-        # Under a plateau nobody knows the next phase. Where a budget has changed the run's length, phases are taken to
-        # begin earlier in proportion.
-        steps, phases = present.steps, [present] if self._plateau else self._phases
+        # Under a plateau nobody knows when the next phase comes: at most all that is left is of the widest. Where a
+        # budget has changed the run's length, phases are taken to begin earlier in proportion.
+        steps, phases = present.steps, self._phases
+        if self._widths:
+            ranking = present.width not in self._widths  # with all channels
+            coming = self._widths if ranking else self._widths[self._widths.index(present.width) :]
+            phases = [replace(present, width=max(coming))]
         scale = steps / self._planned
         ends = [*(phase.from_step * scale for phase in phases[1:]), steps]
         seconds = sent = 0.0
         for phase, end in zip(phases, ends, strict=True):
             count = max(0.0, end - max(step, phase.from_step * scale))
             up, down = _load(phase)
-            sent += count * (self._up_of_load * up + self._down_of_load * down)
+            sent += count * (self._up_of_load * up + (self._down_of_load or self._up_of_load) * down)
             seconds += count * self._computing_of(phase)
         last = phases[-1]
         judged = self._test + self._validation * ((steps - step) // self._epoch)
-        sent += judged * self._up_of_load * last.mean_width * bits(last.activation_codec)
+        sent += judged * self._up_of_load * last.width * bits(last.activation_codec)
         seconds += judged * self._computing_of(last) * _FORWARD
         return Left(seconds + (sent / self._rate if self._rate else 0.0), sent)
 

@@ -204,7 +204,7 @@ class Trainer:
     def _loop(self, live: StepProgress) -> None:
         """Step after step."""
         parts = len(self.data.train), len(self.data.validation), len(self.data.test)
-        forecast = Forecast(self.recipe, self.channels, self.batch, parts, self.remote.kernel.flow)
+        forecast = Forecast(self.recipe, self.cut, self.batch, parts, self.remote.kernel.flow)
         outlook = Outlook(live, self.recipe, self.remote.meter, forecast, self.phase.steps)
         while self.then != pb.FINISH:
             if self.stopping:

@@ -92,18 +92,18 @@ def require_logits(model: str, shape: tuple[int, ...], classes: int, forward: Ca
         )
 
 
-def require_batch(recipe: Recipe, halves: Halves) -> None:
-    """ModelError where the model cannot be trained with the recipe's batch: batch norm needs two numbers a channel."""
-    pictures = min(2, recipe.data.batch)
+def require_batch(recipe: Recipe, halves: Halves, samples: int = 2) -> None:
+    """ModelError where the model cannot be trained with the recipe's batch, or with no more than `samples` pictures:
+    batch norm needs two numbers a channel."""
+    pictures = min(2, recipe.data.batch, samples)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), undisturbed(halves.head, halves.tail):
             halves.head.train(), halves.tail.train()
             halves.tail.layers(halves.tail.bottleneck(halves.head(torch.zeros(pictures, *recipe.model.input))))
     except ValueError as error:
         cure = "give more" if pictures == 1 else "change the model"
-        raise ModelError(
-            f"the model {recipe.model.name} cannot be trained with data.batch = {recipe.data.batch} ({error}); {cure}"
-        ) from error
+        batch = f"data.batch = {recipe.data.batch}" if pictures < samples else "one picture"
+        raise ModelError(f"the model {recipe.model.name} cannot be trained with {batch} ({error}); {cure}") from error
     finally:
         halves.head.eval(), halves.tail.eval()
 

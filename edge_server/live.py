@@ -38,6 +38,7 @@ from common.run import TAIL, Manifest, RunFolder
 from common.schedule import steps_per_epoch
 from common.tcp_info import Kernel, KernelBytes
 from edge_server.budget import Beside, Budget
+from edge_server.checks import require_batch
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.initial import Initial
 from edge_server.training import Training
@@ -181,6 +182,8 @@ class LiveRun:
         if (most := max(beside.validation, beside.test, beside.head)) > 2**40:
             raise FrameError(f"Begin says {most} pictures to judge or bytes of a head; that is more than there can be")
         training = self._new(samples, classes, beside)
+        if samples == 1:
+            require_batch(self.recipe, training.halves, samples)
         assert self.initial  # check_free has looked
         if self.recipe.schedule.budget_mb:
             head = 0 if self.initial.run_id else len(weights.to_bytes(training.halves.head))

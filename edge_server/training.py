@@ -175,9 +175,11 @@ class Training:
                 logits = self.halves.tail(activation)
                 loss = functional.cross_entropy(logits, truth)
             if not torch.isfinite(loss):
+                own = self.phase.lr != self.recipe.optimiser.lr
                 raise DivergedError(
-                    f"the loss of step {self.step} is not finite: training has diverged; lower optimiser.lr "
-                    f"(now {self.recipe.optimiser.lr}) or choose a finer codec"
+                    f"the loss of step {self.step} is not finite: training has diverged; lower "
+                    f"{'lr of this phase in schedule.phases' if own else 'optimiser.lr'} (now {self.phase.lr:g}) or "
+                    f"choose a finer codec"
                 )
             self._optimiser.zero_grad()
             loss.backward()

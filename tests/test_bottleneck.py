@@ -120,6 +120,11 @@ def test_less_than_a_step_is_one() -> None:
         ("[4, 1], [8, 0.1]", [(0, 32, "rank"), (4, 4, "learn"), (10, 8, "learn")]),
         ("[4, 1], [8, 0.2]", [(0, 32, "rank"), (4, 4, "learn"), (10, 32, "rank"), (11, 8, "learn")]),
         ("[4, 0.1]", [(0, 4, "learn")]),
+        # No other could be chosen where as many cross as before, with another codec perhaps.
+        (
+            "[4, 1], { width = 4, epochs = 1, activation = 'step:15' }, [8, 1]",
+            [(0, 32, "rank"), (4, 4, "learn"), (10, 4, "learn"), (20, 32, "rank"), (24, 8, "learn")],
+        ),
         # The narrow widths of nested ones are chosen by rank too.
         ("{ width = 0, epochs = 1, nested = [2, 4] }", [(0, 32, "rank"), (4, 32, "learn")]),
     ],

@@ -16,6 +16,7 @@ from device_client.forecast import Forecast
 BATCH, SAMPLES, TEST = 32, 3200, 640  # 100 steps an epoch
 EPOCH = SAMPLES // BATCH
 UNIT = 100.0  # bytes of a step for each channel and bit
+CUT = (32, 5, 5)  # of so many places
 
 
 class Link:
@@ -56,7 +57,7 @@ def test_what_is_left_is_known_from_the_first_steps_on(phases: str, rate: float,
     )  # fmt: skip
     parsed = recipe.parse(text, "here")
     link = Link(rate, computing)
-    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, TEST), lambda: link.flow)
+    forecast = Forecast(parsed, CUT, BATCH, (SAMPLES, 0, TEST), lambda: link.flow)
     planned, steps = schedule.planned(parsed, 32, EPOCH)
     planned = [replace(phase, index=index) for index, phase in enumerate(planned)]  # as the coordinator does
     each = [[phase for phase in planned if phase.from_step <= step][-1] for step in range(steps)]
@@ -74,7 +75,7 @@ def test_what_is_left_is_known_from_the_first_steps_on(phases: str, rate: float,
 
 def test_nothing_is_said_before_anything_is_known_and_a_link_that_is_not_told_of_counts_as_computing() -> None:
     parsed = recipe.parse(recipe_text(schedule="phases = [[0, 1]]"), "here")
-    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
+    forecast = Forecast(parsed, CUT, BATCH, (SAMPLES, 0, 0), lambda: None)
     phase = replace(schedule.planned(parsed, 32, EPOCH)[0][0], steps=EPOCH)
     assert forecast.left(0, phase) is None
     forecast.observe(phase, 60.0, 1000, 1000)  # in which all was set up
@@ -88,7 +89,7 @@ def test_nothing_is_said_before_anything_is_known_and_a_link_that_is_not_told_of
 
 def test_the_first_steps_of_a_phase_do_not_overturn_what_is_known() -> None:
     parsed = recipe.parse(recipe_text("deprune", bottleneck='kind = "linear"', schedule="phases = [[4, 2], [8, 2]]"))
-    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
+    forecast = Forecast(parsed, CUT, BATCH, (SAMPLES, 0, 0), lambda: None)
     first, second = (replace(phase, index=index) for index, phase in enumerate(schedule.planned(parsed, 32, EPOCH)[0]))
     for _ in range(20):
         forecast.observe(first, 0.1, 1000, 0)
@@ -100,7 +101,7 @@ def test_the_first_steps_of_a_phase_do_not_overturn_what_is_known() -> None:
 def test_a_run_that_a_budget_shortens_has_less_of_each_phase_left() -> None:
     text = recipe_text("deprune", bottleneck='kind = "linear"', schedule="phases = [[4, 2], [8, 2]]")
     parsed = recipe.parse(text, "here")
-    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
+    forecast = Forecast(parsed, CUT, BATCH, (SAMPLES, 0, 0), lambda: None)
     phase = schedule.planned(parsed, 32, EPOCH)[0][0]
     for _ in range(5):
         forecast.observe(phase, 1.0, 1000, 1000)
@@ -109,17 +110,19 @@ def test_a_run_that_a_budget_shortens_has_less_of_each_phase_left() -> None:
     assert whole.bytes == pytest.approx(2000 * (197 + 2 * 200)) and half.bytes == pytest.approx(2000 * (97 + 2 * 100))
 
 
-def test_under_a_plateau_what_is_left_is_of_the_present_width_at_most() -> None:
+def test_under_a_plateau_what_is_left_is_of_the_widest_still_to_come() -> None:
     schedule_ = 'kind = "plateau"\nwidths = [4, 8]\nmax_epochs = 10'
     text = recipe_text("deprune", data="batch = 32\nvalidation = 0.2", bottleneck='kind = "linear"', schedule=schedule_)
     parsed = recipe.parse(text, "here")
-    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: None)
+    forecast = Forecast(parsed, CUT, BATCH, (SAMPLES, 0, 0), lambda: None)
     first = schedule.planned(parsed, 32, EPOCH)[0][0]
     wider = replace(first, index=1, width=8, from_step=300)
     for _ in range(5):
-        forecast.observe(first, 1.0, 1000, 0)
+        forecast.observe(first, 1.0, 500, 500)
+    left = forecast.left(5, replace(first, steps=1000))
+    assert left and left.bytes == pytest.approx(2000 * 995)
     for _ in range(4):
-        forecast.observe(wider, 1.0, 2000, 0)
+        forecast.observe(wider, 1.0, 1000, 1000)
     left = forecast.left(400, replace(wider, steps=1000))
     assert left and left.bytes == pytest.approx(2000 * 600)
 
@@ -128,7 +131,7 @@ def test_a_new_connection_is_measured_from_its_own_start() -> None:
     parsed = recipe.parse(recipe_text(schedule="phases = [[0, 4]]"), "here")
     flows = iter([Flow(0, 0.0, 0.0), Flow(10**6, 1.0, 0.0), Flow(1000, 0.1, 0.0), Flow(101_000, 1.1, 0.0)])
     now = next(flows)
-    forecast = Forecast(parsed, 32, BATCH, (SAMPLES, 0, 0), lambda: now)
+    forecast = Forecast(parsed, CUT, BATCH, (SAMPLES, 0, 0), lambda: now)
     phase = schedule.planned(parsed, 32, EPOCH)[0][0]
     rates = []
     for now in flows:  # noqa: B007 - which the forecast asks for
@@ -136,3 +139,29 @@ def test_a_new_connection_is_measured_from_its_own_start() -> None:
             forecast.observe(phase, 1.0, 1000, 1000)
         rates.append(forecast._rate)
     assert rates == [10**6, 10**6, 10**5]
+
+
+def test_an_evaluation_sends_all_channels_of_a_nested_phase() -> None:
+    parsed = recipe.parse(
+        recipe_text(
+            "fixed", bottleneck='kind = "linear"', schedule="phases = [{ width = 16, epochs = 1, nested = [1, 2] }]"
+        )
+    )
+    forecast = Forecast(parsed, CUT, BATCH, (SAMPLES, 0, TEST), lambda: None)
+    phase = schedule.planned(parsed, 32, EPOCH)[0][0]
+    for _ in range(5):
+        forecast.observe(phase, 1.0, 1900, 1900)  # 19 channels in three steps
+    left = forecast.left(EPOCH, replace(phase, steps=EPOCH))
+    assert left and left.bytes == pytest.approx(300 * 16 * TEST / BATCH)
+
+
+def test_a_process_that_has_seen_recalls_alone_knows_that_later_steps_send() -> None:
+    views = "phases = [{ width = 8, epochs = 2, views = 1 }, { width = 8, epochs = 2 }]"
+    parsed = recipe.parse(recipe_text("fixed", bottleneck='kind = "linear"', schedule=views))
+    forecast = Forecast(parsed, CUT, BATCH, (SAMPLES, 0, 0), lambda: None)
+    recall, learn = schedule.planned(parsed, 32, EPOCH)[0][1:]
+    for _ in range(5):
+        forecast.observe(replace(recall, index=1), 1.0, 0, 0)
+    left = forecast.left(150, replace(recall, index=1, steps=4 * EPOCH))
+    bits_ = bits(learn.activation_codec) + bits(learn.gradient_codec)
+    assert left and left.bytes == pytest.approx(200 * 8 * bits_ * BATCH * 25 / 8)

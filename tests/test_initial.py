@@ -26,6 +26,7 @@ from device_client import basis, data
 from device_client.data import Dataset, Part
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
+from edge_server.budget import Beside
 from edge_server.host import Host
 from edge_server.initial import initial_weights
 from edge_server.servicer import Servicer
@@ -300,7 +301,12 @@ def test_a_batch_that_batch_norm_cannot_take_is_refused_at_the_start(batch: int,
     text = recipe_text(model=model).replace("batch = 32", f"batch = {batch}")
     arguments = (parse(text), text, RunFolder(tmp_path / "run"), Console(file=io.StringIO()), (name,), False)
     if batch > 1:
-        assert Host.to_train(*arguments).run
+        host = Host.to_train(*arguments)
+        assert host.run
+        with pytest.raises(ModelError, match="cannot be trained with one picture .*; give more"):
+            host.run.begin(1, tuple("0123456789"), "", Beside())
+        assert not host.run.training
+        host.run.begin(2, tuple("0123456789"), "", Beside())
     else:
         with pytest.raises(ModelError, match="cannot be trained with data.batch = 1 .*; give more"):
             Host.to_train(*arguments)

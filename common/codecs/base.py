@@ -57,7 +57,7 @@ def require_finite(low: float, high: float) -> None:
     """Check the smallest and the largest element before encoding: NaN and Inf show in one of them."""
     if not (math.isfinite(low) and math.isfinite(high)):
         raise DivergedError(
-            "a tensor to be sent is not finite: training has diverged; lower optimiser.lr in the recipe"
+            "a tensor to be sent is not finite: training has diverged; lower the recipe's learning rate"
         )
 
 
