@@ -24,11 +24,15 @@ MIN_CHARACTERS = 20
 _HOW = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
 
+class NoTokenError(AuthError):
+    """A token file without a token."""
+
+
 def parse(text: str, source: str) -> dict[str, str]:
     """Tokens by name; AuthError where `text` from `source` isn't what a token file holds."""
     lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
-        raise AuthError(f"{source} holds no token; make one with {_HOW}")
+        raise NoTokenError(f"{source} holds no token; make one with {_HOW}")
     if len(lines) == 1 and len(lines[0]) == 1:
         lines = [[BARE, lines[0][0]]]
     tokens: dict[str, str] = {}
@@ -51,7 +55,7 @@ def parse(text: str, source: str) -> dict[str, str]:
 
 def read(path: Path) -> dict[str, str]:
     try:
-        return parse(path.read_text(), str(path))
+        return parse(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
         raise AuthError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -92,7 +96,17 @@ class Known:
 def known(path: Path | None, tell: Callable[[str], None]) -> Callable[[], Known] | None:
     """The tokens of a server, of a file (read anew when it changes) or else of the environment; None without either."""
     if path:
-        return Reloaded([path], lambda: Known(read(path)), tell)
+        file = path
+        read(file)  # a server starts with one at least
+
+        def load() -> Known:
+            try:
+                return Known(read(file))
+            except NoTokenError:  # whoever takes out the last line wants nobody let in
+                tell(f"{file} holds no token: no device gets in")
+                return Known({})
+
+        return Reloaded([path], load, tell)
     if not os.environ.get(VARIABLE):
         return None
     fixed = Known(parse(os.environ[VARIABLE], VARIABLE))

@@ -109,10 +109,12 @@ def require_batch(recipe: Recipe, halves: Halves, samples: int = 2) -> None:
 
 
 def wasteful(recipe: Recipe, halves: Halves) -> Iterator[str]:
-    """Words for the operator about what costs bytes or time for nothing: gradients to a head that cannot learn, widths
+    """Words for the operator about what costs bytes or time for nothing: a model or a head that cannot learn, widths
     that never come, validation pictures that cross after each epoch though the head is frozen."""
     learns = any(parameter.requires_grad for parameter in halves.head.parameters())
     views = [phase.views for phase in recipe.schedule.phases]
+    if not learns and not any(parameter.requires_grad for parameter in halves.tail.layers.parameters()):
+        yield f"no parameter of the model {recipe.model.name} has requires_grad: nothing of it learns"
     if not learns and not all(views):
         yield (
             f"nothing before the cut {recipe.model.cut} learns, and gradients are sent there all the same: give the "

@@ -98,7 +98,7 @@ def serve(
     if chosen.type == "cpu" and (slow := imitated(host.recipe.precision)):
         note(console, f"{slow}.")
     where = f" The tail computes on {torch.cuda.get_device_name(chosen)}." if chosen.type == "cuda" else ""
-    words = f"edge-server listens on [bold]{address}[/bold], {_doing(host)}.{where}"
+    words = f"edge-server listens on [bold]{escape(address)}[/bold], {escape(_doing(host) + '.' + where)}"
     caught, computing = run(server, once, lambda: console.print(words, highlight=False))
     console.print(f"Stopped{f' by {caught}' if caught else ''}{_left(host)}", highlight=False, markup=False)
     signals.ignore()  # as it ends Python lets go of its own handlers: a second SIGTERM would make it a failure
@@ -147,13 +147,14 @@ def certs(folder: Path, hosts: tuple[str, ...], devices: tuple[str, ...], renew:
 
     HOSTs are the names and addresses by which devices reach the server.
     """
-    made = certificates.make(folder, hosts, devices, renew)
+    made = certificates.make(folder, hosts, tuple(dict.fromkeys(devices)), renew)
     days = f"valid for {certificates.LEAF_DAYS} days (the authority, ca.pem, for {certificates.AUTHORITY_DAYS})"
     console.print(
         f"Made in {escape(str(folder))}: {', '.join(f'{name}.pem' for name in made)}, {days}.", highlight=False
     )
-    address = f"{hosts[0] if hosts else 'HOST'}:50051"
-    own = hosts[0] if hosts and all(map(is_loopback, hosts)) else "0.0.0.0"
+    host = hosts[0] if hosts else "HOST"
+    host, everywhere = (f"[{host.strip('[]')}]", "[::]") if ":" in host else (host, "0.0.0.0")
+    address, own = f"{host}:50051", host if hosts and all(map(is_loopback, hosts)) else everywhere
     keys = "--tls-cert {0}.pem --tls-key {0}.key"
     for name in made:
         if name == "server":

@@ -10,6 +10,11 @@ from common.errors import AuthError
 from common.tokens import BARE, Known
 
 
+def name_of(identity: str) -> str:
+    """The name in it, however that was proved: it stays where a device that had a token comes with a certificate."""
+    return identity.partition(" ")[2]
+
+
 class Guard:
     """What a server asks of its callers: a certificate, a token, both or nothing.
 
@@ -21,7 +26,8 @@ class Guard:
         self._certificates, self._tokens = certificates, tokens
 
     def identity(self, context: grpc.ServicerContext) -> str:
-        """The caller's name, the same from one connection to the next; "" where nothing is asked for.
+        """How the caller proves who it is, and its name, the same from one connection to the next; "" where nothing is
+        asked for.
 
         Sessions and runs belong to it. AuthError for a caller that does not prove who it is.
         """

@@ -40,6 +40,7 @@ from common.tcp_info import Kernel, KernelBytes
 from edge_server.budget import Beside, Budget
 from edge_server.checks import require_batch
 from edge_server.coordinator import Coordinator, Decision
+from edge_server.identity import name_of
 from edge_server.initial import Initial
 from edge_server.training import Training
 
@@ -122,7 +123,7 @@ class LiveRun:
                 "this run was begun by a device that proved who it is: start the server with --tls-client-ca or "
                 "--token-file as then"
             )
-        if self.owner and self.owner != identity:
+        if self.owner and name_of(self.owner) != name_of(identity):
             raise ForbiddenError(
                 "this run was begun by another device and is its own; start another server for a second"
             )

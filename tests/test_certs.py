@@ -7,14 +7,16 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from click.testing import CliRunner
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from common.channel import Access, proxy
+from common.channel import Access, parse_address, proxy
 from common.errors import AbsentError, AuthError, ClockError, LinkError
 from device_client.remote_tail import RemoteTail
 from edge_server import certs
 from edge_server import cli as server_cli
+from edge_server.cli import cli
 from tests.conftest import failed
 
 
@@ -36,6 +38,22 @@ def test_certs_keeps_what_is_there(tmp_path: Path) -> None:
     names = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes()).extensions
     san = names.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(name.value) for name in san] == hosts
+
+
+@pytest.mark.parametrize(
+    ("host", "listen", "reached"),
+    [
+        ("cloud.example.org", "0.0.0.0:50051", "cloud.example.org:50051"),
+        ("127.0.0.1", "127.0.0.1:50051", "127.0.0.1:50051"),
+        ("2001:db8::1", "[::]:50051", "[2001:db8::1]:50051"),
+        ("::1", "[::1]:50051", "[::1]:50051"),
+    ],
+)
+def test_the_commands_that_certs_prints_can_be_used(host: str, listen: str, reached: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["certs", str(tmp_path / "keys"), host, "--device", "a", "--device", "a"])
+    told = " ".join(done.output.split())
+    assert f"--listen {listen} " in told and told.count(f"device-client train {reached} ") == 1
+    assert [parse_address(address)[1] for address in (listen, reached)] == [50051, 50051]
 
 
 def test_a_certificate_says_what_it_is_for_and_how_long(tmp_path: Path) -> None:

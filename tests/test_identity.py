@@ -193,10 +193,11 @@ def test_a_session_is_its_openers_alone(mutual: tuple[str, Path], ours: Path) ->
 def test_a_run_of_nobodys_is_its_first_devices_that_says_who_it_is() -> None:
     """A server that got its certificates later; the other way round it must get them back."""
     run = LiveRun.__new__(LiveRun)
-    for owner, identity in ((None, "pi"), ("", "pi"), ("", ""), ("pi", "pi")):
+    pi, hut = "certificate pi", "certificate hut"
+    for owner, identity in ((None, pi), ("", pi), ("", ""), (pi, pi), ("token pi", pi), (pi, "token pi")):
         run.owner = owner
         run.check_owner(identity)
-    for identity, words in (("", "start the server with --tls-client-ca"), ("hut", "begun by another device")):
+    for identity, words in (("", "start the server with --tls-client-ca"), (hut, "begun by another device")):
         with pytest.raises(ForbiddenError, match=words):
             run.check_owner(identity)
 
@@ -279,6 +280,12 @@ def test_tokens(ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             token_file(known, alice=TOKENS["alice"])
             error = told(lambda: list(stub.Head(pb.HeadRequest(session=session))), address)
             assert isinstance(error, AuthError), "bob's token was taken back"
+            with connect(address, own["alice"]) as other:
+                assert split_pb2_grpc.SplitStub(other).Open(request).session
+                known.write_text("# none for the moment\n")
+                error = told(lambda: split_pb2_grpc.SplitStub(other).Open(request), address)
+                assert isinstance(error, AuthError), "the last one too"
+            assert "tokens holds no token: no device gets in" in (tmp_path / "log").read_text()
         alice.close()
     for secret in TOKENS.values():
         assert secret not in (tmp_path / "log").read_text()

@@ -283,6 +283,7 @@ def test_options_fill_in_the_limits() -> None:
     )  # fmt: skip
     assert made[-1] == expected
     assert run(serve, ["--max-queue", "0"]).exit_code == 2
+    assert run(serve, ["--max-rate", "0.05"]).exit_code == 2
     # Below what every device asks for no run with `views` could end.
     assert run(serve, ["--max-recall", str(RECALLED - 1)]).exit_code == 2
     assert run(serve, ["--max-recall", str(RECALLED)]).exit_code == 0

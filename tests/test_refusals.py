@@ -380,3 +380,6 @@ def test_gradients_for_a_head_that_does_not_learn_are_told() -> None:
         and len(noted[0]) == 1
     )
     assert "leave data.validation out if bytes count" in noted[1][0] and len(noted[1]) == 1
+    built = halves.build(recipe, [name])
+    built.tail.layers.requires_grad_(False)
+    assert next(checks.wasteful(recipe, built)).endswith("has requires_grad: nothing of it learns")
