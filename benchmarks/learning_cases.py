@@ -156,14 +156,14 @@ def _finer(width: int, coarse: int, fine: int, more: str = "", up: int = 15, **o
     return _growing(f"deprune {width}, 10 then {up} dB{more}", (width, coarse), (width, fine), up, **others)
 
 
-def _from_nothing(width: int, frozen: int = 4, coarse: int = 10, fine: int = 6, **others: Any) -> Case:
+def _from_nothing(width: int, local: int = EPOCHS, more: str = "", **others: Any) -> Case:
     """The head learns alone; then each picture crosses once, and the tail learns from what it kept; then both learn,
     coarse and then finer. As many epochs of the tail as plain has."""
-    first = f"{{ width = {width}, epochs = {frozen}, views = 1, flip = true, shift = 2 }}"
-    last = f"{{ width = {width}, epochs = {fine}, activation = 'step:15' }}"
+    first = f"{{ width = {width}, epochs = 4, views = 1, flip = true, shift = 2 }}"
+    last = f"{{ width = {width}, epochs = 6, activation = 'step:15' }}"
     return Case(
-        f"deprune none then {width}", "deprune", f"{first}, [{width}, {coarse}], {last}", "linear", "step:10", "step:5",
-        "weighted", local=EPOCHS, **others,
+        f"deprune none then {width}{more}", "deprune", f"{first}, [{width}, 10], {last}", "linear", "step:10", "step:5",
+        "weighted", local=local, **others,
     )  # fmt: skip
 
 
@@ -230,6 +230,7 @@ CASES = [
     _growing("deprune 8 then 16, longer", (8, 20), (16, 12)),
     _linear("fixed width 8", 8, quick=True, main=True),
     Case("fixed width 8, longer", "fixed", "[8, 32]", "linear", "step:15", "step:10"),
+    _linear("fixed width 16", 16),
     Case("fixed width 16, longer", "fixed", "[16, 32]", "linear", "step:15", "step:10"),
     # As coarse as the growing ones are: what the width alone is worth.
     Case("fixed width 8, coarse, longer", "fixed", "[8, 32]", "linear", "step:10", "step:5"),
@@ -244,6 +245,7 @@ CASES = [
     # Nothing crosses while the head learns alone, for as many epochs again; then each picture once; then all.
     _from_nothing(8, main=True),
     *(_from_nothing(width) for width in (16, 4, 2, 1)),
+    *(_from_nothing(width, 2 * EPOCHS, ", longer alone") for width in (16, 8, 4, 2, 1)),
     _from_nothing(32, network="vgg11"),
     _linear("fixed width 8, head alone before", 8, basis="weighted", local=EPOCHS),
     # A quarter and a half of its channels, as 8 and 16 are of the others' cuts.
