@@ -22,7 +22,7 @@ from common.words import duration, size
 # Plain lines come at most this often, and at each change of width.
 _EVERY_S = 10.0
 _COUNTED_S = 3.0  # before the first line of what is counted
-_LATE = 64  # steps that an estimate looks back
+_LATE_S = 60.0  # that an estimate looks back: less, and it jumps with whatever else the machine does
 _ENOUGH, _ENOUGH_S = 8, 10.0  # steps or seconds that it needs
 _TO_SPARE = 6  # columns by which numbers may grow
 _BAR, _ENDLESS = 24, 100_000  # columns of a bar, and of a file
@@ -159,7 +159,7 @@ class StepProgress:
         self._console = console
         self._steps = steps
         # Steps of late and when they were done: the first here also waits for what is set up.
-        self._late: deque[tuple[int, float]] = deque(maxlen=_LATE)
+        self._late: deque[tuple[int, float]] = deque()
         self._shown = 0.0
         self._width = ""
         self._columns = self._spared = 0  # of the terminal; how many of _SPARED it goes without
@@ -189,6 +189,8 @@ class StepProgress:
         """
         now = time.monotonic()
         self._late.append((done, now))
+        while len(self._late) > _ENOUGH + 1 and now - self._late[1][1] > _LATE_S:
+            self._late.popleft()
         parts = {"step": f"{self._name} {done}/{self._steps}"}
         width = "/".join(map(str, sorted(widths)))
         if width:

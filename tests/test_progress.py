@@ -50,6 +50,21 @@ def test_one_short_step_says_nothing_of_the_time_left() -> None:
     }
 
 
+@pytest.mark.parametrize(("each", "left"), [(0.1, "0:16"), (30.0, "50:00")])
+def test_the_time_left_is_of_the_last_minute_or_of_some_steps(
+    each: float, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came before was ten times slower, and is over for as long."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=100)
+    with StepProgress(console, 3100) as live:
+        for done in range(1, 3001):
+            now += 10 * each if done < 1000 else each
+            live.step(done, RunningMean(2.345, 0.5))
+    assert console.file.getvalue().splitlines()[-1].endswith(f"{left} left")  # type: ignore[attr-defined]
+
+
 def _lines(console: Console) -> list[str]:
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
     return re.split(r"[\r\n]", shown)
