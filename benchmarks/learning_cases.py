@@ -156,15 +156,15 @@ def _finer(width: int, coarse: int, fine: int, more: str = "", up: int = 15, **o
     return _growing(f"deprune {width}, 10 then {up} dB{more}", (width, coarse), (width, fine), up, **others)
 
 
-def _from_nothing(width: int, local: int = EPOCHS, more: str = "", **others: Any) -> Case:
+def _from_nothing(
+    name: str, width: int, local: float = EPOCHS, frozen: int = 4, learnt: tuple[int, int] = (10, 6), **others: Any
+) -> Case:  # fmt: skip
     """The head learns alone; then each picture crosses once, and the tail learns from what it kept; then both learn,
-    coarse and then finer. As many epochs of the tail as plain has."""
-    first = f"{{ width = {width}, epochs = 4, views = 1, flip = true, shift = 2 }}"
-    last = f"{{ width = {width}, epochs = 6, activation = 'step:15' }}"
-    return Case(
-        f"deprune none then {width}{more}", "deprune", f"{first}, [{width}, 10], {last}", "linear", "step:10", "step:5",
-        "weighted", local=local, **others,
-    )  # fmt: skip
+    coarse and then finer. As many epochs of the tail as plain has, where nothing else is said."""
+    first = f"{{ width = {width}, epochs = {frozen}, views = 1, flip = true, shift = 2 }}, " * (frozen > 0)
+    last = f"[{width}, {learnt[0]}], {{ width = {width}, epochs = {learnt[1]}, activation = 'step:15' }}"
+    basis = "weighted" if local else "auto"
+    return Case(name, "deprune", first + last, "linear", "step:10", "step:5", basis, local=local, **others)
 
 
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
@@ -243,10 +243,18 @@ CASES = [
     _linear("fixed width 8, 5 dB", 8, 5, 1, apart=True),
     _linear("fixed width 16, 5 dB", 16, 5, 1, apart=True),
     # Nothing crosses while the head learns alone, for as many epochs again; then each picture once; then all.
-    _from_nothing(8, main=True),
-    *(_from_nothing(width) for width in (16, 4, 2, 1)),
-    *(_from_nothing(width, 2 * EPOCHS, ", longer alone") for width in (16, 8, 4, 2, 1)),
-    _from_nothing(32, network="vgg11"),
+    _from_nothing("deprune none then 8", 8, main=True),
+    *(_from_nothing(f"deprune none then {width}", width) for width in (16, 4, 2, 1)),
+    *(_from_nothing(f"deprune none then {width}, longer alone", width, 2 * EPOCHS) for width in (16, 8, 4, 2, 1)),
+    _from_nothing("deprune none then 32", 32, network="vgg11"),
+    # What each part of it is worth.
+    *(
+        _from_nothing(f"12 epochs of width 8{more}", 8, local, frozen, (8, 4), apart=True)
+        for more, local, frozen in (
+            ("", 0, 0), (", head alone before", 20, 0), (", head alone for 40 before", 40, 0),
+            (", head alone and frozen before", 20, 4),
+        )
+    ),
     _linear("fixed width 8, head alone before", 8, basis="weighted", local=EPOCHS),
     # A quarter and a half of its channels, as 8 and 16 are of the others' cuts.
     _growing("deprune 32 then 64", (32, 18), (64, 8), network="vgg11"),
