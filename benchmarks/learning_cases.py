@@ -243,10 +243,12 @@ CASES = [
     _linear("fixed width 8, 5 dB", 8, 5, 1, apart=True),
     _linear("fixed width 16, 5 dB", 16, 5, 1, apart=True),
     # Nothing crosses while the head learns alone, for as many epochs again; then each picture once; then all.
-    _from_nothing("deprune none then 8", 8, main=True),
-    *(_from_nothing(f"deprune none then {width}", width) for width in (16, 4, 2, 1)),
-    *(_from_nothing(f"deprune none then {width}, longer alone", width, 2 * EPOCHS) for width in (16, 8, 4, 2, 1)),
-    _from_nothing("deprune none then 32", 32, network="vgg11"),
+    *(_from_nothing(f"deprune none then {width}", width) for width in (16, 8, 4)),
+    *(
+        _from_nothing(f"deprune none then {width}, longer alone", width, 2 * EPOCHS, main=width == 8)
+        for width in (16, 8, 4, 2, 1)
+    ),
+    _from_nothing("deprune none then 32, longer alone", 32, 2 * EPOCHS, network="vgg11"),
     # What each part of it is worth.
     *(
         _from_nothing(f"12 epochs of width 8{more}", 8, local, frozen, (8, 4), apart=True)
