@@ -12,6 +12,8 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+_KINDS = {"learn": "", "rank": ", ranking", "store": ", sent once", "recall": ", recalled"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -41,12 +43,16 @@ def main() -> None:
     right.set(xlabel="step", ylabel="MB on the link, both ways", yscale="log", title="bytes so far")
     right.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
     for axes in (left, right):
+        said = ""
         for phase in summary["phases"]:
             axes.axvline(phase["from_step"], color="tab:orange", alpha=0.4, linewidth=1)
-            place = (phase["from_step"], 0.02)
-            axes.annotate(
-                f" width {phase['width']}", place, xycoords=("data", "axes fraction"), fontsize=8, color="tab:orange"
-            )
+            text = f"width {phase['width']}{_KINDS[phase['kind']]}"
+            if text != said:  # else its codec or learning rate is another
+                axes.annotate(
+                    text, (phase["from_step"], 0.03), xycoords=("data", "axes fraction"), xytext=(2, 0),
+                    textcoords="offset points", rotation=90, fontsize=8, color="tab:orange",
+                )  # fmt: skip
+            said = text
     figure.savefig(target, dpi=110)
     print(f"{target} is drawn.")
 
