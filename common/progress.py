@@ -183,16 +183,17 @@ class StepProgress:
         widths: Sequence[int] = (),
         crossed: tuple[int, int] | None = None,
         left_s: float | None = None,
+        frozen: bool = False,
     ) -> None:
         """`done` steps are done, with this `mean` of late, and the last had one of these widths; bytes up and down, of
-        the run, where any crossed; `left_s` until the end, else as the steps of late let expect.
+        the run, where any crossed; `left_s` until the end, else as the steps of late let expect; `frozen`: the head.
         """
         now = time.monotonic()
         self._late.append((done, now))
         while len(self._late) > _ENOUGH + 1 and now - self._late[1][1] > _LATE_S:
             self._late.popleft()
         parts = {"step": f"{self._name} {done}/{self._steps}"}
-        width = "/".join(map(str, sorted(widths)))
+        width = "/".join(map(str, sorted(widths))) + " frozen" * frozen
         if width:
             parts["width"] = f"width {width}"
         parts |= {"loss": f"loss {mean.loss:.3f}", "accuracy": f"acc {mean.accuracy:.1%}"}

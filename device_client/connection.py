@@ -332,7 +332,7 @@ class Connection:
         )  # fmt: skip
         if reply.resumed and reply.step != step:
             raise RolledBackError(
-                f"the server was put back to step {reply.step}; this device, at step {step}, must follow", reply.step
+                "the server goes on from its checkpoint of that step, and the device with it", reply.step
             )
         return not reply.finished
 

@@ -110,7 +110,7 @@ class Local:
         trainer, console = self.trainer, self.trainer.console
         self._take_up()
         if self.step < self.steps:
-            going = f", going on at step {self.step:,}" if self.step else ""
+            going = f", going on at local step {self.step:,}" if self.step else ""
             alone = several(self.recipe.local.epochs, "epoch")
             console.print(f"The head learns alone for {alone} before anything crosses{going}.", highlight=False)
         self.head.train(), self.classifier.train()

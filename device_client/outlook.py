@@ -8,7 +8,7 @@ from typing import Any
 from common.meter import DOWN, UP, Meter
 from common.progress import RunningMean, StepProgress
 from common.recipe import Recipe
-from common.schedule import Phase
+from common.schedule import RECALL, STORE, Phase
 from common.words import duration, several, size
 from device_client.forecast import Forecast
 
@@ -44,8 +44,12 @@ class Outlook:
                 )
                 live.say(f"{self._budget} is enough for about {steps:,} steps{rising * (3 * warmup > steps)}.")
         live.step(
-            done, mean, phase.widths, (crossed(UP).message, crossed(DOWN).message), left.seconds if left else None
-        )
+            done, mean, phase.widths, (crossed(UP).message, crossed(DOWN).message), left.seconds if left else None,
+            phase.frozen,
+        )  # fmt: skip
+        if present.kind == RECALL and phase.kind == STORE:
+            moved = ", flipped or moved, on which accuracy is lower" if present.flip or present.shift else ""
+            live.say(f"The views of all pictures have been sent; the server learns from what it kept{moved}.")
         if left and self._made == _TOLD_AFTER and left.seconds > _LONG_S:
             about = "At most about" if self._recipe.schedule.kind == "plateau" else "About"
             live.say(f"{about} {duration(left.seconds)} and {size(left.bytes)} are left, as the link is now.")

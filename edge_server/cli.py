@@ -185,7 +185,8 @@ def show_recipes(name: str | None) -> None:
         recipe, _ = recipes.load(bundled.path_of(Path(each)))
         model = recipe.model
         table.add_row(each, recipe.method, model.name, by(model.input), str(model.classes))
-    console.print(table)
+    # As wide as it needs to be, as that of cuts: its names are typed.
+    Console(width=max(console.width, 80)).print(table)
 
 
 @cli.command()

@@ -256,7 +256,7 @@ class TrainStream:
         crossed = run.meter.total(UP).message, run.meter.total(DOWN).message
         live.plan(training.coordinator.steps)
         training.mean.add(loss, accuracy)
-        live.step(training.step, training.mean, phase.widths, crossed)
+        live.step(training.step, training.mean, phase.widths, crossed, frozen=phase.frozen)
 
     def _pause(self, leave: pb.Leave) -> None:
         """The device's user has stopped it; both sides keep where they stand, and the run waits."""

@@ -13,6 +13,7 @@ from benchmarks.recipes import PHASE, recipe_text
 from common.meter import Meter
 from common.progress import RunningMean, StepProgress
 from common.recipe import parse
+from common.schedule import RECALL, STORE
 from device_client.forecast import Left
 from device_client.outlook import Outlook
 
@@ -69,3 +70,23 @@ def test_a_length_that_changes_is_told(lengths: list[int], warmup: int, words: l
 def test_at_the_end_it_is_told_what_a_budget_was_enough_for() -> None:
     assert told([100] * 99)[-1:] == ["The budget of 2.0 MB was enough for 99 steps."]
     assert told([100] * 100) == []
+
+
+def test_a_frozen_phase_is_named_and_what_its_recalls_are_is_told_once() -> None:
+    text = recipe_text(schedule="phases = [{ width = 0, epochs = 2, views = 1, shift = 1 }]")
+    console, forecast = Console(file=io.StringIO(), width=200), Mock()
+    forecast.left.return_value = None
+    store = replace(PHASE, kind=STORE)
+    recall = replace(PHASE, kind=RECALL, shift=1)
+    with StepProgress(console, 100) as live:
+        outlook = Outlook(live, parse(text), Meter(), forecast, 100)
+        pairs = ((PHASE, store), (store, store), (store, recall), (recall, recall), (recall, PHASE), (PHASE, PHASE))
+        for step, (phase, present) in enumerate(pairs):
+            outlook.after(LINE | {"step": step}, RunningMean(1.0, 0.5), phase, replace(present, steps=100))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [" frozen " in line for line in lines if line.startswith("step")] == [False, True, False]
+    told = [line for line in lines if not line.startswith("step")]
+    assert told == [
+        "The views of all pictures have been sent; the server learns from what it kept, flipped or moved, on which "
+        "accuracy is lower."
+    ]

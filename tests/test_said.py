@@ -117,9 +117,9 @@ def test_what_is_shown_goes_on_where_it_was(few: Dataset, tmp_path: Path, monkey
     shown: list[tuple[int, float | None, float]] = []
     step = StepProgress.step
 
-    def watched(self: StepProgress, done: int, mean: RunningMean, *rest: Any) -> None:
+    def watched(self: StepProgress, done: int, mean: RunningMean, *rest: Any, **more: Any) -> None:
         shown.append((done, mean.loss, mean.accuracy))
-        step(self, done, mean, *rest)
+        step(self, done, mean, *rest, **more)
 
     monkeypatch.setattr(StepProgress, "step", watched)
     text = recipe_text(schedule="phases = [[0, 2]]")
