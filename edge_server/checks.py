@@ -32,9 +32,10 @@ def require_schedule(recipe: Recipe, halves: Halves) -> None:
     largest_shift = max((phase.shift for phase in recipe.schedule.phases), default=0)
     moves = largest_shift or any(phase.flip for phase in recipe.schedule.phases)
     if moves and (len(halves.cut) != 3 or largest_shift >= min(halves.cut[1:])):
+        how = f"shifts what was kept by {largest_shift} places" if largest_shift else "flips what was kept"
         raise ModelError(
-            f"the schedule flips or shifts what was kept by {largest_shift} places, which an activation of shape "
-            f"{list(halves.cut)} at the cut {recipe.model.cut} does not allow; leave them out"
+            f"the schedule {how}, which an activation of shape {list(halves.cut)} at the cut {recipe.model.cut} does "
+            f"not allow; leave that out"
         )
     for phase in recipe.schedule.phases:
         if phase.nested and max(phase.nested) >= (phase.width or channels):

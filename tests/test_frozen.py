@@ -269,10 +269,13 @@ def test_recalled_maps_are_flipped_and_shifted_the_same_each_time(tmp_path: Path
 
 
 def test_a_cut_without_maps_cannot_be_flipped(tmp_path: Path) -> None:
-    for cut, table in (("flatten", "flip = true"), ("stage1_relu2", "shift = 8")):
+    for cut, table, words in (
+        ("flatten", "flip = true", "the schedule flips what was kept, which"),
+        ("stage1_relu2", "shift = 8", "the schedule shifts what was kept by 8 places, which"),
+    ):
         text = recipe_text("fixed", schedule=f"phases = [{{ width = 0, epochs = 2, views = 1, {table} }}]")
         text = text.replace("stage1_relu2", cut)
-        with pytest.raises(ModelError, match="flips or shifts what was kept"):
+        with pytest.raises(ModelError, match=words):
             Host.to_train(parse(text), text, RunFolder(tmp_path), Console(), (), False)
 
 
