@@ -144,9 +144,20 @@ def plots(rows: Rows) -> None:
     figure.savefig(IMAGES / "learning-widths.png", dpi=110)
 
 
+def _courses(rows: Rows) -> list[tuple[str, Rows]]:
+    """Rows whose width or kind of phase changes; of those that differ by one factor in width alone, the first."""
+    result: dict[tuple[object, int], tuple[str, Rows]] = {}
+    for (name, _), group in grouped(rows).items():
+        phases = group[0]["phases"]
+        course = tuple((phase["from_step"], phase["kind"], phase["width"] / phases[0]["width"]) for phase in phases)
+        if len({(kind, width) for _, kind, width in course}) > 1:
+            result.setdefault((course, group[0]["steps"]), (name, group))
+    return list(result.values())
+
+
 def _widths(axes: Axes, rows: Rows, title: str) -> None:
     """Channels sent at each step; dotted where nothing is sent and the server recalls what it has kept."""
-    for number, ((name, _), group) in enumerate(grouped(rows).items()):
+    for number, (name, group) in enumerate(_courses(rows)):
         phases = group[0]["phases"]
         ends = [*(phase["from_step"] for phase in phases[1:]), group[0]["steps"]]
         colour, lift = f"C{number}", 1 + 0.025 * number  # lines of the same width lie beside each other
