@@ -48,8 +48,10 @@ class Outlook:
             phase.frozen,
         )  # fmt: skip
         if present.kind == RECALL and phase.kind == STORE:
-            moved = ", flipped or moved, on which accuracy is lower" if present.flip or present.shift else ""
-            live.say(f"The views of all pictures have been sent; the server learns from what it kept{moved}.")
+            # Which of the phases it is, and so whether it moves them, is not told to a device.
+            moves = any(entry.flip or entry.shift for entry in self._recipe.schedule.phases)
+            how = ", flipped or moved, on which accuracy is lower" if moves else ""
+            live.say(f"The views of all pictures have been sent; the server learns from what it kept{how}.")
         if left and self._made == _TOLD_AFTER and left.seconds > _LONG_S:
             about = "At most about" if self._recipe.schedule.kind == "plateau" else "About"
             live.say(f"{about} {duration(left.seconds)} and {size(left.bytes)} are left, as the link is now.")

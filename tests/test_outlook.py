@@ -77,7 +77,7 @@ def test_a_frozen_phase_is_named_and_what_its_recalls_are_is_told_once() -> None
     console, forecast = Console(file=io.StringIO(), width=200), Mock()
     forecast.left.return_value = None
     store = replace(PHASE, kind=STORE)
-    recall = replace(PHASE, kind=RECALL, shift=1)
+    recall = replace(PHASE, kind=RECALL)
     with StepProgress(console, 100) as live:
         outlook = Outlook(live, parse(text), Meter(), forecast, 100)
         pairs = ((PHASE, store), (store, store), (store, recall), (recall, recall), (recall, PHASE), (PHASE, PHASE))
