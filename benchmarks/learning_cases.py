@@ -145,9 +145,11 @@ def _linear(name: str, width: int, up: int = 15, down: int = 10, **more: Any) ->
     return Case(name, "fixed", f"[{width}, {EPOCHS}]", "linear", f"step:{up}", f"step:{down}", **more)
 
 
-def _growing(name: str, first: tuple[int, int], last: tuple[int, int], up: int = 15, **others: Any) -> Case:
-    """(width, epochs) with 10 dB up, then (width, epochs) with `up`."""
-    phases = f"[{first[0]}, {first[1]}], {{ width = {last[0]}, epochs = {last[1]}, activation = 'step:{up}' }}"
+def _growing(
+    name: str, first: tuple[int, int], last: tuple[int, int], up: int = 15, before: str = "", **others: Any
+) -> Case:  # fmt: skip
+    """(width, epochs) with 10 dB up, then (width, epochs) with `up`; other phases `before` them, in TOML."""
+    phases = f"{before}[{first[0]}, {first[1]}], {{ width = {last[0]}, epochs = {last[1]}, activation = 'step:{up}' }}"
     return Case(name, "deprune", phases, "linear", "step:10", "step:5", **others)
 
 
@@ -161,10 +163,11 @@ def _from_nothing(
 ) -> Case:  # fmt: skip
     """The head learns alone; then each picture crosses once, and the tail learns from what it kept; then both learn,
     coarse and then finer. As many epochs of the tail as plain has, where nothing else is said."""
-    first = f"{{ width = {width}, epochs = {frozen}, views = 1, flip = true, shift = 2 }}, " * (frozen > 0)
-    last = f"[{width}, {learnt[0]}], {{ width = {width}, epochs = {learnt[1]}, activation = 'step:15' }}"
+    sent_once = f"{{ width = {width}, epochs = {frozen}, views = 1, flip = true, shift = 2 }}, " * (frozen > 0)
     basis = "weighted" if local else "auto"
-    return Case(name, "deprune", first + last, "linear", "step:10", "step:5", basis, local=local, **others)
+    return _growing(
+        name, (width, learnt[0]), (width, learnt[1]), before=sent_once, basis=basis, local=local, **others
+    )  # fmt: skip
 
 
 THIRDS = "[2, 6.6667], [4, 6.6667], [8, 6.6666]"
@@ -242,7 +245,7 @@ CASES = [
     _growing("deprune 4 then 16, late", (4, 16), (16, 4), apart=True),
     _linear("fixed width 8, 5 dB", 8, 5, 1, apart=True),
     _linear("fixed width 16, 5 dB", 16, 5, 1, apart=True),
-    # Nothing crosses while the head learns alone, for as many epochs again; then each picture once; then all.
+    # Nothing crosses while the head learns alone, for as many epochs again or twice as many; then each picture once.
     *(_from_nothing(f"deprune none then {width}", width) for width in (16, 8, 4)),
     *(
         _from_nothing(f"deprune none then {width}, longer alone", width, 2 * EPOCHS, main=width == 8)

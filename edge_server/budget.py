@@ -241,8 +241,9 @@ class Budget:
 
     def _to_rank(self, entry: int) -> float:
         """Bytes that choosing an entry's channels takes, in steps with all of them."""
-        load = self._step_loads[entry]
-        if load.width in (self._channels, self._step_loads[entry - 1].width):  # as many as before: chosen already
+        load, widest = self._step_loads[entry], self._judging_loads[entry].width
+        chosen = load.width == widest == self._judging_loads[entry - 1].width  # as many as before, and none nested
+        if chosen or load.width >= self._channels:
             return 0.0
         expected = sum(Load(self._channels, load.activation, load.gradient).of_step(self._spent))
         return self._ranking * max(expected, self._spent.ranked)
