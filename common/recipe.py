@@ -97,7 +97,7 @@ class BottleneckRecipe:
     start: str = "auto"
     # linear, principal and weighted: pictures that the device takes the components of; a batch at the least.
     principal_pictures: int = 1024
-    ranking_steps: int = 4  # channels: steps at full width before each new width, to measure what a channel is worth
+    ranking_steps: int = 4  # channels: steps before each new width, with all that it may be of, to measure their worth
 
     def __post_init__(self) -> None:
         one_of("bottleneck.kind", self.kind, ("none", "channels", "linear"))

@@ -67,12 +67,12 @@ def phase_from(table: Mapping[str, Any]) -> Phase:
 
 
 def stretches(
-    recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int, ranked: bool = False
+    recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int, sent: int = 0
 ) -> list[Phase]:  # fmt: skip
     """The phases that one entry of the schedule comes to, from span[0] up to span[1], numbered from 0.
 
     One; or two where channels are chosen by rank and must be measured first, or where the server recalls what was
-    sent in the first `views` steps. `ranked`: the channels that it sends are chosen already.
+    sent in the first `views` steps. `sent`: how many channels were until then, chosen already; 0 where none are.
     """
     start, end = span
     width = entry.width or channels
@@ -83,16 +83,19 @@ def stretches(
         lr=entry.lr or recipe.optimiser.lr, decay_from=start, decay_until=end,
     )  # fmt: skip
     ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
-    # At least one step of the entry is left at its own width: a run that ended while ranking would have all channels.
+    # At least one step of the entry is left at its own width: a run that ended while ranking would have too many.
     ranking = min(ranking, end - start - 1)
+    chosen = width == sent and not entry.nested  # no other could become one of them
+    # A narrower width's are among those in front; a wider one's may be any.
+    ranked = sent if width <= sent else channels
     result = [phase]
     if entry.views:
         result = [
             replace(phase, kind=STORE),
             replace(phase, from_step=start + max(1, views), kind=RECALL, flip=entry.flip, shift=entry.shift),
         ]
-    elif ranking > 0 and min(phase.widths) < channels and not ranked:
-        result = [replace(phase, width=channels, kind=RANK, nested=()), replace(phase, from_step=start + ranking)]
+    elif ranking > 0 and min(phase.widths) < channels and not chosen:
+        result = [replace(phase, width=ranked, kind=RANK, nested=()), replace(phase, from_step=start + ranking)]
     # One without steps is left out.
     return [piece for piece in result if piece.from_step < end]
 
@@ -137,27 +140,25 @@ def never_warm(recipe: Recipe, per_epoch: int) -> Iterator[str]:
             yield f"optimiser.warmup is {warmup:,} steps, and {name} has {steps:,}: it never learns at its full rate"
 
 
-def planned(recipe: Recipe, channels: int, per_epoch: int) -> tuple[list[Phase], int]:
-    """All phases known beforehand, and the steps of the run (the most that it can take, under a plateau)."""
+def planned(recipe: Recipe, channels: int, per_epoch: int, sent: int = 0) -> tuple[list[Phase], int]:
+    """All phases known beforehand, and the steps of the run (the most that it can take, under a plateau).
+
+    `sent`: as many of the channels as an earlier run has chosen; 0 where it used all or there was none."""
     schedule = recipe.schedule
     if schedule.kind == "plateau":
         steps = schedule.max_epochs * per_epoch
         first = PhaseRecipe(schedule.widths[0], schedule.max_epochs)
-        return stretches(recipe, first, channels, (0, steps), 0), steps
+        return stretches(recipe, first, channels, (0, steps), 0, sent), steps
     ends = ends_of(schedule, per_epoch)
-    return phases_of(recipe, channels, per_epoch, ends), ends[-1]
+    return phases_of(recipe, channels, per_epoch, ends, sent), ends[-1]
 
 
-def phases_of(recipe: Recipe, channels: int, per_epoch: int, ends: list[int]) -> list[Phase]:
-    """The phases of the schedule's entries, which are over at the steps `ends`."""
+def phases_of(recipe: Recipe, channels: int, per_epoch: int, ends: list[int], sent: int = 0) -> list[Phase]:
+    """The phases of the schedule's entries, which are over at the steps `ends`; `sent` as in planned()."""
     result: list[Phase] = []
-    chosen = 0  # as many channels as the last ranking was for: no other could become one of them
     for entry, start, end in zip(recipe.schedule.phases, [0, *ends], ends, strict=False):
-        width = entry.width or channels
-        ranked = width == chosen and not entry.nested
-        pieces = stretches(recipe, entry, channels, (start, end), steps_of(entry.views, per_epoch), ranked)
-        if any(piece.kind == RANK for piece in pieces):
-            chosen = width
+        pieces = stretches(recipe, entry, channels, (start, end), steps_of(entry.views, per_epoch), sent)
+        sent = pieces[-1].width if pieces else sent
         result += pieces
     return result if recipe.optimiser.restart else [run_long(phase, recipe, ends[-1]) for phase in result]
 

@@ -66,7 +66,7 @@ class Spent:
     steps: int = 0
     up: float = 0.0  # a step of late
     down: float = 0.0
-    ranked: int = 0  # the dearest step that ranked channels: it says better than narrower steps what the next will take
+    ranked: int = 0  # the dearest step that ranked all channels: narrower ones say less of what the next will take
 
     @property
     def total(self) -> int:
@@ -119,7 +119,7 @@ class Budget:
                 spent.framing += self._framing(self._validation)
             return
         spent.framing += _FRAMING
-        if phase.kind == RANK:
+        if phase.kind == RANK and phase.width == self._channels:
             spent.ranked = max(spent.ranked, sent_up + sent_down)
         load = _step_load(phase)
         if spent.load != load:
@@ -151,7 +151,8 @@ class Budget:
     def _bytes_of(self, phase: Phase) -> float:
         """Bytes that a step of a phase takes."""
         step = self._bytes_at(_step_load(phase))
-        return max(step, self._spent.ranked + _FRAMING) if phase.kind == RANK else step
+        ranks = phase.kind == RANK and phase.width == self._channels
+        return max(step, self._spent.ranked + _FRAMING) if ranks else step
 
     @property
     def shortens(self) -> bool:
@@ -240,13 +241,18 @@ class Budget:
         return _FRAMING * math.ceil(pictures / self._judged_at_once)
 
     def _to_rank(self, entry: int) -> float:
-        """Bytes that choosing an entry's channels takes, in steps with all of them."""
-        load, widest = self._step_loads[entry], self._judging_loads[entry].width
-        chosen = load.width == widest == self._judging_loads[entry - 1].width  # as many as before, and none nested
+        """Bytes that choosing an entry's channels takes, in steps with all that they may be of."""
+        load, widest, sent = (
+            self._step_loads[entry],
+            self._judging_loads[entry].width,
+            self._judging_loads[entry - 1].width,
+        )
+        chosen = load.width == widest == sent  # as many as before, and none nested
         if chosen or load.width >= self._channels:
             return 0.0
-        expected = sum(Load(self._channels, load.activation, load.gradient).of_step(self._spent))
-        return self._ranking * max(expected, self._spent.ranked)
+        ranked = sent if widest <= sent else self._channels
+        expected = sum(Load(ranked, load.activation, load.gradient).of_step(self._spent))
+        return self._ranking * (expected if ranked < self._channels else max(expected, self._spent.ranked))
 
     # Checkpoints
 

@@ -37,7 +37,8 @@ class Coordinator:
         self._recipe = recipe
         self._channels = channels
         self._steps_per_epoch = steps_per_epoch
-        self._upcoming, self.steps = schedule.planned(recipe, channels, steps_per_epoch)
+        self._known = len(known)
+        self._upcoming, self.steps = schedule.planned(recipe, channels, steps_per_epoch, self._known)
         self._plateau, self._budget = Plateau(), budget
         self._scores = torch.zeros(channels)
         rest = tuple(channel for channel in range(channels) if channel not in known)
@@ -57,8 +58,13 @@ class Coordinator:
         return bool(self._upcoming) and self._upcoming[0].kind == RECALL
 
     def observe(self, activation: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Take the channels' worth from a step of a ranking phase: activation and gradient, both [B, C, ...]."""
-        self._scores += rank_channels(activation, gradient).to(self._scores.device)
+        """Take the channels' worth from a step of a ranking phase: activation and gradient as they are sent, both
+        [B, w, ...], all channels in their own order, fewer in that of their worth so far."""
+        worth = rank_channels(activation, gradient).to(self._scores)
+        if len(worth) == self._channels:
+            self._scores += worth
+        else:
+            self._scores[list(self._order[: len(worth)])] += worth
 
     def book(self, meter: Meter, phase: Phase | None = None) -> None:
         """Take in what the run has spent up to now, with `phase` by one of its steps."""
@@ -82,12 +88,12 @@ class Coordinator:
         has room for a validation now."""
         self._fit(budget, done)
         coming, tested = self._ahead(done)
-        # Not while channels are ranked: a run that ended there would be tested, and used, with all of them.
+        # Not while channels are ranked: a run that ended there would be tested, and used, with too many.
         if self.phase.kind != RANK and not budget.allows(self.phase, coming, tested, validates=False):
             self._end(budget, done)
             coming, tested = self._ahead(done)
         # A budget goes with a fixed list of phases, where a validation decides nothing. In a run that is shortened its
-        # bytes are better spent on steps, above all while channels are ranked: it would send all of them.
+        # bytes are better spent on steps, above all while channels are ranked: it would send as many.
         if self.phase.kind == RANK and budget.shortens:
             return False
         return budget.allows(self.phase, coming, tested, validates=True)
@@ -104,7 +110,7 @@ class Coordinator:
         return decision
 
     def _validation(self, step: int, loss: float) -> Decision:
-        if self._recipe.schedule.kind != "plateau" or self.phase.kind == RANK:  # its loss is that of all channels
+        if self._recipe.schedule.kind != "plateau" or self.phase.kind == RANK:  # its loss is that of more channels
             return Decision(pb.STEP, self._switch(step + 1))
         before = self._plateau.position
         self._plateau = schedule.after_validation(self._plateau, loss, self._recipe.schedule)
@@ -112,7 +118,8 @@ class Coordinator:
             return Decision(pb.FINISH)
         if self._plateau.position != before:
             entry = PhaseRecipe(self._recipe.schedule.widths[self._plateau.position], 1)
-            coming = schedule.stretches(self._recipe, entry, self._channels, (step + 1, self.steps), 0)
+            span = step + 1, self.steps
+            coming = schedule.stretches(self._recipe, entry, self._channels, span, 0, self._sent)
             self._upcoming = [schedule.run_long(phase, self._recipe, self.steps) for phase in coming]
         return Decision(pb.STEP, self._switch(step + 1))
 
@@ -162,7 +169,7 @@ class Coordinator:
 
         What is left of the present one becomes a phase of its own, by which the device is told of the run's new length.
         """
-        phases = schedule.phases_of(self._recipe, self._channels, self._steps_per_epoch, budget.ends)
+        phases = schedule.phases_of(self._recipe, self._channels, self._steps_per_epoch, budget.ends, self._known)
         self._upcoming = [phase for phase in phases if phase.from_step >= done]
         self.steps = budget.ends[-1]
         if not self._due(done):
@@ -189,6 +196,7 @@ class Coordinator:
         return {
             "upcoming": [asdict(phase) for phase in self._upcoming], "phases": [asdict(phase) for phase in self.phases],
             "plateau": asdict(self._plateau), "scores": self._scores.tolist(), "order": self._order, "sent": self._sent,
+            "known": self._known,
             "validated": self._validated and [
                 self._validated[0], self._validated[1].then,
                 asdict(self._validated[1].phase) if self._validated[1].phase else None,
@@ -203,7 +211,7 @@ class Coordinator:
         self._plateau = Plateau(**state["plateau"])
         # float32 to JSON's float64 and back is exact.
         self._scores = torch.tensor(state["scores"])
-        self._order, self._sent = tuple(state["order"]), state["sent"]
+        self._order, self._sent, self._known = tuple(state["order"]), state["sent"], state["known"]
         self.steps = state["steps"]
         if self._budget:
             self._budget.restore(state["budget"])

@@ -15,6 +15,8 @@ from common.rpc import split_pb2 as pb
 from common.schedule import Plateau
 from edge_server.coordinator import Coordinator
 
+PRUNED = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:x"'
+
 
 @pytest.mark.parametrize("kind", ["none", "channels", "linear"])
 @pytest.mark.parametrize("shape", [(5, 8), (5, 8, 3), (5, 8, 3, 4)])
@@ -125,13 +127,23 @@ def test_less_than_a_step_is_one() -> None:
             "[4, 1], { width = 4, epochs = 1, activation = 'step:15' }, [8, 1]",
             [(0, 32, "rank"), (4, 4, "learn"), (10, 4, "learn"), (20, 32, "rank"), (24, 8, "learn")],
         ),
+        # Those of a narrower width are among those that cross.
+        (
+            "[8, 1], [4, 1], [2, 1]",
+            [(0, 32, "rank"), (4, 8, "learn"), (10, 8, "rank"), (14, 4, "learn"), (20, 4, "rank"), (24, 2, "learn")],
+        ),
+        (
+            "[8, 1], { width = 8, epochs = 1, nested = [2] }",
+            [(0, 32, "rank"), (4, 8, "learn"), (10, 8, "rank"), (14, 8, "learn")],
+        ),
         # The narrow widths of nested ones are chosen by rank too.
         ("{ width = 0, epochs = 1, nested = [2, 4] }", [(0, 32, "rank"), (4, 32, "learn")]),
     ],
 )
 def test_channels_are_ranked_where_some_are_left_out(phases: str, expected: list[tuple[int, int, str]]) -> None:
+    method, more = ("prune", {"model": PRUNED}) if phases.startswith("[8") else ("deprune", {})
     parsed = parse(
-        recipe_text("deprune", bottleneck='kind = "channels"\nranking_steps = 4', schedule=f"phases = [{phases}]")
+        recipe_text(method, **more, bottleneck='kind = "channels"\nranking_steps = 4', schedule=f"phases = [{phases}]")
     )
     plan, _ = schedule.planned(parsed, 32, 10)
     assert [(s.from_step, s.width, s.kind) for s in plan] == expected
@@ -140,8 +152,8 @@ def test_channels_are_ranked_where_some_are_left_out(phases: str, expected: list
 def test_a_run_by_channels_goes_on_with_those_that_its_network_knows() -> None:
     text = recipe_text("fixed", bottleneck='kind = "channels"\nranking_steps = 1', schedule="phases = [[2, 1]]")
     coordinator = Coordinator(parse(text), 6, 4, known=(4, 1, 3))
-    worth = torch.tensor([9.0, 1.0, 9.0, 3.0, 2.0, 9.0])[:, None]
-    coordinator.observe(worth.T, torch.ones(1, 6))
+    assert coordinator.phase.width == 3  # the others, which it has never seen, are not sent
+    coordinator.observe(torch.tensor([[2.0, 1.0, 3.0]]), torch.ones(1, 3))
     assert coordinator.after_step(0).phase
     assert coordinator.phase.order[:3] == (3, 4, 1) and coordinator.phase.width == 2
 

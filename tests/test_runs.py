@@ -269,7 +269,7 @@ def test_prune_starts_from_a_finished_run(plain_run: Run, tmp_path: Path, kind: 
     )
     run = train(tmp_path, text)
     widths = [line["width"] for line in run.metrics("device")]
-    by_rank = [32] * 3 + [8] * 8 + [32] * 3 + [4] * 8
+    by_rank = [32] * 3 + [8] * 8 + [8] * 3 + [4] * 8  # the last four are among the eight
     assert widths == (by_rank if kind == "channels" else [8] * 11 + [4] * 11)
     # The trained network is what it starts from: not the loss of a random one.
     assert run.metrics("device")[0]["loss"] < plain_run.metrics("device")[2]["loss"]
