@@ -26,10 +26,13 @@ def main() -> None:
         summary = json.loads((folder / "summary.json").read_text())
     except OSError as error:
         parser.error(f"{folder} holds no finished run: {error.filename} cannot be read ({error.strerror})")
+    if not lines:
+        parser.error(f"{folder / 'metrics.jsonl'} has no lines: there is nothing to draw")
     steps = np.array([line["step"] for line in lines])
     accuracy = np.array([line["accuracy"] for line in lines])
     ours = np.cumsum([line["bytes"]["up"] + line["bytes"]["down"] for line in lines]) / 1e6
-    plain = (steps + 1) / len(steps) * sum(summary["plain_bytes"].values()) / 1e6
+    # By the run's steps: where a disk was full, lines are missing.
+    plain = (steps + 1) / summary["steps"] * sum(summary["plain_bytes"].values()) / 1e6
     window = min(50, len(lines))
     smooth = np.convolve(accuracy, np.ones(window) / window, "valid")
 
@@ -53,7 +56,10 @@ def main() -> None:
                     textcoords="offset points", rotation=90, fontsize=8, color="tab:orange",
                 )  # fmt: skip
             said = text
-    figure.savefig(target, dpi=110)
+    try:
+        figure.savefig(target, dpi=110)
+    except (OSError, ValueError) as error:  # no such folder, no such kind of file
+        parser.error(f"{target} cannot be written: {error}")
     print(f"{target} is drawn.")
 
 

@@ -9,16 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from common import tokens
 from common.errors import AuthError, DepruneError
 from common.reloaded import Reloaded
 from common.wire import FRAME_BYTES
+
+_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 # A frame's data, and room for the rest of its message; anything larger is refused before it is read.
 _MESSAGE_BYTES = FRAME_BYTES + (64 << 10)
@@ -68,8 +72,11 @@ def parse_address(address: str) -> tuple[str, int]:
     host, separator, port = address.rpartition(":")
     if not separator or not host or not (port.isascii() and port.isdecimal()):
         raise DepruneError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:50051")
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+    bracketed = host.startswith("[") and host.endswith("]")
+    if ":" in host and not bracketed:
         raise DepruneError(f"{address!r} has an IPv6 address without brackets; write [{host}]:{port}")
+    if bracketed and ":" not in host:
+        raise DepruneError(f"{address!r} has brackets around what is no IPv6 address; write {host.strip('[]')}:{port}")
     if int(port) > 65535:
         raise DepruneError(f"{address} has port {port}; ports end at 65535")
     return host, int(port)
@@ -127,7 +134,9 @@ class Access:
                     f"a token is only sent over TLS: give --tls-ca, or leave out --token-file and {tokens.VARIABLE}"
                 )
             return None
-        key, certificate = _pair(self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else (None, None)
+        key, certificate = None, None
+        if self.tls_cert and self.tls_key:
+            key, certificate = _pair(self.tls_cert, self.tls_key, ExtendedKeyUsageOID.CLIENT_AUTH)
         tls = grpc.ssl_channel_credentials(_authority(self.tls_ca), key, certificate)
         if not token:
             return tls
@@ -165,7 +174,7 @@ def server_credentials(tls: ServerTls, tell: Callable[[str], None]) -> grpc.Serv
     """Credentials that follow their files: a new connection gets what lies there now, if it can be used."""
 
     def load() -> grpc.ServerCertificateConfiguration:
-        pair = _pair(tls.cert, tls.key)
+        pair = _pair(tls.cert, tls.key, ExtendedKeyUsageOID.SERVER_AUTH)
         return grpc.ssl_server_certificate_configuration([pair], _authority(tls.client_ca) if tls.client_ca else None)
 
     paths = [tls.cert, tls.key, *([tls.client_ca] if tls.client_ca else [])]
@@ -181,8 +190,9 @@ def server_credentials(tls: ServerTls, tell: Callable[[str], None]) -> grpc.Serv
     return grpc.dynamic_ssl_server_credentials(first, changed, tls.client_ca is not None)  # type: ignore[arg-type]
 
 
-def _pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
-    """Key and certificate (PEM) as gRPC wants them; AuthError where they are damaged, run out or not of one pair.
+def _pair(certificate: Path, key: Path, purpose: x509.ObjectIdentifier) -> tuple[bytes, bytes]:
+    """Key and certificate (PEM) as gRPC wants them; AuthError where they are damaged, run out, not of one pair or not
+    for this `purpose`.
 
     gRPC itself would only print lines of its own and refuse every connection.
     """
@@ -198,13 +208,27 @@ def _pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
         raise AuthError(f"{key} is not the key of {certificate}")
     if first.not_valid_after_utc < datetime.now(UTC):
         raise AuthError(f"{certificate} ran out on {first.not_valid_after_utc:%Y-%m-%d}; renew it")
+    allowed = _extension(first, x509.ExtendedKeyUsage)
+    if allowed and not {purpose, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & set(allowed):
+        mine, other = ("server", "device") if purpose == ExtendedKeyUsageOID.SERVER_AUTH else ("device", "server")
+        raise AuthError(f"{certificate} is not for a {mine}; it may be a {other}'s: give the {mine}'s own")
     return secret, chain
 
 
 def _authority(path: Path) -> bytes:
     data = _read(path)
-    _certificates(data, path)
+    for certificate in _certificates(data, path):
+        limits = _extension(certificate, x509.BasicConstraints)
+        if limits and not limits.ca:
+            raise AuthError(f"{path} is no authority's certificate but one that an authority signed; give its ca.pem")
     return data
+
+
+def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
 
 
 def _certificates(data: bytes, path: Path) -> list[x509.Certificate]:

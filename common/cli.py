@@ -56,10 +56,12 @@ def run(module: str) -> None:
         Console(stderr=True, soft_wrap=True).print(f"[red]Error[/red]: {escape(str(error))}", highlight=False)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.filename is not None or error.errno not in _FULL:
+        if error.filename is None and error.errno not in _FULL:
             raise
+        # A path of the user's that may not be looked at, or the output.
+        what = "the output cannot be written" if error.filename is None else f"{error.filename} cannot be used"
         Console(stderr=True, soft_wrap=True).print(
-            f"[red]Error[/red]: the output cannot be written: {error.strerror}", highlight=False
+            f"[red]Error[/red]: {escape(what)}: {error.strerror}", highlight=False
         )
         sys.exit(1)
     finally:

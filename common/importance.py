@@ -14,13 +14,17 @@ from common.errors import DivergedError
 
 # Every direction is given at least this share of the mean sensitivity: one that has not mattered so far may matter yet.
 _LEAST = 0.01
+# No component is longer than this, nor shorter than its inverse. Where few directions matter, as at a late cut, lengths
+# came to be a tenth and four, and what goes with them learnt so many times too fast that the loss was soon not finite.
+_LONGEST = 2.5
 
 
 def principal_components(activations: Iterable[Tensor], sensitivity: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Components [C, C] (rows, most important first) and mean [C] of activations [B, C, ...] over all else.
 
     Without a `sensitivity` they are orthonormal, by variance. With one, S [C, C], they are the components of sqrt(S) x:
-    the first w keep the weighted error (x - x')' S (x - x') smallest, where x' is what w of them can say of x.
+    the first w keep the weighted error (x - x')' S (x - x') smallest, where x' is what w of them can say of x. Their
+    lengths are then 0.4 to 2.5.
     Activations are taken batch by batch: all of them at once would take gigabytes where maps are large.
     """
     count, total, products = 0, torch.zeros(()), torch.zeros(())
@@ -40,6 +44,8 @@ def principal_components(activations: Iterable[Tensor], sensitivity: Tensor | No
         )
     _, vectors = torch.linalg.eigh(root @ covariance @ root)
     components = vectors.flip(1).T @ root
+    lengths = components.norm(dim=1, keepdim=True)
+    components *= lengths.clamp(1 / _LONGEST, _LONGEST) / lengths
     # eigh leaves the sign open; the largest entry is made positive so that equal data give equal components.
     largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
     return (components * largest.sign()).float().contiguous(), mean.float()

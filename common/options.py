@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+# More only take memory, and far more end the process.
+THREADS = click.option("--threads", type=click.IntRange(1, 1024), help="Threads for computing; default: all cores.")
 TIMES = click.option("--times", is_flag=True, help="Begin each line with the time (UTC), in a log that nobody stamps.")
 
 
@@ -25,6 +26,22 @@ class Amount(click.FloatRange):
         return super().convert(value, param, ctx)
 
 
+class File(click.Path):
+    """A file that is there."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            Path(value).stat()
+        except FileNotFoundError:
+            pass  # which is told as such
+        except OSError as error:  # else it would be told so as well
+            self.fail(f"File {str(value)!r} cannot be reached: {error.strerror}.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Folder(click.Path):
     """A folder that is there or will be."""
 
@@ -35,3 +52,6 @@ class Folder(click.Path):
         if not str(value):  # an unset variable of a script: the folder that it happens to run in
             self.fail("no folder is named.", param, ctx)
         return super().convert(value, param, ctx)
+
+
+FILE = File()

@@ -143,8 +143,8 @@ def from_rpc(error: grpc.RpcError, server: str, doubt: str = "") -> DepruneError
         return VersionError(f"what answers at {server} is not a deprune edge-server of a matching version ({details})")
     if code == grpc.StatusCode.CANCELLED:
         return StoppedError(
-            f"the server at {server} ended this stream: it had heard nothing for longer than its --idle-time, or a "
-            f"newer connection of this device took its place"
+            f"the server at {server} ended this stream: no sign of this device had come for a while, as where it was "
+            f"suspended, it was silent for longer than --idle-time, or a newer connection of it took this one's place"
         )
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return TooLargeError(f"a message was over what the server at {server} takes ({details})")

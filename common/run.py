@@ -91,8 +91,8 @@ class RunFolder:
             try:
                 yield
             finally:
-                (self.path / _LOCK).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # something lies there
+                with contextlib.suppress(OSError):  # something lies there, or nothing can be written any more
+                    (self.path / _LOCK).unlink(missing_ok=True)
                     for place in missing:
                         place.rmdir()
 

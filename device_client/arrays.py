@@ -15,7 +15,7 @@ from PIL import Image
 from common.draw import SPLIT, generator
 from common.errors import DataError
 from device_client.batches import Pictures
-from device_client.pictures import MODES, Shape, fit, require_channels
+from device_client.pictures import MODES, Shape, check_file, fit, reason, require_channels
 from device_client.sides import Side, Source, check_memory
 
 # The test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository,
@@ -206,8 +206,10 @@ def _numbers(found: NDArray[Any], shape: Shape, what: str) -> NDArray[np.float32
 
 def npy(path: Path, shape: Shape) -> tuple[Pictures, tuple[int, int]]:
     """Numbers in a file of numpy.save, float [C,H,W] as the model takes them, and their width and height."""
-    if not path.is_file():
-        raise DataError(f"there is no file {path}; give one that numpy.save wrote")
+    try:
+        check_file(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({reason(error)}); give a file that numpy.save wrote") from error
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)  # nothing of it is in memory yet
         if not isinstance(found, np.ndarray):

@@ -159,7 +159,7 @@ def load_picture(path: str | os.PathLike[str], input_shape: Shape) -> tuple[Pict
         return npy(Path(path), input_shape)
     if Path(path).suffix.lower() == ".npz":
         raise DataError(f"{path} holds many arrays; give one of what it holds, saved as an .npy file")
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 -- Path's fails where it may not look, which is told below
         raise DataError(f"{path} is a folder; give the pictures in it: {Path(path) / '*'}")
     require_channels(input_shape)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from common.options import FILE, TIMES, Amount, Folder
+from common.options import FILE, THREADS, TIMES, Amount, Folder
 from common.pulse import STALLED_S
 from device_client.connection import GIVE_UP_S
 
@@ -22,7 +22,7 @@ SHARED = [
     click.argument("server", metavar="HOST:PORT"),
     click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
                  help="Code that the server's recipe may name as its model; can be repeated."),
-    click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores."),
+    THREADS,
     click.option("--device", "processor", default="cpu", show_default=True, metavar="NAME",
                  help="Where the head computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one."),
     click.option("--wait", default=0.0, type=Amount(0), metavar="SECONDS",

@@ -40,7 +40,7 @@ def _formats() -> tuple[str, ...]:
 
 def size_of(path: Path) -> tuple[int, int]:
     """Width and height of a picture file when it is upright, from its header alone."""
-    _check_file(path)
+    check_file(path)
     with Image.open(path, formats=_formats()) as image:
         return _upright(image)
 
@@ -48,6 +48,7 @@ def size_of(path: Path) -> tuple[int, int]:
 def in_colour(path: Path) -> bool:
     """Whether a picture file has colours, by its header alone; not where that only lists some, or cannot be read."""
     try:
+        check_file(path)
         with bombs_are_errors(), Image.open(path, formats=_formats()) as image:
             return image.mode != "P" and Image.getmodebase(image.mode) == "RGB"
     except Exception:  # noqa: BLE001 -- told where it is read
@@ -61,7 +62,7 @@ def _upright(image: Image.Image) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """ValueError for a pipe or a socket, which would be waited for; OSError where nothing is there."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("not a file")
@@ -70,7 +71,7 @@ def _check_file(path: Path) -> None:
 def decode(path: Path, shape: Shape) -> tuple[Pictures, tuple[int, int]]:
     """A picture file as uint8 [C,H,W], turned upright as it says itself, and the width and height that it had; of an
     animation, the first frame."""
-    _check_file(path)
+    check_file(path)
     try:
         opened = Image.open(path, formats=_formats())
     except UnidentifiedImageError as error:

@@ -259,8 +259,9 @@ class RemoteTail(Connection):
             raise FrameError(f"the server judged {verdict.count} pictures, {count} were sent")
         return verdict
 
-    def predict(self, batches: Iterable[np.ndarray], count: int, phase: Phase) -> Iterator[np.ndarray]:
-        """Logits [B, classes] for each batch of what is sent [B, width, ...]."""
+    def predict(self, batches: Iterable[np.ndarray], count: int, phase: Phase, before: int = 0) -> Iterator[np.ndarray]:
+        """Logits [B, classes] for each batch of what is sent [B, width, ...], of `count` pictures; so many more were
+        named `before`."""
         subset = pb.SUBSET_UNSPECIFIED  # nobody knows the right answers
         with Draft(self.meter) as draft, self._evaluation(count, subset, (), phase, draft) as stream:
             receive, waiting, done, named = partial(stream.receive, draft), deque[int](), 0, 0
@@ -271,7 +272,7 @@ class RemoteTail(Connection):
                 done += 1
                 logits = wire.unpack(receive(), receive, place, shape, "fp32")
                 named += len(logits)
-                self.progress(named, count)
+                self.progress(before + named, before + count)
                 return logits
 
             classes = self.opened.recipe.model.classes

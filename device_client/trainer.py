@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -373,20 +374,29 @@ class Trainer:
             try:
                 return self.folder.write_half("head", self.head, manifest)
             except RunFolderError as error:
+                if self.stopping:
+                    raise KeyboardInterrupt from error
                 left = until - time.monotonic()
-                if left <= 0 or self.stopping:
+                if left <= 0:
                     raise RunFolderError(
                         f"{error}; the run has made all its steps and is not finished: make room, and start it again "
                         f"with the same --run to go on from its newest checkpoint"
                     ) from error
                 if time.monotonic() >= tell:
                     tell = time.monotonic() + _TOLD_EVERY_S
+                    needed = size(len(weights.to_bytes(self.head)))
+                    full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (
+                        errno.ENOSPC,
+                        errno.EDQUOT,
+                    )
                     warn(
                         self.console,
-                        f"{error}; the trained head is in this process alone: make room for "
-                        f"{size(len(weights.to_bytes(self.head)))}; trying again, {gives_up(left)}",
+                        f"{error}; the trained head is in this process alone"
+                        f"{f': make room for {needed}' if full else ''}; trying again, {gives_up(left)}",
                     )
-                time.sleep(min(_ROOM_S, left))
+                again = time.monotonic() + min(_ROOM_S, left)
+                while time.monotonic() < again and not self.stopping:
+                    time.sleep(0.1)
 
     @property
     def where(self) -> str:

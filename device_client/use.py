@@ -157,7 +157,8 @@ def predict(
         # Each by itself: a codec rounds what crosses together by one step, and a picture's answer is its own.
         sent = (batch for batch, _ in sent_batches(head, left, recipe, 1))
         if len(left):
-            answers.extend(remote.predict(sent, len(left), _phase(remote, head.bottleneck.width)))
+            phase = _phase(remote, head.bottleneck.width)
+            answers.extend(remote.predict(sent, len(left), phase, before=len(answers)))
         return np.concatenate(answers)
 
     logits = _again(remote, attempt, say, wait_s)

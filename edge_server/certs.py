@@ -81,10 +81,15 @@ def _signed(folder: Path) -> list[str]:
     issuer, found = _load(folder / "ca.pem").subject, []
     for path in sorted(folder.glob("*.pem")):
         if path.stem != "ca" and path.with_suffix(".key").exists():
-            try:
-                certificates = x509.load_pem_x509_certificates(path.read_bytes())
-            except ValueError:
+            held = path.read_bytes()
+            if b"BEGIN CERTIFICATE-" not in held:
                 continue
+            try:
+                certificates = x509.load_pem_x509_certificates(held)
+            except ValueError as error:
+                raise AuthError(
+                    f"{path} is damaged: take it away, or name what is to be renewed, --device {path.stem} or HOSTs"
+                ) from error
             if [(one.issuer, one.subject) for one in certificates] == [(issuer, _name(path.stem))]:
                 found.append(path.stem)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from common.checkpoint import EVERY
-from common.options import FILE, TIMES, Amount, Folder
+from common.options import FILE, THREADS, TIMES, Amount, Folder
 from common.schedule import RECALLED
 from edge_server.limits import Limits
 
@@ -28,7 +28,7 @@ SERVE = [
                  help="Exit when the run is finished, or was before, instead of serving it."),
     click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
                  help="Code that a recipe may name as its model; can be repeated."),
-    click.option("--threads", type=click.IntRange(1), help="Threads for computing; default: all cores."),
+    THREADS,
     click.option("--device", "processor", default="auto", show_default=True, metavar="NAME",
                  help="Where the tail computes: cpu, cuda or cuda:NUMBER; auto takes a CUDA device if there is one."),
     click.option("--tls-cert", type=FILE, help="Certificate (PEM)."),

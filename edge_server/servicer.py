@@ -92,6 +92,9 @@ class Servicer(split_pb2_grpc.SplitServicer):
         abort(context, FaultError("the server met a fault of its own; its log has the details"))
 
     def _tell(self, error: DepruneError, context: grpc.ServicerContext) -> None:
+        where = _address(context)
+        if not where and isinstance(error, StoppedError):
+            return  # the server has ended the stream itself, and has said why
         if not self._lines.spare(1.0):
             self._untold += 1
             return
@@ -104,7 +107,6 @@ class Servicer(split_pb2_grpc.SplitServicer):
             if self.host.run and self.host.run.training and self.host.run.training.spoiled:
                 text = "a step has failed half-way; its device goes back to a checkpoint by itself"
         # A sentence may quote what came, which may be long.
-        where = _address(context)
         self.host.console.print(
             f"[yellow]{kind}[/yellow]{more}: {escape(printable(text, 500))} ({where})", highlight=False
         )

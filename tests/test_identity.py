@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 
 from benchmarks import pair
 from benchmarks.recipes import CLASSES, recipe_text
-from common import tokens, wire
+from common import channel, tokens, wire
 from common.channel import Access, ServerTls, connect, server_credentials
 from common.errors import AuthError, DepruneError, ForbiddenError, LinkError, SessionError
 from common.phase_message import phase_of
@@ -129,8 +129,33 @@ def test_both_processes_with_certificates_and_a_token(ours: Path, tmp_path: Path
         assert "The run is served from now on" in (tmp_path / "log").read_text()
 
 
-def test_only_certificates_of_the_one_authority_get_in(mutual: tuple[str, Path], ours: Path, theirs: Path) -> None:
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a side come with a certificate that is not for it, which ours refuse to: the other one must see it."""
+    monkeypatch.setattr(channel, "_pair", lambda certificate, key, _: (key.read_bytes(), certificate.read_bytes()))
+
+
+def test_a_certificate_is_for_one_side(mutual: tuple[str, Path], ours: Path, tmp_path: Path) -> None:
+    """With another's, every connection would be refused, and the server's log would say nothing."""
     address, _ = mutual
+    with pytest.raises(AuthError, match=r"server.pem is not for a device; it may be a server's"):
+        RemoteTail(address, as_device(ours, "server"))
+    for files, wrong in (
+        (("--tls-cert", ours / "pi.pem", "--tls-key", ours / "pi.key"), "pi.pem is not for a server"),
+        (("--tls-cert", ours / "server.pem", "--tls-key", ours / "server.key", "--tls-client-ca", ours / "pi.pem"),
+         "pi.pem is no authority's certificate"),
+    ):  # fmt: skip
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(recipe_text())
+        assert wrong in failed(
+            server_cli.cli, "serve", recipe, "--run", tmp_path / "run", "--listen", "[::1]:0", *files
+        )
+
+
+def test_only_certificates_of_the_one_authority_get_in(
+    mutual: tuple[str, Path], ours: Path, theirs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, _ = mutual
+    unchecked(monkeypatch)
     untrusted = refusal(address, as_device(ours, "pi", tls_ca=theirs / "ca.pem"))
     assert isinstance(untrusted, AuthError) and "must be of the authority in --tls-ca" in str(untrusted)
     whose = "which must be of the authority that it trusts"
@@ -148,7 +173,8 @@ def test_only_certificates_of_the_one_authority_get_in(mutual: tuple[str, Path],
         assert str(error).endswith(f"{doubt}; else it may be stopping"), error
 
 
-def test_a_device_takes_no_other_device_for_its_server(ours: Path) -> None:
+def test_a_device_takes_no_other_device_for_its_server(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unchecked(monkeypatch)
     server = grpc.server(ThreadPoolExecutor(1))
     disguised = ServerTls(ours / "pi.pem", ours / "pi.key")
     address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', server_credentials(disguised, print))}"

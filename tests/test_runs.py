@@ -159,9 +159,10 @@ def test_using_a_run_goes_on_where_the_link_breaks(
         Image.fromarray(loaded.test.pictures[number][0]).save(paths[-1])
     asked, answered, predict = [], 0, RemoteTail.predict
 
-    def counted(self: RemoteTail, batches: Any, count: int, phase: Phase) -> Any:
+    def counted(self: RemoteTail, batches: Any, count: int, phase: Phase, before: int) -> Any:
         asked.append(count)
-        return predict(self, batches, count, phase)
+        assert before + count == 40  # of which the progress tells
+        return predict(self, batches, count, phase, before)
 
     def some_answers(chunk: proxy.Chunk) -> proxy.Span | None:
         nonlocal answered

@@ -21,7 +21,7 @@ from common.meter import Draft
 from common.recipe import parse
 from common.run import Manifest
 from common.schedule import Phase
-from device_client.data import Dataset
+from device_client.data import Dataset, load
 from device_client.link import Stream
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
@@ -88,6 +88,30 @@ def test_components_are_those_that_count() -> None:
     # One that is so faint that it says nothing is left out.
     faint, plain = (importance.principal_components([activation], given) for given in (0 * sensitivity, None))
     assert torch.equal(faint[0], plain[0])
+
+
+def test_no_component_is_far_longer_than_another() -> None:
+    """Direction and order stay: the same with lengths that are all one."""
+    points = torch.randn(500, 6, generator=torch.Generator().manual_seed(1)) @ torch.diag(torch.arange(6.0) + 1)
+    felt = torch.diag(torch.tensor([1e3, 1.0, 1e-3, 1e3, 1.0, 1e-3]))
+    components, _ = importance.principal_components([points], felt)
+    lengths = components.norm(dim=1)
+    assert lengths.min() == pytest.approx(0.4) and lengths.max() <= 2.5
+    assert [int(row.abs().argmax()) for row in components][:2] == [3, 0]
+    plain, _ = importance.principal_components([points])
+    torch.testing.assert_close(plain.norm(dim=1), torch.ones(6))
+
+
+def test_a_late_cut_is_pruned_by_what_few_of_its_directions_count(tmp_path: Path) -> None:
+    """With lengths of a tenth and four, the loss of this run was soon not finite."""
+    few = load("digits", (1, 16, 16), 3, 0.0, limit=640)
+    model = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage3_1_relu2"'
+    inprocess.train(recipe_text(model=model, schedule="phases = [[0, 6]]"), few, folder=tmp_path)
+    pruned = recipe_text(
+        "prune", model=f'{model}\ninit = "run:{tmp_path}"', bottleneck='kind = "linear"',
+        codec='activation = "step:20"\ngradient = "step:5"', schedule="phases = [[32, 3]]",
+    )  # fmt: skip
+    assert inprocess.train(pruned, few)["accuracy"] >= 0.85
 
 
 def test_a_run_notes_what_its_loss_feels(source: Path) -> None:
