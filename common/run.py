@@ -1,5 +1,5 @@
 """The run folder of one side: recipe.toml, run.json, metrics.jsonl, summary.json, the half's weights, checkpoints/;
-the device's also local/, until a run begins whose head has learnt alone.
+the device's also local/, what its head has learnt alone, until the run is finished.
 
 Everything but metrics.jsonl is written whole or not at all; a folder with another run in it is never touched
 unless its user says so. An unfinished run goes on from its checkpoints.
@@ -226,6 +226,12 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")
+
+    def forget_checkpoints(self) -> None:
+        """The run is finished: what it could go on from is not needed any more. What cannot be removed stays."""
+        for folder in (self.checkpoints, self.local):
+            with contextlib.suppress(OSError):
+                checkpoint.clear(folder)
 
     def read(self) -> tuple[Recipe, str, Manifest]:
         """Recipe, its text and manifest of a finished run; RunFolderError where there is none here."""

@@ -17,7 +17,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from common import checkpoint, report
+from common import report
 from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
 from common.cli import with_options
@@ -187,6 +187,7 @@ def train(
             # A server that trains another run refuses; one that is gone need not be there.
             with contextlib.suppress(AbsentError):
                 remote.open(trains=True, run_id=done.run_id)
+            folder.forget_checkpoints()  # of a process that ended as it finished the run
             _tell_complete(run_path, publish_head)
             return
         opened = remote.open(trains=True, run_id=saved["run_id"] if saved else "", kept=kept, wait_s=wait)
@@ -213,9 +214,7 @@ def train(
         chosen = chosen or _compute_with(threads, processor)
         if chosen.type == "cpu" and (slow := imitated(opened.recipe.precision)):
             _say(f"{slow}.")
-        if overwrite:
-            checkpoint.clear(folder.local)
-        summary = whole.train(remote, loaded, folder, console, allowed, init, publish_head, chosen)
+        summary = whole.train(remote, loaded, folder, console, allowed, init, publish_head, chosen, overwrite)
     finally:
         remote.close()
     report.show(console, summary)

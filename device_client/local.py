@@ -68,7 +68,9 @@ class Classifier(nn.Module):
 class Local:
     """The stage before a run: `learn`, then `sensitivity` of what was learnt. The bottleneck stays as it was drawn."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, anew: bool = False) -> None:
+        """`anew`: what another start has left in the folder is replaced."""
+        self.anew = anew
         self.trainer, self.recipe, self.head = trainer, trainer.recipe, trainer.head
         self._check()
         with torch.random.fork_rng(devices=[]):
@@ -113,6 +115,8 @@ class Local:
             going = f", going on at local step {self.step:,}" if self.step else ""
             alone = several(self.recipe.local.epochs, "epoch")
             console.print(f"The head learns alone for {alone} before anything crosses{going}.", highlight=False)
+        else:
+            console.print(f"What the head has learnt alone lies in {self.checkpoints.folder}.", markup=False)
         self.head.train(), self.classifier.train()
         mean = RunningMean()
         with StepProgress(console, self.steps, self.step, "local step") as live:
@@ -212,6 +216,9 @@ class Local:
     def _take_up(self) -> None:
         """Go on from what lies in the folder; RunFolderError where that is of another start and would be lost."""
         good, warnings = self.checkpoints.sound()
+        if warnings and not good and self.anew:
+            self.checkpoints.clear()
+            return
         if warnings and not good:
             raise RunFolderError(
                 f"{self.checkpoints.folder} holds what a head has learnt alone from other pictures, weights or "
@@ -235,8 +242,8 @@ class Local:
         the recipe may change before the run begins."""
         recipe = self.recipe
         settings = [
-            asdict(recipe.model), asdict(recipe.data), asdict(recipe.local), asdict(recipe.optimiser), recipe.seed,
-            recipe.precision,
+            asdict(recipe.model), asdict(recipe.data), asdict(recipe.local) | {"lr": self.lr},
+            asdict(recipe.optimiser) | {"lr": self.lr}, recipe.seed, recipe.precision,
         ]  # fmt: skip
         digest = hashlib.sha256(f"{self.trainer.data_id} {json.dumps(settings)}".encode())
         for name, value in self.head.state_dict().items():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from common import checkpoint, codecs, halves, optim, report, weights
+from common import codecs, halves, optim, report, weights
 from common.checkpoint import Checkpoint, Checkpoints, due
 from common.codecs import NOTHING
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
@@ -133,13 +133,13 @@ class Trainer:
         trained = weights.read(init.path / "head.safetensors")
         adopt(self.head, trained, self.recipe, source, manifest)
 
-    def run(self, publish: bool) -> dict[str, Any]:
-        """All that is left of the run; the summary."""
+    def run(self, publish: bool, anew: bool = False) -> dict[str, Any]:
+        """All that is left of the run; the summary. `anew` as in learn_alone()."""
         if self.recipe.schedule.budget_mb and not self.begun:
             # The server looks too, but only when the run begins: after hours in which the head has learnt alone.
             weighs = self.opened.head_size + self._published(publish)
             require_room(self.recipe, self.cut, len(self.data.train), len(self.data.test), weighs)
-        self.learn_alone()
+        self.learn_alone(anew)
         furthest, since, again = self.step, time.monotonic(), 0
         while True:
             try:
@@ -156,11 +156,12 @@ class Trainer:
                 self._say(f"Back to step {error.step} from step {self.step}: {error}.")
                 self._go_on_from(restore(self, error.step), new_process=False)
 
-    def learn_alone(self) -> None:
-        """Let the head learn without the server, where the recipe says so and the run has not begun."""
+    def learn_alone(self, anew: bool = False) -> None:
+        """Let the head learn without the server, where the recipe says so and the run has not begun; `anew`: what it
+        has learnt alone before from other pictures, weights or settings is replaced."""
         if self.begun or not self.recipe.local.epochs:
             return
-        alone = Local(self)
+        alone = Local(self, anew)
         self.local = alone.learn()
         if self.recipe.weighted:
             self.sensitivity = alone.sensitivity()
@@ -310,7 +311,6 @@ class Trainer:
         try:
             self.folder.sync()
             self.checkpoints.write(self.step, *state_of(self))
-            checkpoint.clear(self.folder.local)  # the run goes on from its own from now on
         except RunFolderError as error:
             warn(self.console, f"no checkpoint of step {self.step}: {error}; the run goes on")
 
@@ -364,7 +364,7 @@ class Trainer:
         summary = report.summarise(self.recipe, self.cut, outcome, meter, kernel, "device")
         self.folder.write_summary(summary)
         self.folder.close()
-        self.checkpoints.clear()  # what the run could go on from is not needed any more
+        self.folder.forget_checkpoints()
         return summary
 
     def _write_head(self, manifest: Manifest) -> None:

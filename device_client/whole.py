@@ -20,9 +20,10 @@ from device_client.trainer import Trainer
 
 def train(
     remote: RemoteTail, data: Dataset, folder: RunFolder, console: Console, allowed: tuple[str, ...],
-    init: RunFolder | None, publish: bool, processor: torch.device = halves.CPU,
+    init: RunFolder | None, publish: bool, processor: torch.device = halves.CPU, anew: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """A whole run over an opened session, or what is left of one, the head on `processor`; the summary.
+    """A whole run over an opened session, or what is left of one, the head on `processor`; the summary. `anew`: it
+    replaces another that may lie in the folder.
 
     The first Ctrl-C (SIGTERM, or the end of its terminal) lets the present step end, keeps a checkpoint and tells the
     server; a second one, or one while there is no connection, ends at once: the run goes on from before the step that
@@ -50,7 +51,7 @@ def train(
     before = signals.hear(on_signal)
     how = "start it again with the same --run to go on"
     try:
-        return trainer.run(publish)
+        return trainer.run(publish, anew)
     except KeyboardInterrupt:
         trainer.rest()
         kept = max(trainer.checkpoints.written, default=0)
@@ -60,7 +61,11 @@ def train(
     except DivergedError as error:
         if trainer.begun:
             remote.interrupt(trainer.step, trainer.phase, "its training has diverged")
-        raise DivergedError(f"{error}; then begin anew, with --overwrite on both sides") from error
+        text = f"{error}; then begin anew, with --overwrite on both sides"
+        if trainer.local:
+            lr = trainer.recipe.local.lr or trainer.recipe.optimiser.lr
+            text += f": with local.lr = {lr:g} what the head has learnt alone is taken again"
+        raise DivergedError(text) from error
     except LinkError as error:
         raise LinkError(f"{error}; the run stopped{trainer.where} and is not finished: {how}") from error
     finally:

@@ -133,6 +133,7 @@ class Host:
                 f"too, of which {folder.path / 'recipe.toml'} is a copy"
             )
         recipe, text, manifest = folder.read()
+        folder.forget_checkpoints()  # of a process that ended as it finished the run
         host = cls(recipe, text, folder, console, limits)
         halves = halves_module.build(recipe, allowed, processor)
         checks.require_elements(recipe, halves, host.limits.elements)

@@ -349,8 +349,7 @@ class LiveRun:
         training.close()
         self.folder.write_summary(summary)
         self.folder.close()
-        # What the run could go on from is not needed any more.
-        self.checkpoints.clear()
+        self.folder.forget_checkpoints()
         report.show(self.console, summary)
         if head:
             self.console.print("The device has published its head: others can use it without a folder of their own.")

@@ -159,6 +159,13 @@ def test_what_was_learnt_from_other_pictures_is_not_lost_unasked(digits: Dataset
     ):  # fmt: skip
         with pytest.raises(RunFolderError, match=r"learnt alone from other pictures, weights or settings.*--overwrite"):
             going_on(text, data)
+    # With --overwrite that is replaced, and what is of the same start is taken all the same.
+    for text, step in ((_text(0.3), 6), (_text(0.3, optimiser="lr = 0.04", local="epochs = 0.3\nlr = 0.05"), 6),
+                       (_text(0.3, optimiser="lr = 0.04"), 0)):  # fmt: skip
+        alone = Local(_trainer(tmp_path, text, digits), anew=True)
+        alone._take_up()
+        assert alone.step == step
+    Local(_trainer(tmp_path, _text(0.3), digits)).learn()
     for path in (tmp_path / "device" / "local").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(RunFolderError, match="or is damaged"):

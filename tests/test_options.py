@@ -92,8 +92,9 @@ def colours(tmp_path: Path) -> Path:
 def test_a_run_is_trained_as_its_device_is_told_to(trained: Mock, colours: Path, tmp_path: Path) -> None:
     line = ("train", "127.0.0.1:9", "--data", f"folder:{colours}", "--run", tmp_path / "run")
     assert "12 training and 12 test pictures in 2 classes" in called(device_cli.cli, *line)
-    _, data, folder, _, allowed, head, publish, processor = trained.call_args.args
-    assert (folder.path, allowed, head, publish, processor.type) == (tmp_path / "run", (), None, False, "cpu")
+    _, data, folder, _, allowed, head, publish, processor, anew = trained.call_args.args
+    given = folder.path, allowed, head, publish, processor.type, anew
+    assert given == (tmp_path / "run", (), None, False, "cpu", False)
     trained.remote.open.assert_called_once_with(trains=True, run_id="", kept=[], wait_s=0.0)
     torch.set_num_threads.assert_not_called()  # type: ignore[attr-defined]
 
@@ -101,7 +102,7 @@ def test_a_run_is_trained_as_its_device_is_told_to(trained: Mock, colours: Path,
     more: tuple[object, ...] = ("--skip-unreadable", "--allow-model", "a:b", "--allow-model", "c:d", "--publish-head")
     more += ("--head", tmp_path / "other", "--wait", "inf", "--threads", 3, "--times")
     output = called(device_cli.cli, *line, *more)
-    _, data, _, _, allowed, head, publish, _ = trained.call_args.args
+    _, data, _, _, allowed, head, publish, _, _ = trained.call_args.args
     assert (len(data.train), len(data.test), allowed) == (11, 12, ("a:b", "c:d"))
     assert head.path == tmp_path / "other" and publish
     assert "Left out 1 unreadable picture: train/red/0.png (empty file)" in output and "--head" in output

@@ -58,6 +58,29 @@ def test_what_may_pass_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
     assert (lost.returncode, wrong.returncode) == (75, 1), (lost.stderr, wrong.stderr)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("evaluate", "127.0.0.1:9", "--data", "digits", "--run", "{}"),
+        ("evaluate", "127.0.0.1:9", "--data", "folder:{}"),
+        ("train", "127.0.0.1:9", "--data", "digits", "--run", "{}/run"),
+        ("serve", "--run", "{}", "--listen", "127.0.0.1:0"),
+        ("serve", "digits", "--run", "run", "--listen", "127.0.0.1:0", "--tls-cert", "{}"),
+        ("certs", "{}", "localhost"),
+    ],
+)
+def test_a_path_that_may_not_be_looked_at_is_told_in_words(line: tuple[str, ...], tmp_path: Path) -> None:
+    """Here one with a name that is too long, which is refused to root as well."""
+    command = "edge-server" if line[0] in ("serve", "certs") else "device-client"
+    arguments = [part.format(tmp_path / ("x" * 300)) for part in line]
+    done = subprocess.run(
+        pair.command(command, *arguments), capture_output=True, text=True, timeout=60, cwd=tmp_path,
+        env=pair.environment(),
+    )  # fmt: skip
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+    assert "File name too long" in " ".join(done.stderr.split()), done.stderr
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_output_is_no_failure(closed: str) -> None:
     line = shlex.join(pair.command("edge-server", "recipes"))

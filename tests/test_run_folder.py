@@ -12,12 +12,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
+from rich.console import Console
 
-from common import checkpoint
+from benchmarks import inprocess
+from benchmarks.recipes import recipe_text
+from common import checkpoint, halves
 from common.errors import RunFolderError
 from common.files import write_atomically
 from common.metrics import MetricsLog
 from common.run import RunFolder
+from device_client import cli as device_cli
+from device_client.data import Dataset
+from edge_server.host import Host
+from edge_server.limits import Limits
 
 
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,3 +158,31 @@ def test_checkpoints_that_cannot_be_used_are_said(kind: str, tmp_path: Path, mon
     words = "is damaged" if kind == "damaged" else "was written by another release"
     with pytest.raises(RunFolderError, match=f"holds an unfinished run that cannot be gone on with: .*{words}"):
         folder.prepare(overwrite=False)
+
+
+def test_a_folder_that_can_no_longer_be_written_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with pytest.raises(RunFolderError, match="what matters"), RunFolder(tmp_path / "run").claimed():
+        monkeypatch.setattr(Path, "unlink", refused)
+        raise RunFolderError("what matters")
+
+
+def test_what_a_finished_run_could_go_on_from_goes_where_its_process_could_not_remove_it(
+    few: Dataset, tmp_path: Path
+) -> None:
+    """On both sides, where it is looked at the next time."""
+    text = recipe_text(schedule="phases = [[0, 0.4]]")
+    inprocess.train(text, few, folder=tmp_path)
+    places = [tmp_path / side / "checkpoints" for side in ("server", "device")] + [tmp_path / "device" / "local"]
+    for place in places:
+        assert not place.exists()
+        place.mkdir()
+        (place / "step-000000000002.safetensors").write_bytes(b"left")
+    line = ["train", "127.0.0.1:1", "--data", "digits", "--run", str(tmp_path / "device")]
+    assert "is complete already" in CliRunner().invoke(device_cli.cli, line, standalone_mode=False).output
+    Host.to_serve(RunFolder(tmp_path / "server"), Console(quiet=True), (), Limits(), halves.CPU)
+    assert not any(place.exists() for place in places)
