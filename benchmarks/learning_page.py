@@ -130,6 +130,7 @@ def plots(rows: Rows) -> None:
         # Seconds of different machines say nothing of the rows.
         shown = tiny if key == "context" else [row for row in tiny if row["machine"] == machine]
         ends = _lines(axes, shown, key, scale)
+        figure.set_size_inches(11, max(6.0, 0.17 * len(ends)))  # for as many names
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy, %", title=f"accuracy against {name}, tiny")
         axes.grid(alpha=0.3)
         figure.subplots_adjust(0.06, 0.09, 0.68, 0.94)

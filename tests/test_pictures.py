@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from common.errors import DataError
 from device_client.data import load, load_picture
-from device_client.pictures import size_of
+from device_client.pictures import in_colour, size_of
 from tests.pictures import GRAY, RGB, save, save_npz
 
 
@@ -135,3 +138,13 @@ def test_eps_never_reaches_ghostscript(tmp_path):
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
     with pytest.raises(DataError, match="not a picture"):
         picture(tmp_path / "a.jpg", RGB)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """Nothing would ever come of it."""
+    os.mkfifo(tmp_path / "a.png")
+    found = []
+    asking = threading.Thread(target=lambda: found.append(in_colour(tmp_path / "a.png")), daemon=True)
+    asking.start()
+    asking.join(10)
+    assert found == [False]

@@ -312,6 +312,7 @@ def test_devices_that_come_and_go_use_up_no_places(deprune_run: Run, tmp_path: P
         (("train", "127.0.0.1:²", "--data", "digits", "--run", "RUN"), "'127.0.0.1:²' is not HOST:PORT"),
         (("train", "127.0.0.1:٣", "--data", "digits", "--run", "RUN"), "'127.0.0.1:٣' is not HOST:PORT"),
         (("train", "::1:9", "--data", "digits", "--run", "RUN"), "without brackets; write [::1]:9"),
+        (("train", "[host]:9", "--data", "digits", "--run", "RUN"), "no IPv6 address; write host:9"),
         (("predict", "127.0.0.1:9", "--run", "RUN", "a.png"), "holds no finished run"),
         (("evaluate", "127.0.0.1:9", "--data", "digits", "--wait", "0.5"), "gave up after"),
         (("predict", "127.0.0.1:9", "--wait", "0.5", "a.png"), "gave up after"),
