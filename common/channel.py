@@ -219,7 +219,8 @@ def _authority(path: Path) -> bytes:
     data = _read(path)
     for certificate in _certificates(data, path):
         limits = _extension(certificate, x509.BasicConstraints)
-        if limits and not limits.ca:
+        # One that has signed itself may be trusted as it is.
+        if limits and not limits.ca and certificate.issuer != certificate.subject:
             raise AuthError(f"{path} is no authority's certificate but one that an authority signed; give its ca.pem")
     return data
 

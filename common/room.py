@@ -27,9 +27,9 @@ def require_weights(recipe: Recipe, head: int) -> None:
 
 
 def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, head: int) -> None:
-    """RecipeError where the budget is far less than a run on `samples` pictures takes before it has learnt anything:
-    `head` bytes of weights, choosing the first channels, the first steps, judging `test` pictures. `cut`: [C, ...] of
-    one picture."""
+    """RecipeError where the budget cannot be kept, or is far less than a run on `samples` pictures takes before it has
+    learnt anything: `head` bytes of weights, choosing the first channels, the first steps, judging `test` pictures.
+    `cut`: [C, ...] of one picture."""
     batch = min(samples, recipe.data.batch)
     ends = ends_of(recipe.schedule, steps_per_epoch(samples, batch))
     # The first entry that comes to a step at all.
@@ -38,6 +38,11 @@ def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, 
         for entry, start, end in zip(recipe.schedule.phases, (0, *ends), ends, strict=False)
         if end > start
     )
+    if steps == 1 < ends[-1]:
+        raise RecipeError(
+            "the first of schedule.phases comes to one step on these pictures, and a budget is kept by what steps have "
+            "cost: give it more epochs, or leave it out"
+        )
     place = math.prod(cut[1:]) / 8  # bytes of one channel of one picture, a bit each
     up = place * bits(first.activation or recipe.codec.activation)
     both = up + place * bits(first.gradient or recipe.codec.gradient)

@@ -385,10 +385,7 @@ class Trainer:
                 if time.monotonic() >= tell:
                     tell = time.monotonic() + _TOLD_EVERY_S
                     needed = size(len(weights.to_bytes(self.head)))
-                    full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (
-                        errno.ENOSPC,
-                        errno.EDQUOT,
-                    )
+                    full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
                     warn(
                         self.console,
                         f"{error}; the trained head is in this process alone"

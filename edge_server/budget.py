@@ -242,11 +242,8 @@ class Budget:
 
     def _to_rank(self, entry: int) -> float:
         """Bytes that choosing an entry's channels takes, in steps with all that they may be of."""
-        load, widest, sent = (
-            self._step_loads[entry],
-            self._judging_loads[entry].width,
-            self._judging_loads[entry - 1].width,
-        )
+        load = self._step_loads[entry]
+        sent, widest = (self._judging_loads[one].width for one in (entry - 1, entry))
         chosen = load.width == widest == sent  # as many as before, and none nested
         if chosen or load.width >= self._channels:
             return 0.0

@@ -337,3 +337,9 @@ def test_a_budget_with_no_room_for_learning_is_refused(
     with pytest.raises(RecipeError, match=f"schedule.budget_mb is {budget} .*{words}"):
         run(digits, f"phases = [[2, 6], [4, 6]]\nbudget_mb = {budget}", tmp_path, publish=publish, kind=kind)
     assert not (tmp_path / "server" / "recipe.toml").exists()
+
+
+def test_a_first_phase_of_one_step_is_refused(digits: Dataset) -> None:
+    """Before it is booked nothing is known, and a wider one would begin whatever it costs."""
+    with pytest.raises(RecipeError, match="comes to one step on these pictures"):
+        run(digits, "phases = [[2, 0.06], [32, 6]]\nbudget_mb = 0.5")
