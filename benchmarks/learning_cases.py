@@ -199,14 +199,17 @@ def _from_scratch(
     return Case(name, method, written, "linear", f"step:{db}", basis=basis, local=local, quick=quick, apart=local > 0)
 
 
-def _frozen(name: str, width: int, basis: str = "principal", learnt: float = 0, **more: bool) -> Case:
-    """From the trained network, by its principal components: each picture crosses once and is recalled once; then the
-    head learns for so many epochs."""
-    phases = f"{{ width = {width}, epochs = 2, views = 1 }}" + f", {{ width = {width}, epochs = {learnt} }}" * (
+def _frozen(
+    name: str, width: int, basis: str = "principal", learnt: float = 0, epochs: float = 2, up: int = 20,
+    lr: float = 0.05, **more: bool,
+) -> Case:  # fmt: skip
+    """From the trained network, by its principal components: each picture crosses once and is recalled, once where
+    nothing else is said; then the head learns for so many epochs."""
+    phases = f"{{ width = {width}, epochs = {epochs}, views = 1 }}" + f", {{ width = {width}, epochs = {learnt} }}" * (
         learnt > 0
     )
     return Case(
-        name, "prune", phases, "linear", "step:20", "step:10" if learnt else "fp32", basis, start=KNOWN, lr=0.05,
+        name, "prune", phases, "linear", f"step:{up}", "step:10" if learnt else "fp32", basis, start=KNOWN, lr=lr,
         warmup=0, **more,
     )  # fmt: skip
 
@@ -271,6 +274,7 @@ CASES = [
     _linear("fixed width 32", 32, network="vgg11"),
     _frozen("prune to 8, head frozen", 8, quick=True),
     _frozen("prune to 8 weighted, head frozen", 8, "weighted", apart=True),
+    _frozen("prune to 8 weighted, head frozen, 30 dB", 8, "weighted", epochs=2.4, up=30, lr=0.02, apart=True),
     _frozen("prune to 8, head frozen at first", 8, learnt=0.75, quick=True, main=True),
     _frozen("prune to 8 weighted, head frozen at first", 8, "weighted", learnt=0.75, apart=True),
     _frozen("prune to 4, head frozen", 4, apart=True),

@@ -179,7 +179,7 @@ def _widths(axes: Axes, rows: Rows, title: str) -> None:
 
 def main() -> None:
     text = PAGE.read_text()
-    for name in ("learning", "learning-snr", "learning-weighted", "learning-local", "learning-rates"):
+    for name in ("learning", "learning-snr", "learning-time", "learning-weighted", "learning-local", "learning-rates"):
         written = rows_table(json.loads((RESULTS / f"{name}.json").read_text()))
         begin, end = f"<!-- {name} rows -->", f"<!-- /{name} rows -->"
         text = re.sub(f"{begin}.*?{end}", f"{begin}\n{written}\n{end}", text, flags=re.S)
