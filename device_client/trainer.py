@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,19 +25,19 @@ from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
 from common.schedule import RECALL, Phase, steps_per_epoch
-from common.words import duration, gives_up, size
+from common.words import duration
 from device_client.basis import principal_basis
 from device_client.data import Dataset, Part
 from device_client.forecast import Forecast
 from device_client.handshake import Opened
 from device_client.inputs import computing, sent_batches, training_batch
+from device_client.last_write import write_with_patience
 from device_client.link import CURABLE
 from device_client.local import Local
 from device_client.outlook import Outlook
 from device_client.remote_tail import RemoteTail, StepResult
 from device_client.state import fingerprint, restore, state_of
 
-_ROOM_S, _TOLD_EVERY_S = 10.0, 60.0  # between two attempts to write the trained head, and two words about that
 _ROLLBACKS = 5  # in a row that did not come further than the run had been
 
 
@@ -351,7 +350,10 @@ class Trainer:
         verdict = self._judge(self.data.test, pb.TEST)
         manifest = Manifest(self.opened.run_id, self.recipe.digest(), self.data.classes, self.phase)
         # The head is safe before the server is told that all is done.
-        self._write_head(manifest)
+        write_with_patience(
+            lambda: self.folder.write_half("head", self.head, manifest), lambda: len(weights.to_bytes(self.head)),
+            self.remote.give_up_s, lambda: self.stopping, self.console,
+        )  # fmt: skip
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
         outcome = report.Outcome(
             run_id=self.opened.run_id, accuracy=verdict.accuracy, loss=verdict.loss, steps=self.step,
@@ -366,34 +368,6 @@ class Trainer:
         self.folder.close()
         self.folder.forget_checkpoints()
         return summary
-
-    def _write_head(self, manifest: Manifest) -> None:
-        """Where the disk is full, wait for room: there may be no checkpoint either, and all would be lost."""
-        until, tell = time.monotonic() + self.remote.give_up_s, 0.0
-        while True:
-            try:
-                return self.folder.write_half("head", self.head, manifest)
-            except RunFolderError as error:
-                if self.stopping:
-                    raise KeyboardInterrupt from error
-                left = until - time.monotonic()
-                if left <= 0:
-                    raise RunFolderError(
-                        f"{error}; the run has made all its steps and is not finished: make room, and start it again "
-                        f"with the same --run to go on from its newest checkpoint"
-                    ) from error
-                if time.monotonic() >= tell:
-                    tell = time.monotonic() + _TOLD_EVERY_S
-                    needed = size(len(weights.to_bytes(self.head)))
-                    full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-                    warn(
-                        self.console,
-                        f"{error}; the trained head is in this process alone"
-                        f"{f': make room for {needed}' if full else ''}; trying again, {gives_up(left)}",
-                    )
-                again = time.monotonic() + min(_ROOM_S, left)
-                while time.monotonic() < again and not self.stopping:
-                    time.sleep(0.1)
 
     @property
     def where(self) -> str:

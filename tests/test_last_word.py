@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from common.rpc import split_pb2 as pb
 from common.run import HEAD, TAIL, RunFolder
 from device_client import trainer
 from device_client.data import Dataset, Part, load
+from device_client.last_write import write_with_patience
 from device_client.link import Backoff, Stream
 from device_client.remote_tail import RemoteTail
 from edge_server.host import Host
@@ -101,9 +103,23 @@ def test_a_full_disk_at_the_end_is_waited_for(few: Dataset, tmp_path: Path, monk
         write(self, half, *arguments)
 
     monkeypatch.setattr(RunFolder, "write_half", full)
-    monkeypatch.setattr("device_client.trainer._ROOM_S", 0.01)
+    monkeypatch.setattr("device_client.last_write._ROOM_S", 0.01)
     assert leg(tmp_path, CASES["nested widths"], few)
     assert tried == [HEAD] * 3 + [TAIL] and (tmp_path / "device" / "head.safetensors").is_file()
+
+
+def test_who_waits_for_room_can_be_stopped() -> None:
+    """At once, and as any stop: what starts a device again tells that from a failure by its exit code."""
+    stops, tried, console = iter([False, True, True]), [], Console(file=io.StringIO(), width=300)
+
+    def full() -> None:
+        tried.append(1)
+        raise RunFolderError("no head") from OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(KeyboardInterrupt):
+        write_with_patience(full, lambda: 86_200, 600.0, lambda: next(stops), console)
+    assert len(tried) == 2
+    assert "in this process alone: make room for 86.2 kB; trying again" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_device_that_dies_while_steps_are_recalled_books_their_request_once(few: Dataset, tmp_path: Path) -> None:
