@@ -259,6 +259,7 @@ CASES = [
         _from_nothing(f"deprune none then {width}, longer alone, 28 epochs", width, 2 * EPOCHS, learnt=(12, 12))
         for width in (2, 1)
     ),
+    _from_nothing("deprune none then 1, longer alone, 28 epochs, none frozen", 1, 2 * EPOCHS, 0, (12, 12), apart=True),
     _from_nothing("deprune none then 32, longer alone", 32, 2 * EPOCHS, network="vgg11"),
     # What each part of it is worth.
     *(
@@ -275,6 +276,26 @@ CASES = [
     _frozen("prune to 8, head frozen", 8, quick=True),
     _frozen("prune to 8 weighted, head frozen", 8, "weighted", apart=True),
     _frozen("prune to 8 weighted, head frozen, 30 dB", 8, "weighted", epochs=2.4, up=30, lr=0.02, apart=True),
+    # What else was tried within about a tenth of *fixed*'s time.
+    *(
+        Case(
+            f"prune to 8 weighted, tried: {what}", "prune", phases, "linear", f"step:{up}", down, "weighted",
+            start=KNOWN, lr=lr, warmup=0, apart=True,
+        )
+        for what, phases, up, down, lr in (
+            ("lr 0.01", "{ width = 8, epochs = 2.4, views = 1 }", 20, "fp32", 0.01),
+            ("lr 0.02", "{ width = 8, epochs = 2.4, views = 1 }", 20, "fp32", 0.02),
+            ("lr 0.05", "{ width = 8, epochs = 2.4, views = 1 }", 20, "fp32", 0.05),
+            ("lr 0.1", "{ width = 8, epochs = 2.4, views = 1 }", 20, "fp32", 0.1),
+            ("flips", "{ width = 8, epochs = 2.4, views = 1, flip = true }", 20, "fp32", 0.02),
+            ("flips and shifts", "{ width = 8, epochs = 2.4, views = 1, flip = true, shift = 1 }", 20, "fp32", 0.05),
+            ("3.2 epochs", "{ width = 8, epochs = 3.2, views = 1 }", 30, "fp32", 0.02),
+            ("two views", "{ width = 8, epochs = 3.2, views = 2 }", 30, "fp32", 0.02),
+            ("new views", "{ width = 8, epochs = 2.9, views = 2.8 }", 25, "fp32", 0.02),
+            ("1 epoch learnt", "{ width = 8, epochs = 1.5, views = 1 }, [8, 1]", 25, "step:10", 0.02),
+            ("1.4 learnt", "{ width = 8, epochs = 0.75, views = 0.7 }, [8, 1.4]", 25, "step:10", 0.02),
+        )
+    ),
     _frozen("prune to 8, head frozen at first", 8, learnt=0.75, quick=True, main=True),
     _frozen("prune to 8 weighted, head frozen at first", 8, "weighted", learnt=0.75, apart=True),
     _frozen("prune to 4, head frozen", 4, apart=True),

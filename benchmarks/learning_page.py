@@ -126,7 +126,7 @@ def plots(rows: Rows) -> None:
         ("bytes", "context", 1e6, "MB on the link, both ways, coded by context where a row is coded"),
         ("seconds", "wall_s", 1.0, "seconds, device and server in turn, no link"),
     ):
-        figure, axes = plt.subplots(figsize=(11, 6), dpi=110)
+        figure, axes = plt.subplots(dpi=110)
         # Seconds of different machines say nothing of the rows.
         shown = tiny if key == "context" else [row for row in tiny if row["machine"] == machine]
         ends = _lines(axes, shown, key, scale)

@@ -322,6 +322,11 @@ class Recipe:
         return self.bottleneck.kind == "linear" and (self.bottleneck.start == "principal" or self.weighted)
 
     @property
+    def local_lr(self) -> float:
+        """The highest rate at which the head learns alone."""
+        return self.local.lr or self.optimiser.lr
+
+    @property
     def weighted(self) -> bool:
         """Whether those are weighted by the loss's sensitivity, where that is known."""
         start = self.bottleneck.start

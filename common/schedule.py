@@ -66,6 +66,16 @@ def phase_from(table: Mapping[str, Any]) -> Phase:
     return Phase(**{**table, "order": tuple(table["order"]), "nested": tuple(table["nested"])})
 
 
+def ranked_at(entry: PhaseRecipe, channels: int, sent: int) -> int:
+    """How many channels cross while those that an entry sends are ranked, where `sent` did until then; 0 where there is
+    nothing to choose."""
+    width = entry.width or channels
+    if min(width, *entry.nested, channels) == channels or (width == sent and not entry.nested):
+        return 0  # all are sent, or those that were: no other could become one of them
+    # A narrower width's are among those in front; a wider one's may be any.
+    return sent if width <= sent else channels
+
+
 def stretches(
     recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int, sent: int = 0
 ) -> list[Phase]:  # fmt: skip
@@ -75,9 +85,8 @@ def stretches(
     sent in the first `views` steps. `sent`: how many channels were until then, chosen already; 0 where none are.
     """
     start, end = span
-    width = entry.width or channels
     phase = Phase(
-        index=0, from_step=start, width=width, nested=entry.nested,
+        index=0, from_step=start, width=entry.width or channels, nested=entry.nested,
         activation_codec=entry.activation or recipe.codec.activation,
         gradient_codec=entry.gradient or recipe.codec.gradient,
         lr=entry.lr or recipe.optimiser.lr, decay_from=start, decay_until=end,
@@ -85,17 +94,14 @@ def stretches(
     ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
     # At least one step of the entry is left at its own width: a run that ended while ranking would have too many.
     ranking = min(ranking, end - start - 1)
-    chosen = width == sent and not entry.nested  # no other could become one of them
-    # A narrower width's are among those in front; a wider one's may be any.
-    ranked = sent if width <= sent else channels
     result = [phase]
     if entry.views:
         result = [
             replace(phase, kind=STORE),
             replace(phase, from_step=start + max(1, views), kind=RECALL, flip=entry.flip, shift=entry.shift),
         ]
-    elif ranking > 0 and min(phase.widths) < channels and not chosen:
-        result = [replace(phase, width=ranked, kind=RANK, nested=()), replace(phase, from_step=start + ranking)]
+    elif ranking > 0 and (width := ranked_at(entry, channels, sent)):
+        result = [replace(phase, width=width, kind=RANK, nested=()), replace(phase, from_step=start + ranking)]
     # One without steps is left out.
     return [piece for piece in result if piece.from_step < end]
 

@@ -79,7 +79,7 @@ class Local:
         self.classifier.to(trainer.processor)
         self.per_epoch = steps_per_epoch(len(trainer.data.train), trainer.batch)
         self.steps = max(1, steps_of(self.recipe.local.epochs, self.per_epoch))
-        self.lr = self.recipe.local.lr or self.recipe.optimiser.lr
+        self.lr = self.recipe.local_lr
         # No phase of the run: the learning rate goes by one.
         self.course = Phase(
             index=0, from_step=0, width=trainer.channels, activation_codec="fp32", gradient_codec="fp32", lr=self.lr,

@@ -63,8 +63,7 @@ def train(
             remote.interrupt(trainer.step, trainer.phase, "its training has diverged")
         text = f"{error}; then begin anew, with --overwrite on both sides"
         if trainer.local:
-            lr = trainer.recipe.local.lr or trainer.recipe.optimiser.lr
-            text += f": with local.lr = {lr:g} what the head has learnt alone is taken again"
+            text += f": with local.lr = {trainer.recipe.local_lr:g} what the head has learnt alone is taken again"
         raise DivergedError(text) from error
     except LinkError as error:
         raise LinkError(f"{error}; the run stopped{trainer.where} and is not finished: {how}") from error

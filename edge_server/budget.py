@@ -16,7 +16,7 @@ from typing import Any
 
 from common.recipe import Recipe
 from common.room import FIRST, bits
-from common.schedule import RANK, Phase, ends_of
+from common.schedule import RANK, Phase, ends_of, ranked_at
 
 # Steps between two judgements of a phase by what they cost; the first is after FIRST.
 _EVERY = 16
@@ -94,7 +94,8 @@ class Budget:
         # Of each entry of the schedule: a step's load, and an evaluation's.
         self._step_loads: list[Load] = []
         self._judging_loads: list[Load] = []
-        for entry in recipe.schedule.phases:
+        self._entries = recipe.schedule.phases
+        for entry in self._entries:
             codecs = entry.activation or recipe.codec.activation, entry.gradient or recipe.codec.gradient
             widths = (*entry.nested, entry.width or channels)
             self._step_loads.append(Load(sum(widths) / len(widths), *codecs))
@@ -119,7 +120,7 @@ class Budget:
                 spent.framing += self._framing(self._validation)
             return
         spent.framing += _FRAMING
-        if phase.kind == RANK and phase.width == self._channels:
+        if self._ranks_all(phase):
             spent.ranked = max(spent.ranked, sent_up + sent_down)
         load = _step_load(phase)
         if spent.load != load:
@@ -151,8 +152,10 @@ class Budget:
     def _bytes_of(self, phase: Phase) -> float:
         """Bytes that a step of a phase takes."""
         step = self._bytes_at(_step_load(phase))
-        ranks = phase.kind == RANK and phase.width == self._channels
-        return max(step, self._spent.ranked + _FRAMING) if ranks else step
+        return max(step, self._spent.ranked + _FRAMING) if self._ranks_all(phase) else step
+
+    def _ranks_all(self, phase: Phase) -> bool:
+        return phase.kind == RANK and phase.width == self._channels
 
     @property
     def shortens(self) -> bool:
@@ -242,12 +245,8 @@ class Budget:
 
     def _to_rank(self, entry: int) -> float:
         """Bytes that choosing an entry's channels takes, in steps with all that they may be of."""
-        load = self._step_loads[entry]
-        sent, widest = (self._judging_loads[one].width for one in (entry - 1, entry))
-        chosen = load.width == widest == sent  # as many as before, and none nested
-        if chosen or load.width >= self._channels:
-            return 0.0
-        ranked = sent if widest <= sent else self._channels
+        load, before = self._step_loads[entry], self._entries[entry - 1]
+        ranked = ranked_at(self._entries[entry], self._channels, before.width or self._channels)
         expected = sum(Load(ranked, load.activation, load.gradient).of_step(self._spent))
         return self._ranking * (expected if ranked < self._channels else max(expected, self._spent.ranked))
 

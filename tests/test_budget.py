@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,8 +173,9 @@ def test_a_run_spends_its_budget_and_no_more(digits: Dataset) -> None:
     console = Console(file=io.StringIO(), width=120)
     report.show(console, summary)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"of a budget of 500\.0 kB, which was enough for [\d.]+ of 12 epochs\.", shown), shown
-    assert "width 2 → 4." in shown
+    enough = f"{summary['epochs']:.3g}"  # 5, or a step more where a processor rounds otherwise
+    assert enough in ("5", "5.06")
+    assert f"of a budget of 500.0 kB, which was enough for {enough} of 12 epochs." in shown and "width 2 → 4." in shown
 
 
 def test_a_phase_that_was_left_out_is_said(digits: Dataset) -> None:
