@@ -138,6 +138,7 @@ def shortened(phases: str, share: float) -> str:
 
 
 KNOWN, KNOWN_LATER = "plain on other pictures", "plain on other pictures, later cut"
+KNOWN_LONGER = "plain on other pictures, longer"
 KNOWN_FIVE = "plain on five other classes"
 
 
@@ -201,15 +202,15 @@ def _from_scratch(
 
 def _frozen(
     name: str, width: int, basis: str = "principal", learnt: float = 0, epochs: float = 2, up: int = 20,
-    lr: float = 0.05, **more: bool,
+    lr: float = 0.05, views: float = 1, start: str = KNOWN, **more: bool,
 ) -> Case:  # fmt: skip
     """From the trained network, by its principal components: each picture crosses once and is recalled, once where
     nothing else is said; then the head learns for so many epochs."""
-    phases = f"{{ width = {width}, epochs = {epochs}, views = 1 }}" + f", {{ width = {width}, epochs = {learnt} }}" * (
-        learnt > 0
-    )
+    phases = f"{{ width = {width}, epochs = {epochs}, views = {views:g} }}"
+    if learnt:
+        phases += f", {{ width = {width}, epochs = {learnt} }}"
     return Case(
-        name, "prune", phases, "linear", f"step:{up}", "step:10" if learnt else "fp32", basis, start=KNOWN, lr=lr,
+        name, "prune", phases, "linear", f"step:{up}", "step:10" if learnt else "fp32", basis, start=start, lr=lr,
         warmup=0, **more,
     )  # fmt: skip
 
@@ -276,6 +277,15 @@ CASES = [
     _frozen("prune to 8, head frozen", 8, quick=True),
     _frozen("prune to 8 weighted, head frozen", 8, "weighted", apart=True),
     _frozen("prune to 8 weighted, head frozen, 30 dB", 8, "weighted", epochs=2.4, up=30, lr=0.02, apart=True),
+    # From a network that was trained as long as *fixed*'s longer row.
+    Case(KNOWN_LONGER, "pretrained", "[0, 32]", part=OTHERS, apart=True),
+    *(
+        _frozen(
+            f"prune to 8 weighted, head frozen, 30 dB, from a longer network{more}", 8, "weighted", epochs=epochs,
+            up=30, lr=0.02, views=views, start=KNOWN_LONGER, apart=True,
+        )
+        for more, epochs, views in (("", 2.4, 1), (", 4 epochs", 4, 1), (", new views", 4, 4))
+    ),
     # What else was tried within about a tenth of *fixed*'s time.
     *(
         Case(

@@ -51,7 +51,7 @@ from common.recipe import OptimiserRecipe
 steps, warmup, threads = map(int, sys.argv[1:])
 torch.set_num_threads(threads)
 torch.manual_seed(0)
-model = models.build("resnet20", (3, 32, 32), 10).train()
+model = models.channels_last(models.build("resnet20", (3, 32, 32), 10)).train()
 optimiser = optim.build(OptimiserRecipe(), model, torch.nn.Identity())
 pictures, labels = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
 times = []

@@ -30,7 +30,8 @@ Watch = Callable[[int, nn.Module, Meter], None]
 
 def network(recipe: Recipe, processor: torch.device = CPU) -> nn.Module:
     torch.manual_seed(recipe.seed)
-    return models.build(recipe.model.name, recipe.model.input, recipe.model.classes).to(processor)
+    model = models.build(recipe.model.name, recipe.model.input, recipe.model.classes)
+    return models.channels_last(model).to(processor)
 
 
 def _optimiser(recipe: Recipe, model: nn.Module) -> optim.Optimiser:

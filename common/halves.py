@@ -44,7 +44,8 @@ class Head(nn.Module):
         return self.bottleneck.order.device
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.bottleneck(self.layers(pictures.to(self.processor))).float()
+        # Channels first, whatever the layers work in: so it is encoded.
+        return self.bottleneck(self.layers(pictures.to(self.processor))).float().contiguous()
 
 
 class Tail(nn.Module):
@@ -57,6 +58,9 @@ class Tail(nn.Module):
         self.layers = layers
         self.bottleneck = decoder
         self.norms = Norms(layers, nested)
+        # What its convolutions work in; up to the first of them all layers would work in what came.
+        last = any(weight.dim() == 4 and not weight.is_contiguous() for weight in layers.parameters())
+        self._format = torch.channels_last if last else torch.contiguous_format
         # How sensitive the loss is to each direction at the cut, as a running mean: for runs that start from this one.
         # Empty where there are too many channels.
         size = decoder.channels if decoder.channels <= MOST_WEIGHTED else 0
@@ -102,6 +106,8 @@ class Tail(nn.Module):
 
     def forward(self, sent: Tensor) -> Tensor:
         activation = self.bottleneck(sent)
+        if activation.dim() == 4:
+            activation = activation.contiguous(memory_format=self._format)
         if activation.requires_grad and activation.is_leaf:
             # The tail's first layer may work in place, which torch forbids on a leaf that wants a gradient.
             activation = activation.clone()
@@ -163,6 +169,8 @@ def build(
     """
     with _seeded(recipe.seed), _naming("model.name"):
         whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
+    if not models.is_own(recipe.model.name):  # one of the user's own may count on views of its maps
+        whole = models.channels_last(whole)
     with _naming("model.cut"):
         head, tail = split(whole, recipe.model.cut, recipe.model.input)
     if compared:

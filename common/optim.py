@@ -140,8 +140,9 @@ def restore(optimiser: Optimiser, tensors: Mapping[str, torch.Tensor], source: s
         if not fits or value.shape not in (parameters[int(number)].shape, ()):
             raise ModelError(f"the optimiser's state in {source} is of another model: {key} has no place in it")
         parameter = parameters[int(number)]
+        # Laid out as the parameter is, by which torch chooses its loop, and one loop may round where another doesn't.
         # A count of steps stays on the processor, where it is needed.
-        optimiser.state[parameter][name] = value.to("cpu" if name == "step" else parameter.device)
+        optimiser.state[parameter][name] = value if name == "step" else torch.empty_like(parameter).copy_(value)
 
 
 def imitated(precision: str) -> str:

@@ -18,7 +18,7 @@ def test_split_training_equals_unsplit(plain_run: Run) -> None:
     torch.set_num_threads(1)
     try:
         torch.manual_seed(parsed.seed)
-        model = models.build("tiny", parsed.model.input, 10).train()
+        model = models.channels_last(models.build("tiny", parsed.model.input, 10)).train()
         optimiser = optim.build(parsed.optimiser, model, torch.nn.Identity())
         losses = []
         (phase,), _ = schedule.planned(parsed, 32, len(loaded.train) // 32)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from common.errors import ModelError
@@ -57,6 +58,11 @@ def build(name: str, input_shape: tuple[int, int, int], classes: int, allowed: C
         )
     require_allowed(name, allowed)
     return _call_custom(name, input_shape, classes)
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """The model with its weights so laid out: its convolutions then work so throughout, which is faster."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def is_own(name: str) -> bool:
