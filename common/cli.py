@@ -38,7 +38,7 @@ def run(module: str) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from common.errors import DepruneError
+    from common.errors import DepruneError, printable
 
     signal.signal(signal.SIGINT, before)
     for output in (sys.stdout, sys.stderr):
@@ -50,10 +50,12 @@ def run(module: str) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        Console().print("Interrupted.")
+        Console(stderr=True).print("Interrupted.")
         sys.exit(130)
     except DepruneError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]Error[/red]: {escape(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"[red]Error[/red]: {escape(printable(str(error)))}", highlight=False
+        )
         sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is None and error.errno not in _FULL:
@@ -61,7 +63,7 @@ def run(module: str) -> None:
         # A path of the user's that may not be looked at, or the output.
         what = "the output cannot be written" if error.filename is None else f"{error.filename} cannot be used"
         Console(stderr=True, soft_wrap=True).print(
-            f"[red]Error[/red]: {escape(what)}: {error.strerror}", highlight=False
+            f"[red]Error[/red]: {escape(printable(what))}: {error.strerror}", highlight=False
         )
         sys.exit(1)
     finally:

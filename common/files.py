@@ -27,12 +27,15 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
             with contextlib.suppress(OSError):
                 beside.unlink()
             raise
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} cannot be written: {error.strerror}; what was there before is unchanged"
+        ) from error
+    try:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except OSError as error:
-        raise RunFolderError(
-            f"{path} cannot be written: {error.strerror}; what was there before is unchanged"
-        ) from error
+        raise RunFolderError(f"{path} is written, but may not outlast a power cut: {error.strerror}") from error

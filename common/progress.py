@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from common.errors import printable
 from common.words import duration, size
 
 # Plain lines come at most this often, and at each change of width.
@@ -31,11 +32,11 @@ _SPARED = ("loss", "down", "width", "up", "accuracy")
 
 
 def note(console: Console, sentence: str) -> None:
-    console.print(f"[yellow]Note[/yellow]: {escape(sentence)}", highlight=False)
+    console.print(f"[yellow]Note[/yellow]: {escape(printable(sentence))}", highlight=False)
 
 
 def warn(console: Console, sentence: str) -> None:
-    console.print(f"[yellow]Warning[/yellow]: {escape(sentence)}", highlight=False)
+    console.print(f"[yellow]Warning[/yellow]: {escape(printable(sentence))}", highlight=False)
 
 
 def warn_unencrypted(console: Console) -> None:

@@ -304,7 +304,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         demand(bool(self.name.strip()), 'name is empty; give the run one, as name = "pets"')
-        demand(self.name.isprintable(), f"name is {self.name!r}; leave control characters out")
+        for where, name in (("name", self.name), ("model.name", self.model.name)):
+            demand(name.isprintable(), f"{where} is {name!r}; leave control characters out")
         one_of("method", self.method, METHODS)
         one_of("precision", self.precision, ("fp32", "bf16"))
         demand(0 <= self.seed < 2**32, f"seed is {self.seed}; give 0 to 2^32 - 1")

@@ -73,7 +73,7 @@ def summarise(
         "run_id": outcome.run_id,
         "digest": recipe.digest(),
         "accuracy": outcome.accuracy,
-        "loss": outcome.loss,
+        "loss": outcome.loss if math.isfinite(outcome.loss) else None,  # JSON has no NaN
         "epochs": outcome.epochs,
         "steps": outcome.steps,
         "samples": outcome.samples,
@@ -129,9 +129,10 @@ def show(console: Console, summary: dict[str, Any]) -> None:
     phases = [phase for phase in summary["phases"] if phase["kind"] != RANK]
     widths = [widths for widths, _ in groupby((*sorted(phase["nested"]), phase["width"]) for phase in phases)]
     path = " → ".join("/".join(map(str, one)) for one in widths)
+    loss = "too large for a number" if summary["loss"] is None else f"{summary['loss']:.3f}"
     console.print(
         f"\n[bold]{summary['accuracy']:.2%}[/bold] test accuracy "
-        f"(loss {summary['loss']:.3f}) after {several(summary['steps'], 'step')}, "
+        f"(loss {loss}) after {several(summary['steps'], 'step')}, "
         f"{several(summary['epochs'], 'epoch')}, in {duration(summary['wall_s'])}; "
         f"method {summary['method']}, width {path}.",
         highlight=False,

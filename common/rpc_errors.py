@@ -107,7 +107,7 @@ def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
 
 
 def _retry_after(milliseconds: str) -> float | None:
-    return min(int(milliseconds) / 1000, _RETRY_MOST_S) if milliseconds.isdecimal() else None
+    return min(int(milliseconds[:9]) / 1000, _RETRY_MOST_S) if milliseconds.isdecimal() else None
 
 
 def was_sent(error: grpc.RpcError) -> bool:
@@ -125,7 +125,7 @@ def from_rpc(error: grpc.RpcError, server: str, doubt: str = "") -> DepruneError
 
     `doubt`: what may be amiss with how the device reaches it (Access.doubt), for where the server itself can't say.
     """
-    code, details = error.code(), error.details() or ""
+    code, details = error.code(), printable(error.details() or "")
     metadata: dict[str, str] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
     if metadata.get(_METADATA_KEY) == BusyError.__name__:
         return BusyError(details, _retry_after(metadata.get(_RETRY_KEY, "")))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,15 @@ from common import report
 from common.channel import Access, is_loopback, parse_address
 from common.checkpoint import Checkpoints
 from common.cli import with_options
-from common.errors import AbsentError, AuthError, DataError, MismatchError, RunFolderError
+from common.errors import (
+    AuthError,
+    BusyError,
+    DataError,
+    LinkError,
+    MismatchError,
+    RunFolderError,
+    StoppedError,
+)
 from common.meter import DOWN, UP
 from common.progress import Counting, Screen, note, warn, warn_unencrypted
 from common.pulse import STALLED_S
@@ -185,7 +194,7 @@ def train(
     try:
         if done:
             # A server that trains another run refuses; one that is gone need not be there.
-            with contextlib.suppress(AbsentError):
+            with contextlib.suppress(LinkError, BusyError, StoppedError):
                 remote.open(trains=True, run_id=done.run_id)
             folder.forget_checkpoints()  # of a process that ended as it finished the run
             _tell_complete(run_path, publish_head)
@@ -246,7 +255,11 @@ def evaluate(
     finally:
         remote.close()
     if as_json:
-        answer = {"accuracy": verdict.accuracy, "loss": verdict.loss, "pictures": verdict.count}
+        answer = {
+            "accuracy": verdict.accuracy,
+            "loss": verdict.loss if math.isfinite(verdict.loss) else None,
+            "pictures": verdict.count,
+        }
         crossed = {UP: up, DOWN: down, "again": again}
         click.echo(json.dumps(answer | {"width": head.bottleneck.width, "bytes": crossed}))
         return

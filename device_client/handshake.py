@@ -42,6 +42,11 @@ def opened_by(reply: pb.OpenReply, trains: bool, server: str) -> Opened:
         raise MismatchError(
             "the server did not say at which steps checkpoints are kept; install the same release on both sides"
         )
+    if reply.HasField("phase") and len(set(reply.classes)) != parsed.model.classes:
+        raise MismatchError(
+            f"the server named {len(set(reply.classes)):,} classes of a network that has {parsed.model.classes:,}; "
+            f"install the same release on both sides"
+        )
     return Opened(
         session=reply.session,
         recipe=parsed,

@@ -58,8 +58,17 @@ def in_colour(path: Path) -> bool:
 def _upright(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     # What is no number of one of these turns nothing, in Pillow neither.
-    turned = _TURNS & image.info.keys() and image.getexif().get(ExifTags.Base.Orientation) in _LYING
-    return (height, width) if turned else (width, height)
+    return (height, width) if _turn(image) in _LYING else (width, height)
+
+
+def _turn(image: Image.Image) -> int:
+    """How the file says that it is to be turned, as in EXIF; 1, not at all, where it says nothing that can be read."""
+    if not _TURNS & image.info.keys():
+        return 1
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 -- what is told beside a picture does not make it unreadable
+        return 1
 
 
 def check_file(path: Path) -> None:
@@ -83,7 +92,9 @@ def decode(path: Path, shape: Shape) -> tuple[Pictures, tuple[int, int]]:
         if min(image.size) >= 2 * side:
             image.draft(MODES[shape[0]], (side, side))
         image.load()
-        upright = ImageOps.exif_transpose(image) if _TURNS & image.info.keys() else image
+        upright = ImageOps.exif_transpose(image) if _turn(image) != 1 else image
+        if image.format == "PPM" and upright.mode == "I":  # whose numbers Pillow has brought to 16 bits
+            upright = upright.convert("I;16")
         return fit(upright, shape), size
 
 
@@ -96,6 +107,8 @@ def fit(image: Image.Image, shape: Shape) -> Pictures:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError("32-bit pixels, whose range is unknown; save it with 8 bits")
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # from where there is a way to grey
     transparent = image.has_transparency_data
     wanted = "RGBA" if transparent else MODES[channels]
     if image.mode != wanted:
@@ -110,8 +123,10 @@ def fit(image: Image.Image, shape: Shape) -> Pictures:
 
 @contextmanager
 def bombs_are_errors() -> Iterator[None]:
-    """Pillow only warns of a picture that unpacks to gigabytes, up to twice its limit."""
+    """Pillow only warns of a picture that unpacks to gigabytes, up to twice its limit; and of odd things beside what is
+    read, in lines that nobody can place."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 

@@ -248,9 +248,9 @@ class Host:
         FrameError where the device stands at a step from which the run cannot go on: nothing is disturbed by it.
         """
         run = self.run
-        if session.run and self.served:
+        if self.served and (session.run or session.trains):
             raise SessionError("the run of this session is finished; open another to hear of it")
-        if not session.trains or run is None or self.served:
+        if not session.trains or run is None:
             raise FrameError("Begin of training came on a session that does not train")
         with self._beginning:
             starts = session.run is None

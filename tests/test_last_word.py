@@ -18,7 +18,16 @@ from rich.console import Console
 
 from benchmarks.recipes import recipe_text
 from common import run
-from common.errors import BusyError, DataError, LinkError, MismatchError, RolledBackError, RunFolderError, StoppedError
+from common.errors import (
+    BusyError,
+    DataError,
+    LinkError,
+    MismatchError,
+    RolledBackError,
+    RunFolderError,
+    SessionError,
+    StoppedError,
+)
 from common.halves import CPU
 from common.rpc import split_pb2 as pb
 from common.run import HEAD, TAIL, RunFolder
@@ -77,6 +86,7 @@ def test_only_a_server_that_trained_the_run_waits_for_its_device(few: Dataset, t
     """One that has served from its start has nothing to announce; and a device that is judging for the last time is not
     given a new minute, nor let go, by another visit of its own."""
     trained = server_of(tmp_path, CASES["nested widths"])
+    late, _ = trained.open(True, "", (), "", "")  # a second device's, which begins too late
     assert leg(tmp_path, CASES["nested widths"], few, lives=trained)
     assert trained.finished_at
     with trained.telling():
@@ -85,6 +95,8 @@ def test_only_a_server_that_trained_the_run_waits_for_its_device(few: Dataset, t
     since = trained.finished_at
     trained.open(True, trained.run_id, (), "", "")
     assert since <= trained.finished_at < math.inf
+    with pytest.raises(SessionError, match="is finished; open another to hear of it"):
+        trained.begin(late, pb.Begin(), Mock())
     served = Host.to_serve(RunFolder(tmp_path / "server"), Console(file=io.StringIO()), (), Limits(), CPU)
     served.open(True, served.run_id, (), "", "")
     with served.telling():

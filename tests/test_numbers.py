@@ -48,7 +48,15 @@ def test_numbers_are_read_as_they_are(tmp_path: Path) -> None:
         ),
         ({"train_x": numbers(12)[:, 0]}, r"train_x .* is float32 of shape \[12, 6, 10\]; save pictures as uint8"),
         ({"test_x": numbers(6).astype(np.int16)}, "test_x .* is int16 .* other numbers as float32"),
-        ({"test_x": np.full((6, *SHAPE), 1e39)}, "test_x .* has 6 of 6 rows with NaN, infinity or what float32"),
+        (
+            {"test_x": np.full((6, *SHAPE), 1e39)},
+            "test_x .* has 6 of 6 rows with NaN, .* beyond 1e.18",
+        ),
+        # What maps and simulations have for "nothing here": found now, and not after the last step.
+        (
+            {"test_x": np.where(np.arange(6)[:, None, None, None] == 4, np.finfo(np.float32).min, numbers(6))},
+            "test_x .* 1 of 6 rows .* the first at 4",
+        ),
         (
             {"train_x": np.where(np.arange(12)[:, None, None, None] == 7, np.float32(np.nan), numbers(12))},
             "train_x .* 1 of 12 rows with NaN, .* the first at 7",

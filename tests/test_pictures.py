@@ -56,6 +56,23 @@ def test_a_drawing_that_is_all_in_its_transparency_is_seen(mode: str, shape: tup
     assert found.shape == shape and found[:, 0, 0].min() == 255 and found[:, 4, 4].max() == 0
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+def test_what_stands_beside_a_picture_does_not_make_it_unreadable(name: str, tmp_path, recwarn) -> None:
+    Image.new("RGB", (9, 6), (200, 100, 40)).save(tmp_path / name, exif=b"Exif\0\0garbage!!!!")
+    assert picture(tmp_path / name, RGB).shape == RGB and size_of(tmp_path / name) == (9, 6)
+    assert not recwarn.list
+
+
+def test_portable_grey_of_more_than_eight_bits_and_lab(tmp_path) -> None:
+    values = np.linspace(0, 1023, 64).astype(">u2").reshape(8, 8)
+    (tmp_path / "a.pgm").write_bytes(b"P5\n8 8\n1023\n" + values.tobytes())
+    assert np.abs(picture(tmp_path / "a.pgm", GRAY)[0] - values / 4.01).max() <= 1
+    Image.new("RGB", (8, 8), (200, 100, 40)).convert("LAB").save(tmp_path / "a.tif")
+    colour, grey = picture(tmp_path / "a.tif", RGB), picture(tmp_path / "a.tif", GRAY)
+    assert np.abs(colour[:, 0, 0] - np.array([200, 100, 40])).max() < 6
+    assert abs(int(grey[0, 0, 0]) - (0.299 * 200 + 0.587 * 100 + 0.114 * 40)) < 6
+
+
 def test_sixteen_bit_gray_is_scaled_and_not_clipped(tmp_path):
     Image.fromarray(np.full((8, 8), 0x8040, dtype=np.uint16)).save(tmp_path / "a.png")
     assert np.unique(picture(tmp_path / "a.png", GRAY)).tolist() == [0x80]

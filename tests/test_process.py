@@ -18,6 +18,7 @@ from common.errors import DepruneError, RecipeError, RunFolderError
 from common.files import write_atomically
 from common.run import RunFolder
 from edge_server import address, bundled
+from tests.conftest import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +34,21 @@ def test_a_device_that_still_waits_for_its_server_ends_in_order(number: signal.S
         device.send_signal(number)
         assert device.wait(timeout=30) == 128 + number
     assert not run.exists(), "the folder that it had made is taken away"
+
+
+def test_output_that_a_program_reads_is_not_told_of_a_stop(plain_run: Run) -> None:
+    line = pair.command(
+        "device-client", "evaluate", "127.0.0.1:9", "--data", "digits", "--run", plain_run.path / "device", "--json",
+        "--wait", "inf",
+    )  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(line, text=True, env=pair.environment(), **pipes) as device:
+        assert device.stderr
+        while "waiting" not in device.stderr.readline():
+            pass
+        device.send_signal(signal.SIGINT)
+        out, told = device.communicate(timeout=30)
+    assert (device.returncode, out) == (130, "") and "Interrupted." in told
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a process namespace takes root")

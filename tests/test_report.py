@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ def summary(
         for way, roles in MESSAGES.items()
     }
     meter.restore({"books": books, "again": {"up": again, "down": 0}}, {"up": 0, "down": 0})
-    came = report.Outcome("id", 0.5, 1.0, 10, SAMPLES, outcome.pop("epochs", 1.0), 2.0, 1.0, tuple(phases), **outcome)
+    loss, epochs = outcome.pop("loss", 1.0), outcome.pop("epochs", 1.0)
+    came = report.Outcome("id", 0.5, loss, 10, SAMPLES, epochs, 2.0, 1.0, tuple(phases), **outcome)
     return report.summarise(recipe, CUT, came, meter, kernel, side)
 
 
@@ -115,3 +117,9 @@ def test_what_the_head_learnt_alone_is_said() -> None:
     alone = {"epochs": 2, "steps": 20, "accuracy": 0.75}
     (said,) = shown(summary(local=alone))["said"]
     assert "learnt alone for 2 epochs: its own classifier was right on 75.00% of the test pictures" in said
+
+
+def test_a_loss_that_is_no_number_is_none_to_json() -> None:
+    found = summary(loss=float("nan"))
+    assert '"loss": null' in json.dumps(found, allow_nan=False)
+    assert "(loss too large for a number)" in shown(found)["said"][0]

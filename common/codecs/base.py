@@ -57,7 +57,8 @@ def require_finite(low: float, high: float) -> None:
     """Check the smallest and the largest element before encoding: NaN and Inf show in one of them."""
     if not (math.isfinite(low) and math.isfinite(high)):
         raise DivergedError(
-            "a tensor to be sent is not finite: training has diverged; lower the recipe's learning rate"
+            "a tensor to be sent is not finite: training has diverged, or a number in the data is far from all others; "
+            "lower the recipe's learning rate, or leave it out"
         )
 
 
