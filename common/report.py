@@ -42,6 +42,7 @@ class Outcome:
     steps: int
     samples: int  # pictures trained on, repeats counted
     epochs: float
+    steps_asked: int | None  # by the recipe; None under a plateau
     wall_s: float
     busy_s: float  # of it spent computing on this side
     phases: tuple[Phase, ...]
@@ -87,7 +88,8 @@ def summarise(
         | {"total": _fewer(bytes_, plain, (UP, DOWN))},
         **({"local": outcome.local} if outcome.local else {}),
         "budget": round(recipe.schedule.budget_mb * 1e6) or None,
-        "epochs_asked": sum(phase.epochs for phase in recipe.schedule.phases),
+        "steps_asked": outcome.steps_asked,
+        "epochs_asked": sum(phase.epochs for phase in recipe.schedule.phases) or None,
         "phases_left_out": _left_out(recipe, cut[0], outcome.phases),
         "phases": [
             {"from_step": phase.from_step, "width": phase.width, "nested": list(phase.nested), "kind": phase.kind}
@@ -195,14 +197,13 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def _spent(summary: dict[str, Any], spent: int) -> str:
-    budget, epochs, asked = summary["budget"], summary["epochs"], summary["epochs_asked"]
+    budget, left = summary["budget"], summary["phases_left_out"]
     text = f"{size(spent)} of messages were spent of a budget of {size(budget)}"
-    if spent <= budget and epochs >= 0.99 * asked:
-        return f"{text}."
+    last = f", without the {_last_phases(left)}" if left else ""
+    if spent <= budget and summary["steps"] >= summary["steps_asked"]:
+        return f"{text}{last}."
     if spent <= budget:
-        left = summary["phases_left_out"]
-        last = f", without the {_last_phases(left)}" if left else ""
-        return f"{text}, which was enough for {epochs:.3g} of {asked:g} epochs{last}."
+        return f"{text}, which was enough for {summary['epochs']:.3g} of {summary['epochs_asked']:g} epochs{last}."
     return (
         f"[yellow]Warning[/yellow]: {text}, which is too little for the head's weights, some steps and the test part."
     )

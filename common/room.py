@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from common.codecs import codec
 from common.errors import RecipeError
 from common.recipe import Recipe
-from common.schedule import ends_of, steps_per_epoch
+from common.schedule import ends_of, ranked_at, steps_per_epoch
 from common.words import several, size
 
 # After so many steps a run is judged by what they cost.
 FIRST = 8
-# Tensors may come to less than `bits` says: a budget is only refused if this share of the estimate is over it.
+# Tensors may come to less than `bits` says, where that is an estimate: a budget is only refused if this share of it is
+# over it.
 _SURE = 0.7
 
 
@@ -26,10 +28,13 @@ def require_weights(recipe: Recipe, head: int) -> None:
         )
 
 
-def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, head: int) -> None:
+def require_room(
+    recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, head: int, sent: int | None = None
+) -> None:  # fmt: skip
     """RecipeError where the budget cannot be kept, or is far less than a run on `samples` pictures takes before it has
     learnt anything: `head` bytes of weights, choosing the first channels, the first steps, judging `test` pictures.
-    `cut`: [C, ...] of one picture."""
+    `cut`: [C, ...] of one picture. `sent`: as many of its channels as an earlier run has chosen, 0 where it used all or
+    there was none; None where that is not known."""
     batch = min(samples, recipe.data.batch)
     ends = ends_of(recipe.schedule, steps_per_epoch(samples, batch))
     # The first entry that comes to a step at all.
@@ -43,27 +48,38 @@ def require_room(recipe: Recipe, cut: tuple[int, ...], samples: int, test: int, 
             "the first of schedule.phases comes to one step on these pictures, and a budget is kept by what steps have "
             "cost: give it more epochs, or leave it out"
         )
-    place = math.prod(cut[1:]) / 8  # bytes of one channel of one picture, a bit each
-    up = place * bits(first.activation or recipe.codec.activation)
-    both = up + place * bits(first.gradient or recipe.codec.gradient)
     width = first.width or cut[0]
-    ranked = 0
-    if recipe.bottleneck.kind == "channels" and width < cut[0]:
-        ranked = max(0, min(recipe.bottleneck.ranking_steps, steps - 1))
-    few = max(1, min(max(FIRST, recipe.optimiser.warmup), steps - ranked))
-    parts = {
-        "the head's weights": head,
-        "choosing channels": ranked * batch * cut[0] * both,
-        several(few, "step"): few * batch * width * both,
-        several(test, "test picture"): test * width * up,
-    }
+    mean = sum((*first.nested, width)) / (len(first.nested) + 1)
+    ranking, ranks_at = 0, 0
+    if recipe.bottleneck.kind == "channels" and not first.views:
+        ranks_at = ranked_at(first, cut[0], width if sent is None else sent)
+        ranking = max(0, min(recipe.bottleneck.ranking_steps, steps - 1)) if ranks_at else 0
+    few = max(1, min(max(FIRST, recipe.optimiser.warmup), steps - ranking))
+    codecs = first.activation or recipe.codec.activation, first.gradient or recipe.codec.gradient
+
+    def parts_by(bits_of: Callable[[str], float]) -> dict[str, float]:
+        up, down = (math.prod(cut[1:]) / 8 * bits_of(name) for name in codecs)  # bytes of a channel of a picture
+        down = 0.0 if first.views else down
+        return {
+            "the head's weights": head,
+            "choosing channels": ranking * batch * ranks_at * (up + down),
+            several(few, "step"): few * batch * mean * (up + down),
+            several(test, "test picture"): test * width * up,
+        }
+
+    parts = parts_by(bits)
     allowed, needed = recipe.schedule.budget_mb * 1e6, sum(parts.values())
-    if allowed < head + _SURE * (needed - head):
+    if allowed < sum(parts_by(_least_bits).values()):
         told = ", ".join(f"{size(part)} for {name}" for name, part in parts.items() if part)
         raise RecipeError(
             f"schedule.budget_mb is {recipe.schedule.budget_mb:g} ({size(allowed)}), and a run takes about "
             f"{size(needed)} before it has learnt much ({told}): give more"
         )
+
+
+def _least_bits(name: str) -> float:
+    """How many bits an element takes at least, on the tensors of training."""
+    return bits(name) * (1.0 if name in ("fp32", "fp16") else _SURE)
 
 
 def bits(name: str) -> float:

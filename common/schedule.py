@@ -96,10 +96,10 @@ def stretches(
     ranking = min(ranking, end - start - 1)
     result = [phase]
     if entry.views:
-        result = [
-            replace(phase, kind=STORE),
-            replace(phase, from_step=start + max(1, views), kind=RECALL, flip=entry.flip, shift=entry.shift),
-        ]
+        result = [replace(phase, kind=STORE)]
+        if entry.views < entry.epochs:  # with as many there are none to recall, however their steps are rounded
+            recalls = start + max(1, views)
+            result.append(replace(phase, from_step=recalls, kind=RECALL, flip=entry.flip, shift=entry.shift))
     elif ranking > 0 and (width := ranked_at(entry, channels, sent)):
         result = [replace(phase, width=width, kind=RANK, nested=()), replace(phase, from_step=start + ranking)]
     # One without steps is left out.
@@ -119,6 +119,11 @@ def ends_of(schedule: ScheduleRecipe, per_epoch: int) -> list[int]:
     """For each entry of the schedule the step at which it is over."""
     ends = [steps_of(epochs, per_epoch) for epochs in accumulate(entry.epochs for entry in schedule.phases)]
     return [*ends[:-1], max(1, ends[-1])]  # a run shorter than half a step is one step of its last phase
+
+
+def steps_asked(schedule: ScheduleRecipe, per_epoch: int) -> int | None:
+    """Steps of a run that no budget shortens; None under a plateau."""
+    return ends_of(schedule, per_epoch)[-1] if schedule.phases else None
 
 
 def courses(recipe: Recipe, per_epoch: int) -> Iterator[tuple[str, int]]:

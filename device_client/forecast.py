@@ -86,8 +86,9 @@ class Forecast:
         if phase.kind != RECALL:
             self._elsewhere = max(0.0, self._waiting - crossing)
 
-    def left(self, step: int, present: Phase) -> Left | None:
-        """Before `step`, which is of the `present` phase; None as long as nothing is known."""
+    def left(self, step: int, present: Phase, most: float = math.inf) -> Left | None:
+        """Before `step`, which is of the `present` phase; None as long as nothing is known. `most`: bytes that may
+        still be sent."""
         if not self._computing:
             return None
         # Under a plateau nobody knows when the next phase comes: at most all that is left is of the widest. Where a
@@ -109,6 +110,7 @@ class Forecast:
         judged = self._test + self._validation * ((steps - step) // self._epoch)
         sent += judged * self._up_of_load * last.width * bits(last.activation_codec)
         seconds += judged * self._computing_of(last) * _FORWARD
+        sent = min(sent, most)
         return Left(seconds + (sent / self._rate if self._rate else 0.0), sent)
 
     def _computing_of(self, phase: Phase) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ class Outlook:
         done, steps = line["step"] + 1, present.steps
         seconds, sent = line["seconds"], line["bytes"]
         self._forecast.observe(phase, sum(seconds.values()), sent[UP], sent[DOWN], seconds["wait"])
-        left = self._forecast.left(done, present)
+        budget = self._recipe.schedule.budget_mb * 1e6 or math.inf
+        left = self._forecast.left(done, present, max(0.0, budget - crossed(UP).message - crossed(DOWN).message))
         self._made += 1
         if steps != self._planned:
             self._planned = steps

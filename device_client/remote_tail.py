@@ -30,9 +30,9 @@ from device_client.link import Stream
 # Batches of an evaluation that are on their way at once: hides the link's delay, bounds the memory.
 _IN_FLIGHT = 3
 _ASKED = 32  # and of a prediction, whose batches are single pictures
-# How long a user who pressed Ctrl-C waits at most until the server has been told, which may be at work on all that was
-# asked of a recall; whoever presses it once more does not wait.
-_FAREWELL_S = 10.0
+# How long a user who pressed Ctrl-C waits at most for what was asked of a recall, and then until the server has been
+# told, which may be at work on it still; whoever presses it once more does not wait.
+FAREWELL_S = 10.0
 
 Batches = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
@@ -62,7 +62,7 @@ class RemoteTail(Connection):
         self._chooser = Chooser(self.kernel.flow)
         # A recall: how many of the steps that were asked for have no answer yet, on which stream, and the request for
         # them, which is booked when its first answer has come.
-        self._asked = 0
+        self.asked = 0
         self._asked_on: Stream | None = None
         self._ask: Draft | None = None
 
@@ -144,17 +144,17 @@ class RemoteTail(Connection):
                 self._settle_request(ask)
             if self._answered:
                 self._answered -= 1
-            elif not self._asked:
-                self._ask, self._asked = Draft(self.meter), RECALLED
+            elif not self.asked:
+                self._ask, self.asked = Draft(self.meter), RECALLED
                 self._stream.send(self._ask.frame(UP, ask))
             with Draft(self.meter) as draft:
                 result = self._result(step, phase, draft)
                 draft.keep()
             if self._ask:
                 self._ask.keep()
-            self._asked = max(0, self._asked - 1)
+            self.asked = max(0, self.asked - 1)
             if result.next or result.then != pb.STEP:
-                self._asked = 0
+                self.asked = 0
             return result
 
         return self._steadily(step, attempt)
@@ -172,7 +172,7 @@ class RemoteTail(Connection):
             self._ask = Draft(self.meter)
             self._ask.frame(UP, ask)
             self._ask.keep()
-        self._asked, self._asked_on = 0, self._train
+        self.asked, self._asked_on = 0, self._train
 
     def leave(self, step: int, phase: Phase, head: bytes = b"") -> None:
         """Say that the run is finished; `head` is published where it isn't empty."""
@@ -195,7 +195,7 @@ class RemoteTail(Connection):
         self._steadily(step, attempt)
         if self._train:
             self._train.close()
-            self._train.drain(_FAREWELL_S)  # so that the server sees us go by ourselves, not by a broken link
+            self._train.drain(FAREWELL_S)  # so that the server sees us go by ourselves, not by a broken link
 
     def interrupt(self, step: int, phase: Phase, reason: str) -> None:
         """Tell the server that the run rests at `step`; not where the link is gone already."""
@@ -203,7 +203,7 @@ class RemoteTail(Connection):
             leave = Place(pb.CONTROL, step, phase.index).frame(leave=pb.Leave(finished=False, reason=reason))
             self._train.send(self.meter.frame(UP, wire.seal(leave), again=True))
             self._train.close()
-            self._train.drain(_FAREWELL_S)
+            self._train.drain(FAREWELL_S)
 
     # Evaluation
 

@@ -24,7 +24,7 @@ from common.recipe import Recipe
 from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import Manifest, RunFolder
-from common.schedule import RECALL, Phase, steps_per_epoch
+from common.schedule import RECALL, Phase, steps_asked, steps_per_epoch
 from common.words import duration
 from device_client.basis import principal_basis
 from device_client.data import Dataset, Part
@@ -35,7 +35,7 @@ from device_client.last_write import write_with_patience
 from device_client.link import CURABLE
 from device_client.local import Local
 from device_client.outlook import Outlook
-from device_client.remote_tail import RemoteTail, StepResult
+from device_client.remote_tail import FAREWELL_S, RemoteTail, StepResult
 from device_client.state import fingerprint, restore, state_of
 
 _ROLLBACKS = 5  # in a row that did not come further than the run had been
@@ -68,6 +68,7 @@ class Trainer:
         self.busy_s = 0.0  # spent computing in training steps
         self.mean = RunningMean()  # as it is shown
         self.stopping = False  # set by whoever wants the run to rest after the present step
+        self._patient_until = 0.0
         self.resting = False  # it has stopped between two steps, where a checkpoint can be kept
         self.checkpoints = Checkpoints(folder.checkpoints, self.opened.run_id, self.recipe.digest())
         remote.leaving, remote.kept = lambda: self.stopping, lambda: sorted(self.checkpoints.written)
@@ -137,7 +138,8 @@ class Trainer:
         if self.recipe.schedule.budget_mb and not self.begun:
             # The server looks too, but only when the run begins: after hours in which the head has learnt alone.
             weighs = self.opened.head_size + self._published(publish)
-            require_room(self.recipe, self.cut, len(self.data.train), len(self.data.test), weighs)
+            sent = None if self.recipe.model.init else 0  # what an earlier run has chosen only the server knows
+            require_room(self.recipe, self.cut, len(self.data.train), len(self.data.test), weighs, sent)
         self.learn_alone(anew)
         furthest, since, again = self.step, time.monotonic(), 0
         while True:
@@ -208,7 +210,7 @@ class Trainer:
         forecast = Forecast(self.recipe, self.cut, self.batch, parts, self.remote.kernel.flow)
         outlook = Outlook(live, self.recipe, self.remote.meter, forecast, self.phase.steps)
         while self.then != pb.FINISH:
-            if self.stopping:
+            if self.stopping and self._may_rest():
                 self.resting = True
                 raise KeyboardInterrupt
             if self.then == pb.VALIDATE:
@@ -218,6 +220,14 @@ class Trainer:
             line = self._recall_step() if phase.kind == RECALL else self._train_step()
             outlook.after(line, self.mean, phase, self.phase)
         outlook.end(self.step)
+
+    def _may_rest(self) -> bool:
+        """Whether a run that is to stop does so now: the recalled steps that were asked for are taken in first, for a
+        while, and both sides then stand at one step."""
+        if self.phase.kind != RECALL or not self.remote.asked:
+            return True
+        self._patient_until = self._patient_until or time.monotonic() + FAREWELL_S
+        return time.monotonic() > self._patient_until
 
     def _train_step(self) -> dict[str, Any]:
         """One step's round trip; the line for metrics.jsonl."""
@@ -355,10 +365,11 @@ class Trainer:
             self.remote.give_up_s, lambda: self.stopping, self.console,
         )  # fmt: skip
         self.remote.leave(self.step, self.phase, weights.to_bytes(self.head) if publish else b"")
+        per_epoch = steps_per_epoch(len(self.data.train), self.batch)
         outcome = report.Outcome(
             run_id=self.opened.run_id, accuracy=verdict.accuracy, loss=verdict.loss, steps=self.step,
             samples=self.step * self.batch,
-            epochs=round(self.step / steps_per_epoch(len(self.data.train), self.batch), 4),
+            epochs=round(self.step / per_epoch, 4), steps_asked=steps_asked(self.recipe.schedule, per_epoch),
             wall_s=self.elapsed_s, busy_s=self.busy_s, phases=tuple(self.phases), faults=self.remote.faults,
             local=self.local,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -100,7 +100,7 @@ class Budget:
             widths = (*entry.nested, entry.width or channels)
             self._step_loads.append(Load(sum(widths) / len(widths), *codecs))
             self._judging_loads.append(Load(widths[-1], *codecs))
-        self._channels = channels
+        self._channels, self._seed = channels, recipe.seed
         self._ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
         self.ends = ends_of(recipe.schedule, steps_per_epoch)
         self._asked = [end - start for start, end in pairwise((0, *self.ends))]
@@ -109,9 +109,9 @@ class Budget:
         self._batch, self._judged_at_once = batch, recipe.data.evaluation_batch
         self._spent = Spent()
 
-    def book(self, up: int, down: int, phase: Phase | None = None) -> None:
-        """The run's payloads have come to so many bytes in all: by a step of `phase`, or, without one, by whatever else
-        was sent."""
+    def book(self, up: int, down: int, phase: Phase | None = None, step: int = 0) -> None:
+        """The run's payloads have come to so many bytes in all: by `step`, which is of `phase`, or, without one, by
+        whatever else was sent."""
         spent = self._spent
         sent_up, sent_down = up - spent.payloads[0], down - spent.payloads[1]
         spent.payloads = up, down
@@ -123,15 +123,17 @@ class Budget:
         if self._ranks_all(phase):
             spent.ranked = max(spent.ranked, sent_up + sent_down)
         load = _step_load(phase)
+        # Of nested widths it had one; it says what one of their mean width would take.
+        of_mean = load.width / phase.width_at(self._seed, step)
         if spent.load != load:
             spent.load, spent.steps = load, 0
         spent.steps += 1
         share = 1 / min(spent.steps, _MEMORY)
-        spent.up = sent_up * share + spent.up * (1 - share)
-        spent.down = sent_down * share + spent.down * (1 - share)
+        spent.up = sent_up * of_mean * share + spent.up * (1 - share)
+        spent.down = sent_down * of_mean * share + spent.down * (1 - share)
 
-    def allows(self, present: Phase, coming: Phase, tested: Phase, validates: bool) -> bool:
-        """Whether there is enough left for one more step, which is of phase `coming`.
+    def allows(self, done: int, present: Phase, coming: Phase, tested: Phase, validates: bool) -> bool:
+        """Whether there is enough left for one more step than the `done` ones, which is of phase `coming`.
 
         Before it come the step that was just made, of phase `present`, which is not booked yet, and, with `validates`,
         a validation in that phase; after it the test, in phase `tested`.
@@ -139,8 +141,8 @@ class Budget:
         spent = self._spent
         if not spent.steps:
             return True
-        step = self._bytes_of(coming)
-        ahead = self._bytes_of(present) + _AHEAD * step + self._judging(self._test, _judging_load(tested))
+        step = self._bytes_of(coming, done)
+        ahead = self._bytes_of(present, done - 1) + _AHEAD * step + self._judging(self._test, _judging_load(tested))
         if coming.kind == RANK:  # it is not over before all its steps are made, and the next phase has begun
             ahead += self._ranking * step
         elif coming is not present:
@@ -149,10 +151,10 @@ class Budget:
             ahead += self._judging(self._validation, _judging_load(present))
         return spent.total + ahead <= self._allowed
 
-    def _bytes_of(self, phase: Phase) -> float:
-        """Bytes that a step of a phase takes."""
-        step = self._bytes_at(_step_load(phase))
-        return max(step, self._spent.ranked + _FRAMING) if self._ranks_all(phase) else step
+    def _bytes_of(self, phase: Phase, step: int) -> float:
+        """Bytes that one step of a phase takes, whose width is known."""
+        takes = self._bytes_at(replace(_step_load(phase), width=phase.width_at(self._seed, step)))
+        return max(takes, self._spent.ranked + _FRAMING) if self._ranks_all(phase) else takes
 
     def _ranks_all(self, phase: Phase) -> bool:
         return phase.kind == RANK and phase.width == self._channels
@@ -246,6 +248,8 @@ class Budget:
     def _to_rank(self, entry: int) -> float:
         """Bytes that choosing an entry's channels takes, in steps with all that they may be of."""
         load, before = self._step_loads[entry], self._entries[entry - 1]
+        if self._entries[entry].views:  # what the server is to keep is of the channels chosen before
+            return 0.0
         ranked = ranked_at(self._entries[entry], self._channels, before.width or self._channels)
         expected = sum(Load(ranked, load.activation, load.gradient).of_step(self._spent))
         return self._ranking * (expected if ranked < self._channels else max(expected, self._spent.ranked))

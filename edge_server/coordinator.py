@@ -66,10 +66,10 @@ class Coordinator:
         else:
             self._scores[list(self._order[: len(worth)])] += worth
 
-    def book(self, meter: Meter, phase: Phase | None = None) -> None:
-        """Take in what the run has spent up to now, with `phase` by one of its steps."""
+    def book(self, meter: Meter, phase: Phase | None = None, step: int = 0) -> None:
+        """Take in what the run has spent up to now, with `phase` by `step`, which is one of it."""
         if self._budget:
-            self._budget.book(meter.total(UP).payload, meter.total(DOWN).payload, phase)
+            self._budget.book(meter.total(UP).payload, meter.total(DOWN).payload, phase, step)
 
     def after_step(self, step: int) -> Decision:
         """What follows `step`."""
@@ -89,14 +89,14 @@ class Coordinator:
         self._fit(budget, done)
         coming, tested = self._ahead(done)
         # Not while channels are ranked: a run that ended there would be tested, and used, with too many.
-        if self.phase.kind != RANK and not budget.allows(self.phase, coming, tested, validates=False):
+        if self.phase.kind != RANK and not budget.allows(done, self.phase, coming, tested, validates=False):
             self._end(budget, done)
             coming, tested = self._ahead(done)
         # A budget goes with a fixed list of phases, where a validation decides nothing. In a run that is shortened its
         # bytes are better spent on steps, above all while channels are ranked: it would send as many.
         if self.phase.kind == RANK and budget.shortens:
             return False
-        return budget.allows(self.phase, coming, tested, validates=True)
+        return budget.allows(done, self.phase, coming, tested, validates=True)
 
     def after_validation(self, step: int, loss: float) -> Decision:
         """What follows a validation made after `step`: under a plateau schedule another width or the end, perhaps.
@@ -154,11 +154,11 @@ class Coordinator:
         if self._due(done):
             budget.stay(done)
             self._follow(budget, done)
-            if budget.allows(self.phase, self.phase, self.phase, validates=False):
+            if budget.allows(done, self.phase, self.phase, self.phase, validates=False):
                 return
         elif self._upcoming:
             coming = self._upcoming
-            if budget.allows(self.phase, coming[0], self._tested(coming), validates=False):
+            if budget.allows(done, self.phase, coming[0], self._tested(coming), validates=False):
                 budget.leave(done)
                 self._follow(budget, done)
                 return

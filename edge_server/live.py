@@ -35,7 +35,7 @@ from common.report import Faults
 from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.run import TAIL, Manifest, RunFolder
-from common.schedule import steps_per_epoch
+from common.schedule import steps_asked, steps_per_epoch
 from common.tcp_info import Kernel, KernelBytes
 from edge_server.budget import Beside, Budget
 from edge_server.checks import require_batch
@@ -188,7 +188,8 @@ class LiveRun:
         assert self.initial  # check_free has looked
         if self.recipe.schedule.budget_mb:
             head = 0 if self.initial.run_id else len(weights.to_bytes(training.halves.head))
-            require_room(self.recipe, training.halves.cut, samples, beside.test, head + beside.head)
+            sent, cut = len(self.initial.known), training.halves.cut
+            require_room(self.recipe, cut, samples, beside.test, head + beside.head, sent)
         self.initial.fill(training.halves)
         if self.training:  # begun by a device that made no step and is gone
             self.training.close()
@@ -341,7 +342,8 @@ class LiveRun:
         self.folder.write_half("tail", training.halves.tail, manifest)
         outcome = report.Outcome(
             run_id=self.run_id, accuracy=training.test.accuracy, loss=training.test.mean_loss, steps=training.step,
-            samples=training.step * training.batch, epochs=training.epochs, wall_s=training.elapsed_s,
+            samples=training.step * training.batch, epochs=training.epochs,
+            steps_asked=steps_asked(self.recipe.schedule, training.per_epoch), wall_s=training.elapsed_s,
             busy_s=training.busy_s, phases=tuple(training.coordinator.phases), faults=self.faults,
         )  # fmt: skip
         cut, kernel = training.halves.cut, self.kernel.read()

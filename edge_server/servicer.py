@@ -15,6 +15,7 @@ from rich.markup import escape
 from common import wire
 from common.errors import (
     DepruneError,
+    DivergedError,
     FaultError,
     FrameError,
     SessionError,
@@ -101,6 +102,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         untold, self._untold = self._untold, 0
         more = f" (and {untold:,} more since the last of these lines)" if untold else ""
         kind = "Note" if isinstance(error, StoppedError | SessionError) else "Refused"
+        kind = "Stopped" if isinstance(error, DivergedError) else kind
         text = str(error)
         if isinstance(error, SessionError):  # whose sentence is for the device
             text = "a device came with a session of an earlier start, or one idle too long; it opens another by itself"

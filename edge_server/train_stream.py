@@ -249,7 +249,7 @@ class TrainStream:
         run, training = self.run, self.training
         accuracy, width = correct / training.batch, phase.width_at(training.recipe.seed, training.step - 1)
         training.busy_s += sum(value for name, value in seconds.items() if name != "wait")
-        training.coordinator.book(run.meter, phase)
+        training.coordinator.book(run.meter, phase, training.step - 1)
         line = metrics_line(training.step - 1, phase, width, loss, accuracy, run.meter.lap(), seconds)
         if warning := run.folder.log(line):
             warn(run.console, warning)

@@ -86,7 +86,12 @@ class Training:
 
     @property
     def epochs(self) -> float:
-        return round(self.step / steps_per_epoch(self.samples, self.batch), 4)
+        return round(self.step / self.per_epoch, 4)
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return steps_per_epoch(self.samples, self.batch)
 
     def rotate(self, basis: np.ndarray) -> None:
         """Start from the device's principal components: `basis` [w + 1, w], components as rows, then the mean."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from common import models, report
 from common.errors import RecipeError
 from common.meter import Count
 from common.recipe import Recipe, parse
+from common.room import require_room
 from common.rpc import split_pb2 as pb
 from common.schedule import Phase, planned
 from device_client import trainer
@@ -134,7 +136,7 @@ def simulated(
         assert phase.decay_until >= step
         then = coordinator.after_step(step).then
         books.add(*costs(phase, step))
-        coordinator.book(books, phase)  # type: ignore[arg-type]
+        coordinator.book(books, phase, step)  # type: ignore[arg-type]
         judging = judged(coordinator.phase, step)  # now at the width of the next step
         if then == pb.VALIDATE:
             books.add(judging * validation / BATCH, 0)
@@ -222,10 +224,34 @@ def test_evaluations_of_a_nested_phase_take_its_whole_width() -> None:
         phase = coordinator.phase
         books.add(channel * phase.width_at(recipe.seed, step), channel * phase.width_at(recipe.seed, step))
         then = coordinator.after_step(step).then
-        coordinator.book(books, phase)  # type: ignore[arg-type]
+        coordinator.book(books, phase, step)  # type: ignore[arg-type]
         step += 1
     books.add(channel * 8 * test / BATCH, 0)
     assert 0.85 * 3e6 < sum(books.spent.values()) + 160 * step <= 3e6
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("nested", [(30, [1, 2, 3]), (8, [2, 4])])
+def test_steps_of_nested_widths_are_paid_for_by_their_own(nested: tuple[int, list[int]], seed: int) -> None:
+    """A run that had drawn narrow ones alone would take the others to be as cheap, or the other way round."""
+    width, others = nested
+    text = recipe_text(
+        "fixed", top=f'name = "nested"\nmethod = "fixed"\nseed = {seed}', bottleneck='kind = "linear"', codec=CODEC,
+        schedule=f"phases = [{{ width = {width}, epochs = 60, nested = {others} }}]\nbudget_mb = 1",
+    )  # fmt: skip
+    recipe, channel, test = parse(text), 24_000 // width, 300
+    coordinator = Coordinator(recipe, CHANNELS, EPOCH, Budget(recipe, CHANNELS, EPOCH, BATCH, Beside(0, test)))
+    books, then, step = Books(0, 5000), pb.STEP, 0
+    coordinator.book(books)  # type: ignore[arg-type]
+    while then != pb.FINISH:
+        phase = coordinator.phase
+        sent = channel * phase.width_at(seed, step)
+        books.add(sent, sent)
+        then = coordinator.after_step(step).then
+        coordinator.book(books, phase, step)  # type: ignore[arg-type]
+        step += 1
+    books.add(channel * width * test / BATCH, 0)
+    assert 0.75e6 < sum(books.spent.values()) + 160 * step <= 1e6
 
 
 def test_a_published_head_is_in_the_budget(digits: Dataset) -> None:
@@ -337,6 +363,26 @@ def test_a_budget_with_no_room_for_learning_is_refused(
     with pytest.raises(RecipeError, match=f"schedule.budget_mb is {budget} .*{words}"):
         run(digits, f"phases = [[2, 6], [4, 6]]\nbudget_mb = {budget}", tmp_path, publish=publish, kind=kind)
     assert not (tmp_path / "server" / "recipe.toml").exists()
+
+
+def test_what_is_exact_is_not_taken_to_be_less() -> None:
+    """A fifth of the budget stood for fp32 that might come to less."""
+    text = recipe_text(
+        "deprune", data="batch = 128", bottleneck='kind = "channels"', schedule="phases = [[1, 3]]\nbudget_mb = {}"
+    )
+    for budget, has_room in ((6.5, False), (9.5, True)):
+        with contextlib.nullcontext() if has_room else pytest.raises(RecipeError, match="for choosing channels"):
+            require_room(parse(text.format(budget)), (32, 8, 8), 1438, 359, 86_000, 0)
+
+
+def test_channels_that_an_earlier_run_chose_are_not_all_ranked_anew() -> None:
+    text = recipe_text(
+        "prune", data="batch = 128", bottleneck='kind = "channels"', schedule="phases = [[4, 1]]\nbudget_mb = 5",
+        model='name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:x"',
+    )  # fmt: skip
+    for sent, has_room in ((8, True), (None, True), (0, False)):
+        with contextlib.nullcontext() if has_room else pytest.raises(RecipeError, match="for choosing channels"):
+            require_room(parse(text), (32, 8, 8), 1438, 359, 0, sent)
 
 
 def test_a_first_phase_of_one_step_is_refused(digits: Dataset) -> None:

@@ -108,6 +108,8 @@ def test_a_run_that_a_budget_shortens_has_less_of_each_phase_left() -> None:
     whole, half = (forecast.left(3, replace(phase, steps=count * EPOCH)) for count in (4, 2))
     assert whole and half
     assert whole.bytes == pytest.approx(2000 * (197 + 2 * 200)) and half.bytes == pytest.approx(2000 * (97 + 2 * 100))
+    # A phase that the budget has no room for may be among those that it is reckoned by.
+    assert forecast.left(3, replace(phase, steps=EPOCH), 5000.0).bytes == 5000  # type: ignore[union-attr]
 
 
 def test_under_a_plateau_what_is_left_is_of_the_widest_still_to_come() -> None:

@@ -142,6 +142,14 @@ def test_what_an_entry_comes_to() -> None:
     ]
 
 
+def test_as_many_views_as_epochs_leave_nothing_to_recall() -> None:
+    """However the steps of the phase before are rounded: the server would keep all pictures for one step."""
+    phases = "phases = [[8, 0.5], { width = 8, epochs = 1, views = 1 }]"
+    parsed = parse(recipe_text("deprune", bottleneck='kind = "linear"', schedule=phases))
+    plan, steps = schedule.planned(parsed, 32, 45)
+    assert [(phase.kind, phase.from_step) for phase in plan] == [("learn", 0), ("store", 22)] and steps == 68
+
+
 def _store(folder: Path, steps: int, limit: int = 1 << 20) -> Store:
     store = Store(folder, Phase(0, 0, 2, "fp32", "fp32", 0.1, 0, 1), SHAPE, 7, limit)
     for step in range(steps):

@@ -42,7 +42,8 @@ def summary(
     }
     meter.restore({"books": books, "again": {"up": again, "down": 0}}, {"up": 0, "down": 0})
     loss, epochs = outcome.pop("loss", 1.0), outcome.pop("epochs", 1.0)
-    came = report.Outcome("id", 0.5, loss, 10, SAMPLES, epochs, 2.0, 1.0, tuple(phases), **outcome)
+    asked = outcome.pop("asked", 10)
+    came = report.Outcome("id", 0.5, loss, 10, SAMPLES, epochs, asked, 2.0, 1.0, tuple(phases), **outcome)
     return report.summarise(recipe, CUT, came, meter, kernel, side)
 
 
@@ -99,17 +100,20 @@ def test_widths_are_told_as_they_were_learnt_at() -> None:
 
 
 @pytest.mark.parametrize(
-    ("megabytes", "epochs", "phases", "words"),
+    ("megabytes", "epochs", "asked", "phases", "words"),
     [
-        (0.5, 2.0, 2, "68.5 kB of messages were spent of a budget of 500.0 kB."),
-        (0.5, 1.5, 2, "a budget of 500.0 kB, which was enough for 1.5 of 2 epochs."),
-        (0.5, 1.0, 1, "which was enough for 1 of 2 epochs, without the last phase."),
-        (0.05, 1.0, 1, "Warning: 68.5 kB of messages were spent of a budget of 50.0 kB, which is too little for"),
+        (0.5, 2.0, 10, 2, "68.5 kB of messages were spent of a budget of 500.0 kB."),
+        (0.5, 1.5, 13, 2, "a budget of 500.0 kB, which was enough for 1.5 of 2 epochs."),
+        (0.5, 1.0, 20, 1, "which was enough for 1 of 2 epochs, without the last phase."),
+        (0.05, 1.0, 20, 1, "Warning: 68.5 kB of messages were spent of a budget of 50.0 kB, which is too little for"),
+        # Few steps, whose epochs are rounded; and as many as were asked for, but none of the last phase.
+        (0.5, 1.9, 10, 2, "68.5 kB of messages were spent of a budget of 500.0 kB."),
+        (0.5, 2.0, 10, 1, "were spent of a budget of 500.0 kB, without the last phase."),
     ],
 )
-def test_what_became_of_a_budget_is_said(megabytes: float, epochs: float, phases: int, words: str) -> None:
+def test_what_became_of_a_budget_is_said(megabytes: float, epochs: float, asked: int, phases: int, words: str) -> None:
     schedule = f"phases = [[4, 1], [8, 1]]\nbudget_mb = {megabytes}"
-    found = summary([phase(4), phase(8, 4)][:phases], schedule, epochs=epochs)
+    found = summary([phase(4), phase(8, 4)][:phases], schedule, epochs=epochs, asked=asked)
     assert found["budget"] == megabytes * 1e6 and words in shown(found)["said"][0]
 
 

@@ -273,6 +273,27 @@ def test_both_sides_stopped_go_on_where_they_stood(gives_up: bool, tmp_path: Pat
     )
 
 
+def test_both_sides_stopped_among_recalls_stand_at_one_step(tmp_path: Path) -> None:
+    """The device takes in what it has asked for before it goes; the server would be many steps ahead of it."""
+    recipe, epoch = tmp_path / "recipe.toml", 1438 // 32
+    phases = "phases = [{ width = 4, epochs = 500, views = 1 }]"
+    recipe.write_text(recipe_text("fixed", bottleneck='kind = "linear"', schedule=phases))
+    serve = (recipe, "--run", tmp_path / "server", "--threads", 1)
+    options = ("--data", "digits", "--run", tmp_path / "device", "--threads", 1)
+    metrics = tmp_path / "device" / "metrics.jsonl"
+    with pair.server(*serve, log=tmp_path / "log") as (server, address):
+        device = pair.start("device-client", "train", address, *options, log=tmp_path / "device.log")
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > epoch + 9) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        device.send_signal(signal.SIGINT)
+        assert device.wait(timeout=60) == 130
+        server.terminate()
+        server.wait(timeout=30)
+    stood = {side: max((tmp_path / side / "checkpoints").glob("step-*")).name for side in ("device", "server")}
+    assert stood["device"] == stood["server"] > f"step-{epoch + 9:012}", stood
+
+
 def test_a_server_that_is_stopped_before_a_device_came(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(recipe_text())
     arguments = (tmp_path / "recipe.toml", "--run", tmp_path / "run", "--threads", 1)
