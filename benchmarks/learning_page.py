@@ -43,11 +43,12 @@ def _passes(row: dict[str, Any]) -> str:
     return f"{alone:g} alone + {_epochs(row):g}" if alone else f"{_epochs(row):g}"
 
 
-_OF_PLAIN = ("times fewer than plain", "times fewer by it", "MB to target", "wall s", "device s")
+_OF_PLAIN = ("times fewer than plain", "times fewer by it", "MB to target")
+_SECONDS = ("wall s", "device s")
 
 
-def rows_table(rows: Rows) -> str:
-    """A line for each row of the benchmark, means over its seeds."""
+def rows_table(rows: Rows, one_run: bool = False) -> str:
+    """A line for each row of the benchmark, means over its seeds. `one_run`: on one machine, whose seconds compare."""
     result = []
     for (name, model), group in grouped(rows).items():
         plain = [row for row in rows if row["model"] == model and row["name"] == "plain"]
@@ -69,7 +70,8 @@ def rows_table(rows: Rows) -> str:
             "MB by `context`", "times fewer by it", "MB to target", "wall s", "device s"]  # fmt: skip
     # Without plain there is nothing to compare with, and seconds that were not taken by themselves say nothing.
     compared = any(row["name"] == "plain" for row in rows)
-    kept = [place for place, name in enumerate(head) if compared or name not in _OF_PLAIN]
+    left_out = () if compared else _OF_PLAIN if one_run else _OF_PLAIN + _SECONDS
+    kept = [place for place, name in enumerate(head) if name not in left_out]
     return table([head[place] for place in kept], [[line[place] for place in kept] for line in result])
 
 
@@ -180,7 +182,8 @@ def _widths(axes: Axes, rows: Rows, title: str) -> None:
 def main() -> None:
     text = PAGE.read_text()
     for name in ("learning", "learning-snr", "learning-time", "learning-weighted", "learning-local", "learning-rates"):
-        written = rows_table(json.loads((RESULTS / f"{name}.json").read_text()))
+        rows = json.loads((RESULTS / f"{name}.json").read_text())
+        written = rows_table(rows, one_run=name == "learning-time")
         begin, end = f"<!-- {name} rows -->", f"<!-- /{name} rows -->"
         text = re.sub(f"{begin}.*?{end}", f"{begin}\n{written}\n{end}", text, flags=re.S)
     PAGE.write_text(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from common.tables import build, demand, one_of
 
 METHODS = ("plain", "fixed", "deprune", "prune")
 MOST, MOST_CLASSES = 1024, 65535  # channels, or pixels along a side
+_MOST_NUMBERS = 1 << 26  # of one picture: layers are as large as what they take
 _EPOCHS = 1_000_000
 
 
@@ -60,6 +62,11 @@ class ModelRecipe:
         turned = channels_first(self.input)
         demand(not turned, f"model.input is {list(self.input)}; channels come first: {list(turned or ())}")
         demand(legal_input, f"model.input is {list(self.input)}; give channels, height, width, each 1 to {MOST}")
+        numbers = math.prod(self.input)
+        demand(
+            numbers <= _MOST_NUMBERS,
+            f"model.input is {numbers:,} numbers a picture; at most {_MOST_NUMBERS:,} are taken",
+        )
         demand(2 <= self.classes <= MOST_CLASSES, f"model.classes is {self.classes}; give 2 to {MOST_CLASSES}")
         known = not self.init or self.init.startswith("run:") or self.init.endswith(".safetensors")
         demand(known, f'model.init is {self.init!r}; give "run:DIR" or the path of a .safetensors file')

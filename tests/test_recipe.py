@@ -59,6 +59,10 @@ INIT = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\n
             "follows the link: write context for auto in schedule.phases",
         ),
         ({"model": 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10'}, "key model.cut is missing"),
+        (
+            {"model": 'name = "vgg11"\ninput = [1024, 1024, 1024]\nclasses = 10\ncut = "x"'},
+            "model.input is 1,073,741,824 numbers a picture; at most 67,108,864 are taken",
+        ),
         ({"schedule": "phases = [8, 3]"}, "must be [width, epochs], such as in phases = [[8, 20]], or a table"),
         ({"codec": 'activation = "auto20"'}, "a colon is missing: write auto:20"),
         (
