@@ -197,7 +197,8 @@ def _numbers(found: NDArray[Any], shape: Shape, what: str) -> NDArray[np.float32
         )
     with np.errstate(over="ignore"):  # what is too large for float32 is refused below
         exact = found.astype(np.float32, copy=False)
-    usable = np.abs(exact).max((1, 2, 3), initial=0) <= _MOST  # which NaN isn't
+    rows = (1, 2, 3)
+    usable = (exact.max(rows, initial=0) <= _MOST) & (exact.min(rows, initial=0) >= -_MOST)  # which NaN isn't
     if not usable.all():
         raise DataError(
             f"{what} has {np.count_nonzero(~usable):,} of {len(exact):,} rows with NaN, infinity or numbers beyond "
