@@ -42,16 +42,18 @@ class File(click.Path):
         return super().convert(value, param, ctx)
 
 
-class Folder(click.Path):
-    """A folder that is there or will be."""
+class Named(click.Path):
+    """A path to `what`, whether something is there or not; where it is, a "folder" is one, and a "file" isn't."""
 
-    def __init__(self) -> None:
-        super().__init__(file_okay=False, path_type=Path)
+    def __init__(self, what: str) -> None:
+        super().__init__(file_okay=what != "folder", dir_okay=what != "file", path_type=Path)
+        self._what = what
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value):  # an unset variable of a script: the folder that it happens to run in
-            self.fail("no folder is named.", param, ctx)
+            self.fail(f"no {self._what} is named.", param, ctx)
         return super().convert(value, param, ctx)
 
 
 FILE = File()
+FOLDER = Named("folder")

@@ -32,6 +32,7 @@ from common.errors import (
     StoppedError,
 )
 from common.meter import DOWN, UP
+from common.options import Named
 from common.progress import Counting, Screen, note, warn, warn_unencrypted
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
@@ -273,7 +274,7 @@ def evaluate(
 
 @cli.command()
 @with_options(SHARED + USE)
-@click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("pictures", nargs=-1, required=True, type=Named("picture"))
 def predict(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str,
     width: int | None, pictures: tuple[Path, ...], wait: float, as_json: bool, **access: Any,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from common.options import FILE, THREADS, TIMES, Amount, Folder
+from common.options import FILE, FOLDER, THREADS, TIMES, Amount
 from common.pulse import STALLED_S
 from device_client.connection import GIVE_UP_S
 
@@ -41,11 +41,11 @@ DATA = [
     click.option("--skip-unreadable", is_flag=True, help="Leave unreadable pictures out instead of stopping."),
 ]  # fmt: skip
 TRAIN = [
-    click.option("--run", "run_path", required=True, type=Folder(), help="Folder of the run on this device."),
+    click.option("--run", "run_path", required=True, type=FOLDER, help="Folder of the run on this device."),
     TIMES,
     click.option("--limit", type=click.IntRange(1), help="Use only so many training pictures."),
     click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder."),
-    click.option("--head", "head_path", type=Folder(),
+    click.option("--head", "head_path", type=FOLDER,
                  help="Run folder with the trained head, where the recipe starts from a finished run."),
     click.option("--give-up-after", default=GIVE_UP_S, show_default=True, type=Amount(0), metavar="SECONDS",
                  help="Keep trying so long to get a lost server back; where it comes back and is lost again, anew, up "
@@ -56,7 +56,7 @@ TRAIN = [
     click.option("--publish-head", is_flag=True, help="Give the trained head to the server at the end."),
 ]  # fmt: skip
 USE = [
-    click.option("--run", "run_path", type=Folder(),
+    click.option("--run", "run_path", type=FOLDER,
                  help="Folder of the run on this device; left out: the head that the server publishes."),
     click.option("--width", type=click.IntRange(1),
                  help="Send so many channels, of the widths that the run was trained for; default: its last."),

@@ -19,7 +19,7 @@ from common import signals
 from common.channel import ServerTls, is_loopback
 from common.cli import leave_at_once, with_options
 from common.errors import ModelError
-from common.options import Folder
+from common.options import FOLDER
 from common.progress import Screen, note, warn, warn_unencrypted
 from common.run import RunFolder
 from common.tokens import exposed
@@ -133,7 +133,7 @@ def _left(host: Host) -> str:
 
 
 @cli.command()
-@click.argument("folder", metavar="DIR", type=Folder())
+@click.argument("folder", metavar="DIR", type=FOLDER)
 @click.argument("hosts", metavar="[HOST]...", nargs=-1)
 @click.option(
     "--device",

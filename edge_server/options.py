@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import click
 
 from common.checkpoint import EVERY
-from common.options import FILE, THREADS, TIMES, Amount, Folder
+from common.options import FILE, FOLDER, THREADS, TIMES, Amount, Named
 from common.schedule import RECALLED
 from edge_server.limits import Limits
 
@@ -18,10 +17,10 @@ _COUNT, _AMOUNT = click.IntRange(1, 10**15), Amount(0, min_open=True)
 _MB = 1_000_000
 
 SERVE = [
-    click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path)),
+    click.argument("recipe", required=False, type=Named("file")),
     click.option("--listen", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT",
                  help="Where to listen; port 0 picks a free one and says which."),
-    click.option("--run", "run_path", required=True, type=Folder(),
+    click.option("--run", "run_path", required=True, type=FOLDER,
                  help="Folder of the run: written when RECIPE is given, else a finished run to serve."),
     click.option("--overwrite", is_flag=True, help="Replace the run that lies in the folder."),
     click.option("--once", is_flag=True,

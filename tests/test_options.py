@@ -214,3 +214,19 @@ def test_a_finished_run_is_served_by_the_command_that_trained_it(
         recipe.write_text(given)
         words = [str(word) for word in (*line, *more)]
         assert str(CliRunner().invoke(server_cli.cli, words, standalone_mode=False).exception) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "what"),
+    [
+        (server_cli.cli, ("serve", "", "--run", "x"), "file"),
+        (server_cli.cli, ("serve", "--run", ""), "folder"),
+        (server_cli.cli, ("certs", ""), "folder"),
+        (device_cli.cli, ("train", "pi:1", "--data", "digits", "--run", ""), "folder"),
+        (device_cli.cli, ("predict", "pi:1", ""), "picture"),
+    ],
+)
+def test_a_path_that_a_script_left_empty_is_refused(command: Any, arguments: tuple[str, ...], what: str) -> None:
+    """It would be the folder that the script happens to run in."""
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 2 and f"no {what} is named." in result.output
