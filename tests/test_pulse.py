@@ -219,9 +219,9 @@ def test_a_black_hole_under_the_weights(device: Any, monkeypatch: pytest.MonkeyP
     assert fault.fired.is_set() and len(said) == 1 and "the link is dead" in said[0]
 
 
-# By trial the bits of a header after which neither side sees an error: lengths that grow, other kinds of frame, flags
-# and streams.
-@pytest.mark.parametrize(("way", "bit"), [(UP, 8), (UP, 14), (UP, 20), (DOWN, 25), (DOWN, 48), (DOWN, 70)])
+# By trial the bits of a header after which neither side sees an error: lengths that grow (not past 16 KiB, which is
+# an error to a side that has not raised that yet), other kinds of frame, flags and streams.
+@pytest.mark.parametrize(("way", "bit"), [(UP, 10), (UP, 14), (UP, 20), (DOWN, 25), (DOWN, 48), (DOWN, 70)])
 def test_a_flipped_bit_in_a_frame_header(device: Any, way: str, bit: int) -> None:
     """Pings go on being answered, and each side waits for the other."""
     moment: Moment = points.http2(way, points.DATA)
