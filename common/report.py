@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from common.meter import DOWN, UP, Meter
-from common.recipe import Recipe
-from common.schedule import RANK, Phase
+from common.recipe import PhaseRecipe, Recipe
+from common.schedule import RANK, Phase, phase_of
 from common.tcp_info import KernelBytes
 from common.wire import label_type
-from common.words import duration, several, size
+from common.words import duration, for_json, several, size
 
 # What a plain run needs too, and so what the comparison is made on; weights, evaluation and control stand apart.
 _TRAINING = {UP: ("activation", "label"), DOWN: ("gradient",)}
@@ -74,7 +74,7 @@ def summarise(
         "run_id": outcome.run_id,
         "digest": recipe.digest(),
         "accuracy": outcome.accuracy,
-        "loss": outcome.loss if math.isfinite(outcome.loss) else None,  # JSON has no NaN
+        "loss": for_json(outcome.loss),
         "epochs": outcome.epochs,
         "steps": outcome.steps,
         "samples": outcome.samples,
@@ -100,14 +100,14 @@ def summarise(
 
 def _left_out(recipe: Recipe, channels: int, phases: Sequence[Phase]) -> int:
     """How many of the last phases that were asked for never came: a budget was spent before, or the epochs over."""
-    codec = recipe.codec
-    asked = [
-        (entry.width or channels, entry.nested, entry.activation or codec.activation, entry.gradient or codec.gradient)
-        for entry in recipe.schedule.phases
-    ] or [(width or channels, (), codec.activation, codec.gradient) for width in recipe.schedule.widths]
-    had = [(one.width, one.nested, one.activation_codec, one.gradient_codec) for one in phases if one.kind != RANK]
-    rest = [one for one, _ in groupby(asked)]
-    for one, _ in groupby(had):  # entries in between that came to no step are not the last
+
+    def settings(phase: Phase) -> tuple[object, ...]:
+        return phase.widths, phase.activation_codec, phase.gradient_codec
+
+    entries = recipe.schedule.phases or [PhaseRecipe(width, 1) for width in recipe.schedule.widths]
+    rest = [one for one, _ in groupby(settings(phase_of(recipe, entry, channels)) for entry in entries)]
+    for one, _ in groupby(settings(phase) for phase in phases if phase.kind != RANK):
+        # Entries in between that came to no step are not the last.
         rest = rest[rest.index(one) + 1 :] if one in rest else rest
     return len(rest)
 

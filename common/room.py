@@ -8,7 +8,7 @@ from collections.abc import Callable
 from common.codecs import codec
 from common.errors import RecipeError
 from common.recipe import Recipe
-from common.schedule import ends_of, ranked_at, steps_per_epoch
+from common.schedule import ends_of, phase_of, ranked_at, steps_per_epoch
 from common.words import several, size
 
 # After so many steps a run is judged by what they cost.
@@ -48,14 +48,13 @@ def require_room(
             "the first of schedule.phases comes to one step on these pictures, and a budget is kept by what steps have "
             "cost: give it more epochs, or leave it out"
         )
-    width = first.width or cut[0]
-    mean = sum((*first.nested, width)) / (len(first.nested) + 1)
+    phase = phase_of(recipe, first, cut[0])
     ranking, ranks_at = 0, 0
     if recipe.bottleneck.kind == "channels" and not first.views:
-        ranks_at = ranked_at(first, cut[0], width if sent is None else sent)
+        ranks_at = ranked_at(first, cut[0], phase.width if sent is None else sent)
         ranking = max(0, min(recipe.bottleneck.ranking_steps, steps - 1)) if ranks_at else 0
     few = max(1, min(max(FIRST, recipe.optimiser.warmup), steps - ranking))
-    codecs = first.activation or recipe.codec.activation, first.gradient or recipe.codec.gradient
+    codecs = phase.activation_codec, phase.gradient_codec
 
     def parts_by(bits_of: Callable[[str], float]) -> dict[str, float]:
         up, down = (math.prod(cut[1:]) / 8 * bits_of(name) for name in codecs)  # bytes of a channel of a picture
@@ -63,8 +62,8 @@ def require_room(
         return {
             "the head's weights": head,
             "choosing channels": ranking * batch * ranks_at * (up + down),
-            several(few, "step"): few * batch * mean * (up + down),
-            several(test, "test picture"): test * width * up,
+            several(few, "step"): few * batch * phase.mean_width * (up + down),
+            several(test, "test picture"): test * phase.width * up,
         }
 
     parts = parts_by(bits)

@@ -76,6 +76,17 @@ def ranked_at(entry: PhaseRecipe, channels: int, sent: int) -> int:
     return sent if width <= sent else channels
 
 
+def phase_of(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int] = (0, 0)) -> Phase:
+    """The phase that an entry of the schedule is, from span[0] up to span[1], where all its steps are of one kind."""
+    start, end = span
+    return Phase(
+        index=0, from_step=start, width=entry.width or channels, nested=entry.nested,
+        activation_codec=entry.activation or recipe.codec.activation,
+        gradient_codec=entry.gradient or recipe.codec.gradient,
+        lr=entry.lr or recipe.optimiser.lr, decay_from=start, decay_until=end,
+    )  # fmt: skip
+
+
 def stretches(
     recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int], views: int, sent: int = 0
 ) -> list[Phase]:  # fmt: skip
@@ -85,12 +96,7 @@ def stretches(
     sent in the first `views` steps. `sent`: how many channels were until then, chosen already; 0 where none are.
     """
     start, end = span
-    phase = Phase(
-        index=0, from_step=start, width=entry.width or channels, nested=entry.nested,
-        activation_codec=entry.activation or recipe.codec.activation,
-        gradient_codec=entry.gradient or recipe.codec.gradient,
-        lr=entry.lr or recipe.optimiser.lr, decay_from=start, decay_until=end,
-    )  # fmt: skip
+    phase = phase_of(recipe, entry, channels, span)
     ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
     # At least one step of the entry is left at its own width: a run that ended while ranking would have too many.
     ranking = min(ranking, end - start - 1)

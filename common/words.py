@@ -15,6 +15,11 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def for_json(number: float) -> float | None:
+    """None for what is no number, or has no end: JSON has neither."""
+    return number if math.isfinite(number) else None
+
+
 def several(count: float, what: str) -> str:
     """1 step, 1,200 steps, 1.57 epochs."""
     shown = f"{count:,}" if isinstance(count, int) else f"{round(count, 2):g}"

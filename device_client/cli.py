@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from common.progress import Counting, Screen, note, warn, warn_unencrypted
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
 from common.tokens import exposed
-from common.words import several, size, some
+from common.words import for_json, several, size, some
 from device_client import data as data_module
 from device_client.connection import GIVE_UP_S
 from device_client.handshake import Opened
@@ -258,7 +257,7 @@ def evaluate(
     if as_json:
         answer = {
             "accuracy": verdict.accuracy,
-            "loss": verdict.loss if math.isfinite(verdict.loss) else None,
+            "loss": for_json(verdict.loss),
             "pictures": verdict.count,
         }
         crossed = {UP: up, DOWN: down, "again": again}

@@ -16,7 +16,7 @@ from typing import Any
 
 from common.recipe import Recipe
 from common.room import FIRST, bits
-from common.schedule import RANK, Phase, ends_of, ranked_at
+from common.schedule import RANK, Phase, ends_of, phase_of, ranked_at
 
 # Steps between two judgements of a phase by what they cost; the first is after FIRST.
 _EVERY = 16
@@ -92,14 +92,10 @@ class Budget:
         # The head comes last and whole: it is set aside from the beginning.
         self._allowed = recipe.schedule.budget_mb * 1e6 - beside.head - (_FRAMING if beside.head else 0)
         # Of each entry of the schedule: a step's load, and an evaluation's.
-        self._step_loads: list[Load] = []
-        self._judging_loads: list[Load] = []
         self._entries = recipe.schedule.phases
-        for entry in self._entries:
-            codecs = entry.activation or recipe.codec.activation, entry.gradient or recipe.codec.gradient
-            widths = (*entry.nested, entry.width or channels)
-            self._step_loads.append(Load(sum(widths) / len(widths), *codecs))
-            self._judging_loads.append(Load(widths[-1], *codecs))
+        phases = [phase_of(recipe, entry, channels) for entry in self._entries]
+        self._step_loads = [_step_load(phase) for phase in phases]
+        self._judging_loads = [_judging_load(phase) for phase in phases]
         self._channels, self._seed = channels, recipe.seed
         self._ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
         self.ends = ends_of(recipe.schedule, steps_per_epoch)
