@@ -54,12 +54,13 @@ bench-step: setup
 bench-codec: setup
 	$(BIN)/python -m benchmarks.codec $(SOURCE)
 
+# Hours; ARGS=--quick a quarter of one, and docs/results.md has the others.
 bench-learning: setup
 	$(BIN)/python -m benchmarks.learning $(SOURCE) $(ARGS)
 
-# Ways to send less that were tried and left out.
+# Ways to send less that were tried and left out; ARGS='--seeds 3'.
 bench-ways: setup
-	$(BIN)/python -m benchmarks.ways $(SOURCE)
+	$(BIN)/python -m benchmarks.ways $(SOURCE) $(ARGS)
 
 bench-checkpoint: setup
 	$(BIN)/python -m benchmarks.checkpoint
@@ -75,6 +76,7 @@ bench-links: setup
 bench-start: setup
 	$(BIN)/python -m benchmarks.start
 
+# ARGS=--long takes 20 epochs.
 bench-effect: setup
 	$(BIN)/python -m benchmarks.effect $(SOURCE) $(ARGS)
 
@@ -87,6 +89,7 @@ bench-counters: setup
 faults: setup
 	$(BIN)/python -m benchmarks.faults --count $(COUNT) $(ARGS)
 
+# ARGS='--seed 7' other faults.
 soak: setup
 	$(BIN)/python -m benchmarks.soak $(MINUTES) $(ARGS)
 

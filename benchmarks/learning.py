@@ -2,8 +2,9 @@
 
 Every row trains through the real head, bottleneck, codec, frames and tail, in process; bytes are the meters' own and
 leave evaluations out. Writes benchmarks/results/learning.json run by run and goes on where it was stopped. `--quick`
-takes a few rows with one seed, a fifth of the pictures and half of the epochs into learning-quick.json. Wants the
-pictures as a folder (SOURCE).
+takes a few rows with one seed, a fifth of the pictures and half of the epochs into learning-quick.json; `--table` those
+of another table. Rows that are recorded are not trained again: `--into NAME` takes another file. Wants the pictures as
+a folder (SOURCE).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.learning_cases import CASES, CUTS, Case
 from benchmarks.learning_runs import Job, alike, epochs, is_kept, recipe_of, run, start
+from benchmarks.learning_tables import TABLES
 from common import recipe
 from common.files import write_atomically
 
@@ -178,6 +180,7 @@ def main() -> None:
     parser.add_argument(
         "--only", action="append", help="a row, and what it starts from; or rows whose names contain it"
     )
+    parser.add_argument("--table", choices=TABLES, help="the rows of another table, into learning-TABLE.json")
     parser.add_argument("--seeds", type=int, help=f"how many; default {SEEDS}, quick {QUICK_SEEDS}")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--into", default="", help="write benchmarks/results/NAME.json instead", metavar="NAME")
@@ -186,7 +189,8 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a file has no width of its own, and 80 columns are too few for the table
-    result = RESULTS / f"{options.into or ('learning-quick' if options.quick else 'learning')}.json"
+    kind = "quick" if options.quick else options.table
+    result = RESULTS / f"{options.into or (f'learning-{kind}' if kind else 'learning')}.json"
     rows = json.loads(result.read_text()) if result.is_file() else []
     rows = [row for row in rows if "context_up" in row]  # others were measured before that was
     seeds = range(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
@@ -195,8 +199,9 @@ def main() -> None:
         for model in options.model or ["tiny"]
         for case in CASES
         if (case.quick or not options.quick)
-        and (case.is_of(model) or (options.only and not case.network))
+        and (case.is_of(model) or ((options.only or options.table) and not case.network))
         and is_wanted(case.name, options.only)
+        and (not options.table or case.name in TABLES[options.table])
     ]
     done = {(row["name"], row["seed"], row["model"]) for row in rows if is_current(row, options.quick)}
     jobs, after = planned(chosen, seeds, options.quick, done)

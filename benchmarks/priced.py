@@ -6,8 +6,8 @@ phase the first step that sends and every 16th after it are coded by both.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -84,7 +84,9 @@ def main() -> None:
     from benchmarks.learning_cases import CASES
     from device_client.data import load
 
-    data = load(sys.argv[1], (3, 32, 32), 0, 0.0, limit=20_000)
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
+    data = load(parser.parse_args().source, (3, 32, 32), 0, 0.0, limit=20_000)
     text = next(case for case in CASES if case.name == "fixed width 8").recipe("tiny", 0, "")
     prices = Prices(every=1)
     told: list[tuple[int, int]] = []

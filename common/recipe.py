@@ -124,10 +124,12 @@ class BottleneckRecipe:
 
 @dataclass(frozen=True)
 class CodecRecipe:
-    """What a payload is made by; docs/codec.md says what each costs. Method plain has "fp32" for both."""
+    """What a payload is made by; docs/codec.md says what each costs."""
 
-    activation: str = "auto:20"  # what goes up: "fp32", "fp16", "int8", or "step", "context", "auto" with dB of SNR
-    gradient: str = "auto:10"  # what comes down: the same; ":nearest" behind the SNR switches unbiased rounding off
+    # What goes up: "fp32", "fp16", "int8", or "step", "context", "auto" with dB of SNR; method plain has "fp32".
+    activation: str = "auto:20"
+    # What comes down: the same; ":nearest" behind the SNR switches unbiased rounding off.
+    gradient: str = "auto:10"
 
     def __post_init__(self) -> None:
         for name, value in (("activation", self.activation), ("gradient", self.gradient)):

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from common import weights, wire, words
 from common.errors import ModelError
 from common.halves import Halves
 from common.norms import undisturbed
 from common.recipe import Recipe
-from common.words import one_line
 
 
 def require_elements(recipe: Recipe, halves: Halves, most: int) -> None:
@@ -22,6 +22,16 @@ def require_elements(recipe: Recipe, halves: Halves, most: int) -> None:
         raise ModelError(
             f"an activation of {largest:,} elements would cross the link; at most {most:,} may: lower data.batch or "
             f"data.evaluation_batch, cut later, or raise --max-elements"
+        )
+
+
+def require_head(recipe: Recipe, halves: Halves) -> None:
+    """ModelError where a device would refuse the weights of its own half, for their size."""
+    size = weights.room(halves.head)
+    if size > wire.MAX_WEIGHTS_BYTES:
+        raise ModelError(
+            f"the weights before the cut {recipe.model.cut} are {words.size(size)}; a device takes up to "
+            f"{words.size(wire.MAX_WEIGHTS_BYTES)}: cut earlier"
         )
 
 
@@ -77,8 +87,8 @@ def require_logits(model: str, shape: tuple[int, ...], classes: int, forward: Ca
             logits = forward(torch.zeros(1, *shape))
     except Exception as error:  # forward is anybody's code
         raise ModelError(
-            f"the model {model} cannot take one picture by itself, as predict gives it ({one_line(error)}); does it "
-            f"call squeeze() without a dimension?"
+            f"the model {model} cannot take one picture by itself, as predict gives it ({words.one_line(error)}); "
+            f"does it call squeeze() without a dimension?"
         ) from error
     if isinstance(logits, torch.Tensor) and logits.shape == (classes,):
         raise ModelError(

@@ -89,6 +89,7 @@ class Host:
             saved = None
         halves = halves_module.build(recipe, allowed, compared=models.is_own(recipe.model.name))
         checks.require_elements(recipe, halves, host.limits.elements)
+        checks.require_head(recipe, halves)
         checks.require_schedule(recipe, halves)
         checks.require_output(recipe, halves)
         checks.require_batch(recipe, halves)

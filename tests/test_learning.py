@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,6 +136,12 @@ def test_what_others_start_from_begins_first_and_the_longest_of_the_rest_after_i
     begins = [("plain on other pictures", "tiny"), ("plain on other pictures", "vgg11")]
     assert started[:3] == [*begins, ("plain, longer", "tiny")] and started[-1] == ("plain", "vgg11")
     assert [job[0] for jobs in after.values() for job in jobs] == ["prune to 8, head frozen"] * 2
+
+
+@pytest.mark.parametrize("name", learning.TABLES)
+def test_a_table_has_the_rows_that_are_recorded_for_it(name: str) -> None:
+    recorded = {row["name"] for row in json.loads(Path(f"benchmarks/results/learning-{name}.json").read_text())}
+    assert set(learning.TABLES[name]) == recorded <= {case.name for case in CASES}
 
 
 def test_a_run_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks import inprocess, pair
 from benchmarks.recipes import BATCH, CLASSES, PHASE, recipe_text
-from common import wire
+from common import halves, weights, wire
 from common.cli import with_options
 from common.errors import BusyError, FrameError, MismatchError, ModelError, SessionError, StoreError, TooLargeError
 from common.recipe import parse
@@ -122,6 +122,15 @@ def test_thousands_of_opens_leave_no_more_than_the_limit(tmp_path: Path) -> None
             refused += 1
         assert len(host.sessions) <= host.limits.sessions
     assert 0 < refused < 5000
+
+
+def test_a_head_that_no_device_would_take_is_refused_at_the_start(tmp_path: Path, monkeypatch: Any) -> None:
+    size = weights.room(halves.build(parse(recipe_text())).head)
+    monkeypatch.setattr(wire, "MAX_WEIGHTS_BYTES", size)
+    quiet_host(tmp_path / "as large")
+    monkeypatch.setattr(wire, "MAX_WEIGHTS_BYTES", size - 1)
+    with pytest.raises(ModelError, match="the weights before the cut .*: cut earlier"):
+        quiet_host(tmp_path / "larger")
 
 
 def test_elements_on_both_sides(tmp_path: Path) -> None:
