@@ -17,7 +17,7 @@ def phase_message(phase: Phase) -> pb.Phase:
     )  # fmt: skip
 
 
-def phase_of(message: pb.Phase) -> Phase:
+def phase_of_message(message: pb.Phase) -> Phase:
     """The device's reading of it; VersionError where the server knows more than this release."""
     for name in (message.activation_codec, message.gradient_codec):
         try:

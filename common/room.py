@@ -8,7 +8,7 @@ from collections.abc import Callable
 from common.codecs import codec
 from common.errors import RecipeError
 from common.recipe import Recipe
-from common.schedule import ends_of, phase_of, ranked_at, steps_per_epoch
+from common.schedule import ends_of, phase_of_entry, ranked_at, steps_per_epoch
 from common.words import several, size
 
 # After so many steps a run is judged by what they cost.
@@ -48,7 +48,7 @@ def require_room(
             "the first of schedule.phases comes to one step on these pictures, and a budget is kept by what steps have "
             "cost: give it more epochs, or leave it out"
         )
-    phase = phase_of(recipe, first, cut[0])
+    phase = phase_of_entry(recipe, first, cut[0])
     ranking, ranks_at = 0, 0
     if recipe.bottleneck.kind == "channels" and not first.views:
         ranks_at = ranked_at(first, cut[0], phase.width if sent is None else sent)

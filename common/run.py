@@ -25,7 +25,7 @@ from common.errors import MismatchError, RecipeError, RunFolderError
 from common.files import write_atomically
 from common.metrics import MetricsLog
 from common.recipe import Recipe
-from common.schedule import Phase, phase_from
+from common.schedule import Phase, phase_of_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -242,7 +242,7 @@ class RunFolder:
         recipe, text = recipes.load(self.path / "recipe.toml")
         try:
             table = json.loads((self.path / "run.json").read_text())
-            phase = phase_from(table["phase"])
+            phase = phase_of_table(table["phase"])
             manifest = Manifest(table["run_id"], table["digest"], tuple(table["classes"]), phase)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{self.path}/run.json is damaged: {error!r}") from error

@@ -61,7 +61,7 @@ class Phase:
         return self.widths[generator(seed, NESTED, step).integers(len(self.widths))] if self.nested else self.width
 
 
-def phase_from(table: Mapping[str, Any]) -> Phase:
+def phase_of_table(table: Mapping[str, Any]) -> Phase:
     """The phase that asdict() made `table` of, its lists read from JSON; KeyError or TypeError where it is none."""
     return Phase(**{**table, "order": tuple(table["order"]), "nested": tuple(table["nested"])})
 
@@ -76,7 +76,7 @@ def ranked_at(entry: PhaseRecipe, channels: int, sent: int) -> int:
     return sent if width <= sent else channels
 
 
-def phase_of(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int] = (0, 0)) -> Phase:
+def phase_of_entry(recipe: Recipe, entry: PhaseRecipe, channels: int, span: tuple[int, int] = (0, 0)) -> Phase:
     """The phase that an entry of the schedule is, from span[0] up to span[1], where all its steps are of one kind."""
     start, end = span
     return Phase(
@@ -96,7 +96,7 @@ def stretches(
     sent in the first `views` steps. `sent`: how many channels were until then, chosen already; 0 where none are.
     """
     start, end = span
-    phase = phase_of(recipe, entry, channels, span)
+    phase = phase_of_entry(recipe, entry, channels, span)
     ranking = recipe.bottleneck.ranking_steps if recipe.bottleneck.kind == "channels" else 0
     # At least one step of the entry is left at its own width: a run that ended while ranking would have too many.
     ranking = min(ranking, end - start - 1)

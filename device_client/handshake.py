@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from common import recipe
 from common.errors import MismatchError, printable
-from common.phase_message import phase_of
+from common.phase_message import phase_of_message
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.schedule import Phase
@@ -52,7 +52,7 @@ def opened_by(reply: pb.OpenReply, trains: bool, server: str) -> Opened:
         recipe=parsed,
         text=reply.recipe,
         run_id=reply.run_id,
-        phase=phase_of(reply.phase) if reply.HasField("phase") else None,
+        phase=phase_of_message(reply.phase) if reply.HasField("phase") else None,
         head_size=reply.head_size,
         init_run_id=reply.init_run_id,
         classes=tuple(printable(name) for name in reply.classes),

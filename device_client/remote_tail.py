@@ -19,7 +19,7 @@ from common.chooser import Chooser
 from common.codecs import NOTHING, Aside, codec
 from common.errors import FrameError, TooLargeError
 from common.meter import DOWN, UP, Draft
-from common.phase_message import phase_of
+from common.phase_message import phase_of_message
 from common.pulse import STALLED_S
 from common.rpc import split_pb2 as pb
 from common.schedule import RECALLED, Phase
@@ -130,7 +130,7 @@ class RemoteTail(Connection):
         frame = self._stream.receive(draft)
         wire.check_place(frame, Place(pb.CONTROL, step, phase.index))
         done: pb.StepDone = wire.body(frame, "done")
-        following = phase_of(done.next) if done.HasField("next") else None
+        following = phase_of_message(done.next) if done.HasField("next") else None
         if following and following.from_step != step + 1:
             raise FrameError(f"a phase from step {following.from_step} was announced at step {step}")
         return StepResult(done.loss, done.correct, following, done.then, done.kept)

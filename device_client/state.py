@@ -15,7 +15,7 @@ from common.checkpoint import Checkpoint, part
 from common.errors import DataError
 from common.progress import RunningMean
 from common.run import HEAD
-from common.schedule import phase_from
+from common.schedule import phase_of_table
 from common.words import some
 from device_client.data import Dataset, Part
 
@@ -61,7 +61,7 @@ def restore(trainer: Trainer, step: int) -> Checkpoint:
     trainer.step, trainer.then, trainer.busy_s = step, kept.state["then"], kept.state["busy_s"]
     trainer.mean = RunningMean(**kept.state["mean"])
     trainer.local = kept.state["local"]
-    trainer.phases = [phase_from(table) for table in kept.state["phases"]]
+    trainer.phases = [phase_of_table(table) for table in kept.state["phases"]]
     if "basis" in kept.tensors:
         trainer.basis = kept.tensors["basis"].numpy()
         trainer.remote.keep_basis(trainer.basis)

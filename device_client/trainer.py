@@ -17,7 +17,7 @@ from common.codecs import NOTHING
 from common.errors import DataError, LinkError, MismatchError, RolledBackError, RunFolderError
 from common.inherit import adopt
 from common.metrics import metrics_line
-from common.phase_message import phase_of
+from common.phase_message import phase_of_message
 from common.processor import fits
 from common.progress import Counting, RunningMean, StepProgress, warn
 from common.recipe import Recipe
@@ -196,7 +196,7 @@ class Trainer:
                 self.basis = principal_basis(self.head, self.data.train, self.recipe, self.batch, weighted_by)
                 self.sensitivity = None
                 self.remote.send_basis(self.basis)
-            self._switch(phase_of(ready.phase))
+            self._switch(phase_of_message(ready.phase))
             self.keep()
             self.remote.meter.lap()
 
@@ -350,7 +350,7 @@ class Trainer:
         verdict = self._judge(self.data.validation, pb.VALIDATION)
         live.say(f"step {self.step}: validation loss {verdict.loss:.4f}, accuracy {verdict.accuracy:.2%}")
         if verdict.HasField("next"):
-            self._switch(phase_of(verdict.next))
+            self._switch(phase_of_message(verdict.next))
         self.then = pb.FINISH if verdict.finished else pb.STEP
         if verdict.finished:  # a device that is lost from now on does not ask again: its server may be done
             self.keep(anew=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from common.recipe import Recipe
 from common.room import FIRST, bits
-from common.schedule import RANK, Phase, ends_of, phase_of, ranked_at
+from common.schedule import RANK, Phase, ends_of, phase_of_entry, ranked_at
 
 # Steps between two judgements of a phase by what they cost; the first is after FIRST.
 _EVERY = 16
@@ -93,7 +93,7 @@ class Budget:
         self._allowed = recipe.schedule.budget_mb * 1e6 - beside.head - (_FRAMING if beside.head else 0)
         # Of each entry of the schedule: a step's load, and an evaluation's.
         self._entries = recipe.schedule.phases
-        phases = [phase_of(recipe, entry, channels) for entry in self._entries]
+        phases = [phase_of_entry(recipe, entry, channels) for entry in self._entries]
         self._step_loads = [_step_load(phase) for phase in phases]
         self._judging_loads = [_judging_load(phase) for phase in phases]
         self._channels, self._seed = channels, recipe.seed

@@ -13,7 +13,7 @@ from common.importance import rank_channels, reorder
 from common.meter import DOWN, UP, Meter
 from common.recipe import PhaseRecipe, Recipe
 from common.rpc import split_pb2 as pb
-from common.schedule import RANK, RECALL, Phase, Plateau, phase_from
+from common.schedule import RANK, RECALL, Phase, Plateau, phase_of_table
 from edge_server.budget import Budget
 
 
@@ -206,8 +206,8 @@ class Coordinator:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Stand where the coordinator stood that told this."""
-        self._upcoming = [phase_from(table) for table in state["upcoming"]]
-        self.phases = [phase_from(table) for table in state["phases"]]
+        self._upcoming = [phase_of_table(table) for table in state["upcoming"]]
+        self.phases = [phase_of_table(table) for table in state["phases"]]
         self._plateau = Plateau(**state["plateau"])
         # float32 to JSON's float64 and back is exact.
         self._scores = torch.tensor(state["scores"])
@@ -217,4 +217,4 @@ class Coordinator:
             self._budget.restore(state["budget"])
         if state["validated"]:
             step, then, phase = state["validated"]
-            self._validated = step, Decision(then, phase_from(phase) if phase else None)
+            self._validated = step, Decision(then, phase_of_table(phase) if phase else None)

@@ -22,7 +22,7 @@ from common.processor import fits
 from common.progress import RunningMean
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
-from common.schedule import RANK, RECALL, STORE, Phase, phase_from, steps_per_epoch
+from common.schedule import RANK, RECALL, STORE, Phase, phase_of_table, steps_per_epoch
 from edge_server.budget import Beside
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.judging import Judgement
@@ -269,12 +269,12 @@ class Training:
         self.test = Judgement(**state["test"]) if state["test"] else None
         self._outlived = {self.folder / name: last for name, last in state["outlived"].items()}
         step, phase_then = state["judged_in"]
-        self._judged_in = step, phase_from(phase_then)
+        self._judged_in = step, phase_of_table(phase_then)
         # The width of the step before, not the phase's: a width that is drawn for the first time goes on from it.
         self.halves.tail.norms.width = state["norms"]
         self.halves.tail.bottleneck.resize(self.phase.width, self.phase.order)
         if state["store"]:
-            phase = phase_from(state["store"])
+            phase = phase_of_table(state["store"])
             shape = self.halves.sent_shape(self.batch, phase.width)
             index = part(kept.tensors, "store")
             self.store = Store(self.folder, phase, shape, self.recipe.seed, self.store_limit, index)

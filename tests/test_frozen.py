@@ -21,7 +21,7 @@ from common import halves, models, schedule, wire
 from common.codecs import codec
 from common.errors import FrameError, ModelError, StoreError
 from common.meter import Draft
-from common.phase_message import phase_of
+from common.phase_message import phase_of_message
 from common.recipe import parse
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
@@ -254,7 +254,7 @@ def test_frames_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
 
         with pytest.raises(FrameError, match="kind store"):
             answer(recall(0, 0, 1), 0)
-        assert phase_of(answer(frames(0, 0), 0).done.next).kind == "recall"
+        assert phase_of_message(answer(frames(0, 0), 0).done.next).kind == "recall"
         for wrong in (frames(1, 1), recall(1, 1, 0)):
             with pytest.raises(FrameError, match="Recall"):
                 answer(wrong, 1)

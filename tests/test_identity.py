@@ -24,7 +24,7 @@ from benchmarks.recipes import CLASSES, recipe_text
 from common import channel, tokens, wire
 from common.channel import Access, ServerTls, connect, server_credentials
 from common.errors import AuthError, DepruneError, ForbiddenError, LinkError, SessionError
-from common.phase_message import phase_of
+from common.phase_message import phase_of_message
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.rpc_errors import from_rpc
@@ -248,7 +248,7 @@ def test_certificates_rotate_while_a_device_trains(mutual: tuple[str, Path], our
     address, folder = mutual
     device = RemoteTail(address, as_device(ours, "pi"))
     device.open(trains=True)
-    phase = phase_of(device.begin(1438, CLASSES)[0].phase)
+    phase = phase_of_message(device.begin(1438, CLASSES)[0].phase)
     first = der(ours / "server.pem")
     assert presented(address, ours) == first
 
