@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from common.codecs import codec
+from common.codecs import Codec, codec
 from common.errors import RecipeError
 from common.recipe import Recipe
 from common.schedule import ends_of, phase_of_entry, ranked_at, steps_per_epoch
@@ -13,8 +13,8 @@ from common.words import several, size
 
 # After so many steps a run is judged by what they cost.
 FIRST = 8
-# Tensors may come to less than `bits` says, where that is an estimate: a budget is only refused if this share of it is
-# over it.
+# Tensors may come to less than a codec's `bits` says, where that is an estimate: a budget is only refused if this share
+# of it is over it.
 _SURE = 0.7
 
 
@@ -54,10 +54,10 @@ def require_room(
         ranks_at = ranked_at(first, cut[0], phase.width if sent is None else sent)
         ranking = max(0, min(recipe.bottleneck.ranking_steps, steps - 1)) if ranks_at else 0
     few = max(1, min(max(FIRST, recipe.optimiser.warmup), steps - ranking))
-    codecs = phase.activation_codec, phase.gradient_codec
+    codecs = codec(phase.activation_codec), codec(phase.gradient_codec)
 
-    def parts_by(bits_of: Callable[[str], float]) -> dict[str, float]:
-        up, down = (math.prod(cut[1:]) / 8 * bits_of(name) for name in codecs)  # bytes of a channel of a picture
+    def parts_by(bits_of: Callable[[Codec], float]) -> dict[str, float]:
+        up, down = (math.prod(cut[1:]) / 8 * bits_of(chosen) for chosen in codecs)  # bytes of a channel of a picture
         down = 0.0 if first.views else down
         return {
             "the head's weights": head,
@@ -66,7 +66,7 @@ def require_room(
             several(test, "test picture"): test * phase.width * up,
         }
 
-    parts = parts_by(bits)
+    parts = parts_by(lambda chosen: chosen.bits)
     allowed, needed = recipe.schedule.budget_mb * 1e6, sum(parts.values())
     if allowed < sum(parts_by(_least_bits).values()):
         told = ", ".join(f"{size(part)} for {name}" for name, part in parts.items() if part)
@@ -76,15 +76,6 @@ def require_room(
         )
 
 
-def _least_bits(name: str) -> float:
+def _least_bits(chosen: Codec) -> float:
     """How many bits an element takes at least, on the tensors of training."""
-    return bits(name) * (1.0 if name in ("fp32", "fp16") else _SURE)
-
-
-def bits(name: str) -> float:
-    """About how many bits an element takes. With codecs that have an SNR they grow with it, as in docs/codec.md."""
-    chosen = codec(name)
-    snr = getattr(chosen, "snr", None)
-    if name == "int8":  # zstd leaves 5 to 7 of the 8, by tensor
-        return 6.0
-    return 8 * chosen.bound((1, 1, 64, 64)) / 4096 if snr is None else (snr + 6) / 10
+    return chosen.bits * (_SURE if chosen.varies else 1.0)

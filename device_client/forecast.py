@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from common import schedule
+from common.codecs import codec
 from common.recipe import Recipe
-from common.room import bits
 from common.schedule import LEARN, RANK, RECALL, Phase
 from common.tcp_info import Flow
 
@@ -108,7 +108,7 @@ class Forecast:
             seconds += count * self._computing_of(phase)
         last = phases[-1]
         judged = self._test + self._validation * ((steps - step) // self._epoch)
-        sent += judged * self._up_of_load * last.width * bits(last.activation_codec)
+        sent += judged * self._up_of_load * last.width * codec(last.activation_codec).bits
         seconds += judged * self._computing_of(last) * _FORWARD
         sent = min(sent, most)
         return Left(seconds + (sent / self._rate if self._rate else 0.0), sent)
@@ -134,6 +134,6 @@ class Forecast:
 
 def _load(phase: Phase) -> tuple[float, float]:
     """What the bytes of a step go with, up and down: channels that cross, and bits that their codecs take."""
-    up = 0.0 if phase.kind == RECALL else phase.mean_width * bits(phase.activation_codec)
-    down = phase.mean_width * bits(phase.gradient_codec) if phase.kind in (LEARN, RANK) else 0.0
+    up = 0.0 if phase.kind == RECALL else phase.mean_width * codec(phase.activation_codec).bits
+    down = phase.mean_width * codec(phase.gradient_codec).bits if phase.kind in (LEARN, RANK) else 0.0
     return up, down

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from common.codecs import codec
 from common.recipe import Recipe
-from common.room import FIRST, bits
+from common.room import FIRST
 from common.schedule import RANK, Phase, ends_of, phase_of_entry, ranked_at
 
 # Steps between two judgements of a phase by what they cost; the first is after FIRST.
@@ -42,8 +43,9 @@ class Load:
 
     def of_step(self, spent: Spent) -> tuple[float, float]:
         """Bytes up and down of a step, from what `spent` says of another load."""
-        up = self.width * bits(self.activation) / (spent.load.width * bits(spent.load.activation))
-        down = self.width * bits(self.gradient) / (spent.load.width * bits(spent.load.gradient))
+        width, before = self.width / spent.load.width, spent.load
+        up = width * codec(self.activation).bits / codec(before.activation).bits
+        down = width * codec(self.gradient).bits / codec(before.gradient).bits
         return spent.up * up, spent.down * down
 
 

@@ -331,6 +331,15 @@ def test_fp16_keeps_what_is_small_or_large_as_a_whole(size: float) -> None:
     assert 10 * np.log10(signal / noise) > 70
 
 
+@names
+def test_a_codec_knows_about_what_it_takes(name: str) -> None:
+    """Budgets and forecasts reckon by it until they have seen steps."""
+    chosen = codec(name)
+    for tensor in (activation(), gradient()):
+        takes = 8 * len(chosen.encode(tensor)) / tensor.size
+        assert 0.5 < takes / chosen.bits < 1.3 if chosen.varies else takes == pytest.approx(chosen.bits, rel=1e-4)
+
+
 def test_sizes_on_an_activation_and_a_gradient() -> None:
     up = {name: len(codec(name).encode(activation())) / activation().size for name in NAMES}
     assert up["fp32"] == 4 and up["fp16"] == pytest.approx(2, abs=1e-4)

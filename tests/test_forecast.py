@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.recipes import recipe_text
 from common import recipe, schedule
-from common.room import bits
+from common.codecs import codec
 from common.schedule import LEARN, RECALL, STORE, Phase
 from common.tcp_info import Flow
 from device_client.forecast import Forecast
@@ -29,8 +29,8 @@ class Link:
     def of(self, phase: Phase) -> tuple[float, float, float]:
         """Seconds, and bytes up and down, of a step."""
         width = sum(phase.widths) / len(phase.widths)
-        up = 0.0 if phase.kind == RECALL else width * bits(phase.activation_codec) * UNIT
-        down = 0.0 if phase.kind in (RECALL, STORE) else width * bits(phase.gradient_codec) * UNIT
+        up = 0.0 if phase.kind == RECALL else width * codec(phase.activation_codec).bits * UNIT
+        down = 0.0 if phase.kind in (RECALL, STORE) else width * codec(phase.gradient_codec).bits * UNIT
         return self.computing + (up + down) / self.rate, up, down
 
     def step(self, phase: Phase) -> tuple[float, int, int, float]:
@@ -165,5 +165,5 @@ def test_a_process_that_has_seen_recalls_alone_knows_that_later_steps_send() -> 
     for _ in range(5):
         forecast.observe(replace(recall, index=1), 1.0, 0, 0)
     left = forecast.left(150, replace(recall, index=1, steps=4 * EPOCH))
-    bits_ = bits(learn.activation_codec) + bits(learn.gradient_codec)
+    bits_ = codec(learn.activation_codec).bits + codec(learn.gradient_codec).bits
     assert left and left.bytes == pytest.approx(200 * 8 * bits_ * BATCH * 25 / 8)

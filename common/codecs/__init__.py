@@ -1,6 +1,6 @@
 """Codecs: a tensor to bytes and back. Pure: no I/O, no state, no knowledge of roles or the wire.
 
-A codec has a name, `encode`, `decode` and `bound`; add one by writing its file and its line in `_MAKERS`.
+`base.Codec` says what each has; add one by writing its file and its line in `_MAKERS`.
 """
 
 from __future__ import annotations

@@ -40,6 +40,14 @@ class Codec(Protocol):
     def exact_zeros(self) -> bool:
         """Whether an element of a tensor without negative ones is decoded to zero only if it was zero."""
 
+    @property
+    def bits(self) -> float:
+        """About how many an element takes."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether tensors of one shape take more or fewer bytes by what is in them."""
+
     def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
         """Bytes of `tensor` (float32, C order, rank 1 to 4, channels second); DivergedError where it isn't finite."""
 

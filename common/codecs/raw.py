@@ -30,6 +30,8 @@ class Fp32:
 
     name = "fp32"
     exact_zeros = True
+    bits = 32.0
+    varies = False
 
     def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
         require_finite(*_range(tensor))
@@ -52,6 +54,8 @@ class Fp16:
 
     name = "fp16"
     exact_zeros = False  # what is below 2^-40 of the largest becomes zero too
+    bits = 16.0
+    varies = False
 
     def encode(self, tensor: Tensor, aside: Aside = NOTHING) -> Buffer:
         low, high = _range(tensor)

@@ -34,6 +34,14 @@ class Step:
     def exact_zeros(self) -> bool:
         return True
 
+    @property
+    def bits(self) -> float:
+        return (self.snr + 6) / 10  # as in docs/codec.md
+
+    @property
+    def varies(self) -> bool:
+        return True
+
     def by(self, coder: str) -> Step:
         """The same with another coder."""
         return replace(self, coder=coder)
