@@ -45,9 +45,9 @@ KINDS = {
 _ROUNDS, _ENOUGH_S = 5, 0.2
 
 
-def snr_of(tensor: np.ndarray, back: np.ndarray, support: np.ndarray | None) -> float:
-    if support is not None:
-        tensor, back = tensor[support], back[support]
+def snr_of(tensor: np.ndarray, back: np.ndarray, mask: np.ndarray | None) -> float:
+    if mask is not None:
+        tensor, back = tensor[mask], back[mask]
     noise = float(np.sum((back.astype(np.float64) - tensor) ** 2))
     return float(10 * np.log10(np.sum(tensor.astype(np.float64) ** 2) / noise)) if noise else float("inf")
 
@@ -69,26 +69,26 @@ def seconds(*functions: Callable[[], Any], rounds: int = _ROUNDS) -> list[tuple[
 
 
 def symbols_of(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[np.ndarray, int]:
-    """What `step` hands to its coder, [C, B, H*W] or flat those in the support, and the symbol of zero."""
+    """What `step` hands to its coder, [C, B, H*W] or flat those in the mask, and the symbol of zero."""
     whole, flat = tensor.reshape(*tensor.shape[:2], -1), tensor.reshape(-1)
-    support = None if aside.support is None else aside.support.reshape(-1)
-    power, nonzero, _, negative = quantise.survey(flat, support)
-    if not (aside.dither or negative or aside.support is not None):
+    mask = None if aside.mask is None else aside.mask.reshape(-1)
+    power, nonzero, _, negative = quantise.survey(flat, mask)
+    if not (aside.dither or negative or aside.mask is not None):
         return quantise.unsigned(whole, quantise.step_of(power, nonzero, snr))[0], 0
-    count = tensor.size if support is None else int(np.count_nonzero(support))
+    count = tensor.size if mask is None else int(np.count_nonzero(mask))
     step, drawn = quantise.step_of(power, count, snr), dither.numbers(aside.dither, count) if aside.dither else None
-    if support is None:
+    if mask is None:
         return quantise.signed(whole, step, drawn)[0], quantise.SIGNED_ZERO
-    return quantise.signed_within(flat, support, count, step, drawn)[0], quantise.SIGNED_ZERO
+    return quantise.signed_within(flat, mask, count, step, drawn)[0], quantise.SIGNED_ZERO
 
 
 def entropies(tensor: np.ndarray, snr: float, aside: Aside) -> tuple[float, float]:
     """Bytes an element of the quantised symbols: each by itself, and given how large those left and above are."""
     symbols, zero = symbols_of(tensor, snr, aside)
-    maps = as_maps(symbols, tensor.shape, aside.support, zero)
+    maps = as_maps(symbols, tensor.shape, aside.mask, zero)
     sizes = np.pad(np.minimum(np.abs(maps.astype(np.int32) - zero), 15), ((0, 0), (0, 0), (1, 0), (1, 0)))
     around = 16 * sizes[:, :, 1:, :-1] + sizes[:, :, :-1, 1:]
-    mask, _ = beside(tensor.shape, aside.support, None)
+    mask, _ = beside(tensor.shape, aside.mask, None)
     sent = slice(None) if mask is None else mask.reshape(-1)
     pairs = np.bincount((256 * around + maps).reshape(-1)[sent], minlength=1 << 16).reshape(256, 256)
     return tuple(bits(counts) / 8 / tensor.size for counts in (pairs.sum(axis=0, keepdims=True), pairs))  # type: ignore[return-value]
@@ -111,7 +111,7 @@ def ours(
         rounds=rounds,
     )  # fmt: skip
     return {
-        "snr_db": snr_of(tensor, back, aside.support), "bytes_per_element": len(payload) / tensor.size,
+        "snr_db": snr_of(tensor, back, aside.mask), "bytes_per_element": len(payload) / tensor.size,
         "encode_mb_s": tensor.nbytes / encode / 1e6, "decode_mb_s": tensor.nbytes / decode / 1e6,
     }, others  # fmt: skip
 
@@ -136,7 +136,7 @@ def at_snr(tensor: np.ndarray, wanted: float, aside: Aside) -> dict[str, float]:
     for _ in range(9):
         middle = (low + high) / 2
         fast = Step("step", middle)
-        reached = snr_of(tensor, fast.decode(fast.encode(tensor, aside), tensor.shape, aside), aside.support)
+        reached = snr_of(tensor, fast.decode(fast.encode(tensor, aside), tensor.shape, aside), aside.mask)
         low, high = (middle, high) if reached < wanted else (low, middle)
     return {
         f"{coder}_at_this_snr": len(Step(coder, high).encode(tensor, aside)) / tensor.size
@@ -155,7 +155,7 @@ def measure(name: str, tensor: np.ndarray, aside: Aside, levels: tuple[int, ...]
             ("context", ours(tensor, Step("context", snr), aside)[0]),
         ):
             rows.append({"tensor": name, "codec": f"{coder}:{snr}"} | row | entropy)
-    if aside.support is not None:
+    if aside.mask is not None:
         for snr in levels:
             row = ours(tensor, Step("step", snr), Aside(aside.dither))[0]
             rows.append(
@@ -167,7 +167,7 @@ def measure(name: str, tensor: np.ndarray, aside: Aside, levels: tuple[int, ...]
     for peer, send in peers.PEERS.items():
         [(encode, (data, back))] = seconds(lambda send=send: send(tensor), rounds=1)
         row = {
-            "tensor": name, "codec": peer, "snr_db": snr_of(tensor, back, aside.support),
+            "tensor": name, "codec": peer, "snr_db": snr_of(tensor, back, aside.mask),
             "bytes_per_element": len(data) / tensor.size, "encode_mb_s": tensor.nbytes / encode / 1e6,
             "decode_mb_s": None, "with_zstd": len(peers.with_zstd(send)(tensor)[0]) / tensor.size,
         }  # fmt: skip

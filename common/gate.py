@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from common.codecs import codec
-from common.codecs.base import Aside, Support
+from common.codecs.base import Aside, Mask
 from common.rpc import split_pb2 as pb
 from common.schedule import Phase
 
@@ -33,7 +33,7 @@ _HANDING_ON = {
 class Gate:
     rectified: bool  # whether what crosses the link comes out of a ReLU
 
-    def support(self, sent: np.ndarray, phase: Phase) -> Support | None:
+    def mask(self, sent: np.ndarray, phase: Phase) -> Mask | None:
         """Where the activation [B, width, ...] needs a gradient; None: everywhere.
 
         The same on both sides only if the codec hands on which elements are zero.
@@ -44,7 +44,7 @@ class Gate:
     def aside(self, seed: int, step: int, sent: np.ndarray, phase: Phase) -> Aside:
         """What both sides know of the gradient that answers a step's activation, `sent` [B, width, ...]: the device as
         it encodes it, the server as it has decoded it."""
-        return Aside((seed, step, pb.GRADIENT), self.support(sent, phase))
+        return Aside((seed, step, pb.GRADIENT), self.mask(sent, phase))
 
 
 def rectified(head: fx.GraphModule) -> bool:

@@ -1,6 +1,6 @@
 """`make fuzz`: atheris throws bytes at the decoders; anything but a CodecError or a sound tensor is a crash.
 
-The first byte chooses codec, shape and what is agreed on aside; the rest is the payload. The checksum of the support is
+The first byte chooses codec, shape and what is agreed on aside; the rest is the payload. The checksum of the mask is
 put right before decoding, for no fuzzer guesses it. The corpus starts with a real payload of each choice and grows in
 fuzz/corpus. A first byte from 128 on makes a payload whose frames are sound, with the bytes inside.
 """
@@ -58,10 +58,10 @@ def write_corpus() -> None:
 
 
 def mended(given: bytes, name: str, aside: Aside) -> bytes:
-    """`given` with the checksum of the support put right, which no fuzzer guesses."""
-    if ":" not in name or len(given) < 14 or aside.support is None or given[0] & 3 < 2:
+    """`given` with the checksum of the mask put right, which no fuzzer guesses."""
+    if ":" not in name or len(given) < 14 or aside.mask is None or given[0] & 3 < 2:
         return given
-    checksum = struct.pack("<I", zlib.crc32(np.packbits(aside.support.reshape(-1)).data))
+    checksum = struct.pack("<I", zlib.crc32(np.packbits(aside.mask.reshape(-1)).data))
     return given[:10] + checksum + given[14:]
 
 
@@ -74,8 +74,8 @@ def inside(data: bytes, name: str, aside: Aside, shape: tuple[int, ...]) -> byte
 
     With every second one escapes and outliers are as many as it says.
     """
-    flags = (12 if aside.dither else data[0] & 4) | (20 if aside.support is not None else 0)
-    count = int(np.count_nonzero(aside.support)) if aside.support is not None else math.prod(shape)
+    flags = (12 if aside.dither else data[0] & 4) | (20 if aside.mask is not None else 0)
+    count = int(np.count_nonzero(aside.mask)) if aside.mask is not None else math.prod(shape)
     level, outliers = 0 if flags & 4 else max(1, data[1]), data[1] % 4
     if name != "step:12":
         return struct.pack("<BfBII", 3 | flags, 0.5, level, outliers, 0) + data[:4] * outliers + data[4:]

@@ -49,9 +49,9 @@ def large(draw: st.DrawFn) -> np.ndarray:
 
 
 def asides(name: str, tensor: np.ndarray) -> list[Aside]:
-    """Without anything aside, with dither, with a support, with both."""
-    support = tensor > 0
-    return [NOTHING, Aside((1, 2, 3)), Aside(None, support), Aside((1, 2, 3), support)] if ":" in name else [NOTHING]
+    """Without anything aside, with dither, with a mask, with both."""
+    mask = tensor > 0
+    return [NOTHING, Aside((1, 2, 3)), Aside(None, mask), Aside((1, 2, 3), mask)] if ":" in name else [NOTHING]
 
 
 def allowed_error(name: str, tensor: np.ndarray, aside: Aside) -> np.ndarray | float:
@@ -65,7 +65,7 @@ def allowed_error(name: str, tensor: np.ndarray, aside: Aside) -> np.ndarray | f
     if name == "int8":
         axes = tuple(axis for axis in range(tensor.ndim) if axis != 1 or tensor.ndim == 1)
         return np.broadcast_to(magnitude.max(axis=axes, keepdims=True, initial=0) / 127 * 0.5001 + 2e-35, tensor.shape)
-    sent = tensor if aside.support is None else tensor[aside.support]
+    sent = tensor if aside.mask is None else tensor[aside.mask]
     unsigned = bool(np.all(tensor >= 0)) and (aside.dither is None or name.endswith("nearest"))
     noisy = np.count_nonzero(sent) if unsigned else sent.size
     step = np.sqrt(12 * float(np.sum(sent**2)) / max(1, noisy)) * 10 ** (-codec(name).snr / 20)  # type: ignore[attr-defined]
@@ -83,9 +83,9 @@ def test_round_trip(name: str, tensor: np.ndarray) -> None:
         back = codec(name).decode(payload, tensor.shape, aside)
         assert back.shape == tensor.shape and back.dtype == np.float32
         exact, off = tensor.astype(np.float64), np.abs(back.astype(np.float64) - tensor)
-        if aside.support is not None and not np.array_equal(back, tensor):  # raw forms hand on everything
-            assert np.all(back[~aside.support] == 0)
-            off = np.where(aside.support, off, 0)
+        if aside.mask is not None and not np.array_equal(back, tensor):  # raw forms hand on everything
+            assert np.all(back[~aside.mask] == 0)
+            off = np.where(aside.mask, off, 0)
         assert np.all(off <= allowed_error(name, exact, aside))
         if aside.dither is None:
             assert np.all(back[tensor == 0] == 0)
@@ -208,7 +208,7 @@ def test_dither_is_a_function_of_its_seed_alone() -> None:
     payloads = {seed: bytes(codec("step:10").encode(tensor, Aside(seed))) for seed in [(0, 0, 3), (0, 1, 3), (1, 0, 3)]}
     assert len(set(payloads.values())) == 3
     assert payloads[0, 0, 3] == codec("step:10").encode(tensor, Aside((0, 0, 3)))
-    with pytest.raises(CodecError, match="differ in dither or support"):
+    with pytest.raises(CodecError, match="differ in dither or mask"):
         codec("step:10").decode(payloads[0, 0, 3], tensor.shape)
 
 
@@ -232,9 +232,9 @@ def test_dither_is_splitmix64_with_a_number_in_each_quarter() -> None:
     assert np.all(np.bincount(quarters[:, 0, 0], minlength=4) > 4), "which begins is drawn"
 
 
-@pytest.mark.parametrize("support", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("dithered", [False, True])
-def test_what_lies_at_the_edge_of_the_symbols_is_one_or_an_outlier(support: bool, dithered: bool) -> None:
+def test_what_lies_at_the_edge_of_the_symbols_is_one_or_an_outlier(mask: bool, dithered: bool) -> None:
     """Within float32's rounding of 127.5 steps, where adding and flooring may disagree by one."""
     edges = np.float32([-128.5, -128, -127.5, -127, 126.5, 127, 127.5, 128, 128.5])
     for _ in range(3):
@@ -242,7 +242,7 @@ def test_what_lies_at_the_edge_of_the_symbols_is_one_or_an_outlier(support: bool
     noise = dither.numbers((0, 0, 3), edges.size * 64) if dithered else None
     tensor = np.tile(edges, 64)
     everywhere, back = np.ones(tensor.size, np.bool_), np.empty_like(tensor)
-    if support:
+    if mask:
         symbols, outliers = quantise.signed_within(tensor, everywhere, tensor.size, np.float32(1), noise)
         quantise.restore_within(symbols, outliers, np.float32(1), noise, everywhere, back)
     else:
@@ -272,13 +272,13 @@ def test_symbols_are_packed_as_small_as_either_way(spread: float, zero: int) -> 
 def test_outside_a_support_there_is_nothing(name: str) -> None:
     """Whatever form a payload has: coded, raw because it is small or odd, or none where all that is sent is zero."""
     for shape, scale in (((2, 8, 4, 2), 1.0), ((2, 8, 9, 9), 1.0), ((2, 8, 9, 9), 1e-42), ((2, 8, 9, 9), 0.0)):
-        support = np.arange(np.prod(shape)).reshape(shape) % 3 > 0
-        support.flags.writeable = False
-        tensor = np.where(support, np.float32(scale), np.float32(1))
-        payload = codec(name).encode(tensor, Aside(None, support))
+        mask = np.arange(np.prod(shape)).reshape(shape) % 3 > 0
+        mask.flags.writeable = False
+        tensor = np.where(mask, np.float32(scale), np.float32(1))
+        payload = codec(name).encode(tensor, Aside(None, mask))
         assert scale or len(payload) < 20
-        back = codec(name).decode(payload, shape, Aside(None, support))
-        assert not back[~support].any() and np.allclose(back[support], scale, rtol=1)
+        back = codec(name).decode(payload, shape, Aside(None, mask))
+        assert not back[~mask].any() and np.allclose(back[mask], scale, rtol=1)
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -295,7 +295,7 @@ GATED = np.arange(16 * 8 * 16 * 16).reshape(16, 8, 16, 16) * 7919 % 251 > 96
     ],
 )
 def test_payloads_mean_the_same_on_every_platform_and_release(name: str, aside: Aside, digest: str) -> None:
-    """Recorded payloads, dithered and with a support, and of an activation: who changes their meaning must change the
+    """Recorded payloads, dithered and with a mask, and of an activation: who changes their meaning must change the
     protocol's version."""
     payload = (GOLDEN / f"{name.replace(':', '-')}.bin").read_bytes()
     back = codec(name).decode(payload, GATED.shape, aside)
@@ -345,9 +345,9 @@ def test_sizes_on_an_activation_and_a_gradient() -> None:
     assert up["fp32"] == 4 and up["fp16"] == pytest.approx(2, abs=1e-4)
     assert up["step:30"] < 0.8 * up["int8"] and up["step:5"] < 0.18
     assert up["context:30"] < 0.95 * up["step:30"] and up["context:5"] < up["step:5"]
-    support = np.random.default_rng(2).random(gradient().shape) < 0.5
+    mask = np.random.default_rng(2).random(gradient().shape) < 0.5
     full = len(codec("step:10").encode(gradient(), Aside((0, 0, 3))))
-    half = len(codec("step:10").encode(gradient(), Aside((0, 0, 3), support)))
+    half = len(codec("step:10").encode(gradient(), Aside((0, 0, 3), mask)))
     assert half < 0.6 * full
 
 

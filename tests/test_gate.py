@@ -47,11 +47,11 @@ def test_the_heads_gradient_does_not_need_them(name: str, cut: str, gated: bool)
     pictures = torch.randn(4, *INPUT)
     activation = head(pictures)
     gradient = torch.randn_like(activation)
-    support = torch.from_numpy(Gate(True).support(activation.detach().numpy(), phase("step:15")))
+    mask = torch.from_numpy(Gate(True).mask(activation.detach().numpy(), phase("step:15")))
     if gated:
-        assert 0.05 < support.float().mean() < 0.95
+        assert 0.05 < mask.float().mean() < 0.95
     whole = head_gradients(head, pictures, gradient)
-    part = head_gradients(head, pictures, gradient * (support if gated else (activation > 0)))
+    part = head_gradients(head, pictures, gradient * (mask if gated else (activation > 0)))
     assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=True)) is gated
 
 
@@ -103,7 +103,7 @@ def test_each_steps_gradient_is_rounded_by_draws_of_its_own() -> None:
 def test_no_support_where_the_codec_makes_zeros_of_its_own() -> None:
     """int8 rounds small values to zero: the two sides would not agree on the places."""
     sent = np.zeros((1, 1, 2, 2), np.float32)
-    assert Gate(True).support(sent, phase("int8")) is None and Gate(True).support(sent, phase("fp16")) is None
-    assert Gate(False).support(sent, phase("step:15")) is None
+    assert Gate(True).mask(sent, phase("int8")) is None and Gate(True).mask(sent, phase("fp16")) is None
+    assert Gate(False).mask(sent, phase("step:15")) is None
     for name in ("fp32", "step:15", "auto:5"):
-        assert Gate(True).support(sent, phase(name)) is not None
+        assert Gate(True).mask(sent, phase(name)) is not None

@@ -101,7 +101,7 @@ def test_another_mask_or_dither_than_was_agreed_on(name: str) -> None:
 def test_a_support_of_another_size_is_refused(name: str, size: int) -> None:
     """Compiled loops go by the tensor's size: another would have them read and write anywhere."""
     other = Aside((1, 2, 3), np.ones(size, np.bool_))
-    with pytest.raises(CodecError, match=f"a support of {size} elements"):
+    with pytest.raises(CodecError, match=f"a mask of {size} elements"):
         codec(name).encode(np.ones(SHAPE, np.float32), other)
     assert not survives(name, payload(name, DITHERED), aside=other)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from common.errors import CodecError, DivergedError
 
 Tensor = NDArray[np.float32]
-Support = NDArray[np.bool_]
+Mask = NDArray[np.bool_]
 Buffer = bytes | bytearray | memoryview
 
 
@@ -21,11 +21,11 @@ class Aside:
     """What both sides know without sending it; encoder and decoder must be given the same.
 
     `dither` seeds the random numbers that make rounding unbiased: (seed of the run, step, role); None rounds to
-    nearest. `support` [B, C, ...] is true where the receiver needs a value: elsewhere it gets zero.
+    nearest. `mask` [B, C, ...] is true where the receiver needs a value: elsewhere it gets zero.
     """
 
     dither: tuple[int, int, int] | None = None
-    support: Support | None = None
+    mask: Mask | None = None
 
 
 NOTHING = Aside()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from common.codecs import mixing
-from common.codecs.base import Buffer, Support
+from common.codecs.base import Buffer, Mask
 from common.codecs.mixing import PARENTS
 from common.codecs.quantise import Symbols
 from common.errors import CodecError
@@ -89,10 +89,8 @@ def _flat(part: Array | None) -> Array:
     return _NONE if part is None else np.ascontiguousarray(part).reshape(-1).view(np.uint8)
 
 
-def encode(
-    maps: Symbols, zero: int, most: int, support: Support | None = None, drawn: Array | None = None
-) -> bytes | None:
-    """Bytes of symbols [C, B, H, W], most of which are near `zero`; of those alone where `support` is true, if given.
+def encode(maps: Symbols, zero: int, most: int, mask: Mask | None = None, drawn: Array | None = None) -> bytes | None:
+    """Bytes of symbols [C, B, H, W], most of which are near `zero`; of those alone where `mask` is true, if given.
     None where they would be more than `most`.
 
     `drawn`: the numbers that dithered the symbols, in 16ths of their range.
@@ -102,14 +100,12 @@ def encode(
     parents = _likest(maps, zero)
     lineage = _pack_lineage(parents)
     data = np.empty(max(0, most - len(lineage)), np.uint8)
-    size = mixing.code(maps.reshape(-1), shape, zero, _flat(support), _flat(drawn), parents, data, False)
+    size = mixing.code(maps.reshape(-1), shape, zero, _flat(mask), _flat(drawn), parents, data, False)
     return None if size < 0 else lineage + data[:size].tobytes()
 
 
-def decode(
-    data: Buffer, shape: Shape, zero: int, support: Support | None = None, drawn: Array | None = None
-) -> Symbols:
-    """Symbols [C, B, H, W]; `zero` outside `support`. CodecError where `data` holds anything else."""
+def decode(data: Buffer, shape: Shape, zero: int, mask: Mask | None = None, drawn: Array | None = None) -> Symbols:
+    """Symbols [C, B, H, W]; `zero` outside `mask`. CodecError where `data` holds anything else."""
     planes = _planes(shape)
     start = _lineage_size(planes[0])
     if len(data) < start:
@@ -117,7 +113,7 @@ def decode(
     parents = _unpack_lineage(bytes(data[:start]), planes[0])
     coded = np.frombuffer(data, np.uint8)[start:].copy()
     symbols = np.full(prod(shape), zero, np.uint8)
-    size = mixing.code(symbols, planes, zero, _flat(support), _flat(drawn), parents, coded, True)
+    size = mixing.code(symbols, planes, zero, _flat(mask), _flat(drawn), parents, coded, True)
     if size != len(coded):
         raise CodecError("the coded symbols do not end where they should: they are damaged")
     return symbols.reshape(shape)

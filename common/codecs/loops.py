@@ -17,7 +17,7 @@ from common.codecs.compiled import kept
 Array = NDArray[Any]
 OUTLIER = np.uint8(255)  # the symbol of what has none; codecs/quantise.py says what it means
 UNIT = np.float32(2**-16)  # of the numbers that dither
-_HALF = np.float32(0.5)  # the noise that rounds to nearest
+_HALF = np.float32(0.5)  # the dither that rounds to nearest
 _BLOCK = 4096  # elements that one loop takes from another, so that they never leave the cache; eight divide it
 # Times this, eight bytes that are 0 or 1 become the sums of each and those below it.
 _SUMS = np.uint64(0x0101010101010101)
@@ -87,17 +87,17 @@ def _outlying(symbols: Array, places: Array) -> bool:
 
 
 @numba.njit(nogil=True)
-def _symbol(steps: float, noise: float) -> int:
-    """The symbol of so many steps: floor(x + 1/2) is nearest, floor(x + noise) up as often as makes the mean right."""
+def _symbol(steps: float, dither: float) -> int:
+    """The symbol of so many steps: floor(x + 1/2) is nearest, floor(x + dither) up as often as makes the mean right."""
     # One step too high at first, so that truncating is the floor; what is then below zero is a very large uint32.
-    whole = np.int32(steps + noise + np.float32(128))
+    whole = np.int32(steps + dither + np.float32(128))
     return np.uint8(min(np.uint32(whole - np.int32(1)), np.uint32(255)))
 
 
 @numba.njit(nogil=True)
-def _steps(symbol: int, noise: float) -> float:
-    """Where a symbol lies, in steps, with the noise that was added taken off again."""
-    return np.float32(symbol) - np.float32(127) + np.float32(0.5) - noise
+def _steps(symbol: int, dither: float) -> float:
+    """Where a symbol lies, in steps, with the dither that was added taken off again."""
+    return np.float32(symbol) - np.float32(127) + np.float32(0.5) - dither
 
 
 @kept("Tuple((f8, i8, u4, u4))(f4[::1], u1[::1])", fastmath={"reassoc"})  # sums may be in any order
@@ -147,17 +147,17 @@ def unsigned(tensor: Array, inverse: float, symbols: Array) -> float:
 
 
 @kept("void(f4[:, :, ::1], f4, u2[::1], u1[:, :, ::1])")
-def signed(tensor: Array, inverse: float, noise: Array, symbols: Array) -> None:
-    """Symbols of elements rounded by `noise`, in the order of sending, or to nearest where that is empty; 255 for
+def signed(tensor: Array, inverse: float, drawn: Array, symbols: Array) -> None:
+    """Symbols of elements rounded by `drawn`, in the order of sending, or to nearest where that is empty; 255 for
     outliers."""
     batch, channels, rest = tensor.shape
     for channel in range(channels):
         for picture in range(batch):
             first = (channel * batch + picture) * rest
-            if len(noise):
+            if len(drawn):
                 for at in range(rest):
-                    drawn = np.float32(noise[first + at]) * UNIT
-                    symbols[channel, picture, at] = _symbol(tensor[picture, channel, at] * inverse, drawn)
+                    dither = np.float32(drawn[first + at]) * UNIT
+                    symbols[channel, picture, at] = _symbol(tensor[picture, channel, at] * inverse, dither)
             else:
                 for at in range(rest):
                     symbols[channel, picture, at] = _symbol(tensor[picture, channel, at] * inverse, _HALF)
@@ -176,17 +176,17 @@ def outliers(tensor: Array, symbols: Array, far: Array) -> int:
 
 
 @kept("i8(f4[::1], u1[::1], f4, u2[::1], u1[::1], f4[::1])")
-def signed_within(tensor: Array, mask: Array, inverse: float, noise: Array, symbols: Array, far: Array) -> int:
+def signed_within(tensor: Array, mask: Array, inverse: float, drawn: Array, symbols: Array, far: Array) -> int:
     """As `signed` and `outliers`, of the elements where `mask` is 1, in the order of memory."""
     values, places = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.uint8)
     done, outliers = 0, 0
     for first in range(0, len(tensor), _BLOCK):
         count = np.int64(_pick(tensor[first : first + _BLOCK], mask[first : first + _BLOCK], values))
         target = symbols[done : done + count]
-        drawn = noise[done : done + count]
-        if len(noise):
+        numbers = drawn[done : done + count]
+        if len(drawn):
             for at in range(count):
-                target[at] = _symbol(values[at] * inverse, np.float32(drawn[at]) * UNIT)
+                target[at] = _symbol(values[at] * inverse, np.float32(numbers[at]) * UNIT)
         else:
             for at in range(count):
                 target[at] = _symbol(values[at] * inverse, _HALF)
@@ -209,16 +209,16 @@ def restore_unsigned(symbols: Array, step: float, below: float, tensor: Array) -
 
 
 @kept("void(u1[:, :, ::1], f4, u2[::1], f4[:, :, ::1])")
-def restore_signed(symbols: Array, step: float, noise: Array, tensor: Array) -> None:
-    """The symbols' values, with the `noise` that was added taken off again."""
+def restore_signed(symbols: Array, step: float, drawn: Array, tensor: Array) -> None:
+    """The symbols' values, with the `drawn` that was added taken off again."""
     batch, channels, rest = tensor.shape
     for channel in range(channels):
         for picture in range(batch):
             first = (channel * batch + picture) * rest
-            if len(noise):
+            if len(drawn):
                 for at in range(rest):
-                    drawn = np.float32(noise[first + at]) * UNIT
-                    tensor[picture, channel, at] = _steps(symbols[channel, picture, at], drawn) * step
+                    dither = np.float32(drawn[first + at]) * UNIT
+                    tensor[picture, channel, at] = _steps(symbols[channel, picture, at], dither) * step
             else:
                 for at in range(rest):
                     tensor[picture, channel, at] = _steps(symbols[channel, picture, at], _HALF) * step
@@ -236,7 +236,7 @@ def restore_outliers(symbols: Array, far: Array, tensor: Array) -> None:
 
 
 @kept("void(u1[::1], f4, u2[::1], u1[::1], f4[::1], f4[::1])")
-def restore_within(symbols: Array, step: float, noise: Array, mask: Array, far: Array, tensor: Array) -> None:
+def restore_within(symbols: Array, step: float, drawn: Array, mask: Array, far: Array, tensor: Array) -> None:
     """As `restore_signed` and `restore_outliers`, of symbols of the elements where `mask` is 1; zeros where it is 0."""
     values, places = np.empty(_BLOCK + 1, np.float32), np.empty(_BLOCK, np.uint8)
     done, outliers = 0, 0
@@ -245,10 +245,10 @@ def restore_within(symbols: Array, step: float, noise: Array, mask: Array, far: 
         for at in range(len(chosen)):
             count += np.int64(chosen[at])
         source = symbols[done : done + count]
-        drawn = noise[done : done + count]
-        if len(noise):
+        numbers = drawn[done : done + count]
+        if len(drawn):
             for at in range(count):
-                values[at] = _steps(source[at], np.float32(drawn[at]) * UNIT) * step
+                values[at] = _steps(source[at], np.float32(numbers[at]) * UNIT) * step
         else:
             for at in range(count):
                 values[at] = _steps(source[at], _HALF) * step
@@ -277,11 +277,11 @@ def draw(start: int, words: Array) -> None:
 
 
 @kept("void(u1[::1], u2[::1], u1[:, ::1])")
-def apart(symbols: Array, noise: Array, parts: Array) -> None:
+def apart(symbols: Array, drawn: Array, parts: Array) -> None:
     """Symbols, of which there are whole rows of 1024, to the four rows of `parts` by the quarter of the range in which
     their numbers lie."""
     for row in range(len(symbols) // 1024):
-        words, first = symbols[1024 * row : 1024 * (row + 1)].view(np.uint32), np.uint32(noise[1024 * row] >> 14)
+        words, first = symbols[1024 * row : 1024 * (row + 1)].view(np.uint32), np.uint32(drawn[1024 * row] >> 14)
         for quarter in range(4):
             shift = np.uint32(8) * (np.uint32(quarter) - first & np.uint32(3))
             part = parts[quarter, 256 * row : 256 * (row + 1)]
@@ -290,10 +290,10 @@ def apart(symbols: Array, noise: Array, parts: Array) -> None:
 
 
 @kept("void(u1[:, ::1], u2[::1], u1[::1])")
-def together(parts: Array, noise: Array, symbols: Array) -> None:
+def together(parts: Array, drawn: Array, symbols: Array) -> None:
     """The opposite."""
     for row in range(len(symbols) // 1024):
-        words, first = symbols[1024 * row : 1024 * (row + 1)].view(np.uint32), np.uint32(noise[1024 * row] >> 14)
+        words, first = symbols[1024 * row : 1024 * (row + 1)].view(np.uint32), np.uint32(drawn[1024 * row] >> 14)
         words[:] = 0
         for quarter in range(4):
             shift = np.uint32(8) * (np.uint32(quarter) - first & np.uint32(3))

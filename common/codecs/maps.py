@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.codecs.base import Support, grid
+from common.codecs.base import Mask, grid
 from common.codecs.dither import Numbers
 from common.codecs.quantise import Symbols
 
@@ -31,21 +31,19 @@ def in_order_of_memory(maps: Symbols, shape: tuple[int, ...]) -> Symbols:
     return maps.reshape(channels, batch, rest).transpose(1, 0, 2).reshape(-1)
 
 
-def as_maps(symbols: Symbols, shape: tuple[int, ...], support: Support | None, zero: int) -> Symbols:
+def as_maps(symbols: Symbols, shape: tuple[int, ...], mask: Mask | None, zero: int) -> Symbols:
     """Symbols in sending order as maps."""
-    if support is None:
+    if mask is None:
         return symbols.reshape(map_shape(shape))
     spread = np.full(math.prod(shape), zero, np.uint8)
-    spread[np.flatnonzero(support)] = symbols.reshape(-1)
+    spread[np.flatnonzero(mask)] = symbols.reshape(-1)
     return _maps_of(spread, shape)
 
 
-def beside(
-    shape: tuple[int, ...], support: Support | None, drawn: Numbers | None
-) -> tuple[Support | None, Symbols | None]:
-    """As maps: the support, and the numbers drawn in 16ths of their range."""
-    mask = None if support is None else _maps_of(support, shape)
+def beside(shape: tuple[int, ...], mask: Mask | None, drawn: Numbers | None) -> tuple[Mask | None, Symbols | None]:
+    """As maps: the mask, and the numbers drawn in 16ths of their range."""
+    spread = None if mask is None else _maps_of(mask, shape)
     if drawn is None:
-        return mask, None
-    count = math.prod(shape) if support is None else int(np.count_nonzero(support))
-    return mask, as_maps((drawn[:count] >> 12).astype(np.uint8), shape, support, 0)
+        return spread, None
+    count = math.prod(shape) if mask is None else int(np.count_nonzero(mask))
+    return spread, as_maps((drawn[:count] >> 12).astype(np.uint8), shape, mask, 0)

@@ -42,8 +42,8 @@ def _split(parts: list[Symbols], digits: int, zero: int) -> tuple[list[Symbols],
     return packed, [part[:count].tobytes() for part, count in zip(escapes, counts, strict=True)]
 
 
-def encode(parts: list[Symbols], zero: int, tail: bytes = b"") -> bytes:
-    """Bytes of flat symbols, most of which are near `zero`, and of `tail`, which is small.
+def encode(parts: list[Symbols], zero: int, listed: bytes = b"") -> bytes:
+    """Bytes of flat symbols, most of which are near `zero`, and of `listed`, which is small.
 
     Each part is coded by itself; all are of one size, which four divides if there are several.
     """
@@ -52,12 +52,12 @@ def encode(parts: list[Symbols], zero: int, tail: bytes = b"") -> bytes:
     if sum(map(len, escapes)) > _FEW_ESCAPES * sum(map(len, parts)):
         digits = 2
         packed, escapes = _split(parts, digits, zero)
-    rest = b"".join((*escapes, tail))
-    return _HEADER.pack(digits, len(rest) - len(tail)) + frame.compress(*packed, *([rest] if rest else []))
+    rest = b"".join((*escapes, listed))
+    return _HEADER.pack(digits, len(rest) - len(listed)) + frame.compress(*packed, *([rest] if rest else []))
 
 
-def decode(data: Buffer, count: int, zero: int, tail: int) -> tuple[Symbols, bytes]:
-    """`count` symbols of all parts and `tail` bytes; CodecError where `data` holds anything else."""
+def decode(data: Buffer, count: int, zero: int, listed: int) -> tuple[Symbols, bytes]:
+    """`count` symbols of all parts and `listed` bytes; CodecError where `data` holds anything else."""
     view = memoryview(data)
     if len(view) < _HEADER.size:
         raise CodecError("the symbols' header is cut short")
@@ -65,7 +65,7 @@ def decode(data: Buffer, count: int, zero: int, tail: int) -> tuple[Symbols, byt
     if digits not in _WORDS or escaped > count:
         raise CodecError(f"{escaped} escapes at {digits} digits a byte do not fit {count} symbols")
     size, bits = -(-count // digits), 8 // digits
-    body = np.frombuffer(frame.decompress(view[_HEADER.size :], size + escaped + tail), np.uint8)
+    body = np.frombuffer(frame.decompress(view[_HEADER.size :], size + escaped + listed), np.uint8)
     packed, escapes, rest = body[:size], body[size : size + escaped], body[size + escaped :].tobytes()
     # A byte's digits all at once, from a table of 256 words.
     table = (np.arange(256)[:, None] >> bits * np.arange(digits) & _escape(digits)).astype(np.uint8)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.codecs import dither, pack, quantise
-from common.codecs.base import Aside, Buffer, Support, Tensor, grid, require_finite
+from common.codecs.base import Aside, Buffer, Mask, Tensor, grid, require_finite
 from common.codecs.dither import Numbers
 from common.codecs.maps import as_maps, beside, in_order_of_memory, map_shape
 from common.codecs.quantise import Steps, Symbols
@@ -26,7 +26,7 @@ _SMALL = 256
 # Steps outside are not safe to divide by, or to multiply with, in float32: such a tensor goes as it is.
 _LEAST, _MOST, _FURTHEST = 1e-36, 1e28, 2.0**30
 _RAW, _ZEROS, _PACKED, _CONTEXT = range(4)
-_SIGNED, _DITHERED, _SUPPORTED = 4, 8, 16
+_SIGNED, _DITHERED, _MASKED = 4, 8, 16
 _UNCODED = Fp32()
 
 
@@ -39,44 +39,42 @@ def load_context() -> Any:
 
 def _flags(aside: Aside) -> int:
     """The flags that follow from what both sides know."""
-    return (_DITHERED if aside.dither else 0) | (_SUPPORTED if aside.support is not None else 0)
+    return (_DITHERED if aside.dither else 0) | (_MASKED if aside.mask is not None else 0)
 
 
 def encode(tensor: Tensor, aside: Aside, snr: float, by_context: bool) -> Buffer:
     """The payload of `tensor` at `snr` dB, coded by `context` where that is asked for and smaller."""
     tensor = np.require(tensor, np.float32, ["C", "A", "W"])  # as compiled loops take them
-    flat, support, level = tensor.reshape(-1), _flat(aside.support, tensor.size), 0
-    power, nonzero, most, negative = quantise.survey(flat, support)
+    flat, mask, level = tensor.reshape(-1), _flat(aside.mask, tensor.size), 0
+    power, nonzero, most, negative = quantise.survey(flat, mask)
     require_finite(most, most)
-    count = tensor.size if support is None else int(np.count_nonzero(support))
-    if not count or not most:
+    if not power:
         return HEADER.pack(_ZEROS, 0, 0, 0, 0)
+    count = tensor.size if mask is None else int(np.count_nonzero(mask))
     flags = _flags(aside)
     flags |= _SIGNED if flags or negative else 0
     # Where nothing is negative, elements that are zero stay exactly zero. They have no rounding noise, so the others
     # may have more for the same SNR.
     step = quantise.step_of(power, count if flags & _SIGNED else nonzero, snr)
-    if support is not None and not step and not np.any(flat[support]):
-        return HEADER.pack(_ZEROS, 0, 0, 0, 0)
     if tensor.size < _SMALL or not _LEAST < step < _MOST or most > float(step) * _FURTHEST:
         return _raw(tensor)
     drawn = _drawn(aside, count)
-    if support is not None:
-        symbols, outliers = quantise.signed_within(flat, support, count, step, drawn)
+    if mask is not None:
+        symbols, outliers = quantise.signed_within(flat, mask, count, step, drawn)
     elif flags & _SIGNED:
         symbols, outliers = quantise.signed(tensor.reshape(grid(tensor.shape)), step, drawn)
     else:
         symbols, outliers, level = quantise.unsigned(tensor.reshape(grid(tensor.shape)), step)
-    tail = outliers.astype("<i4").tobytes()
+    listed = outliers.astype("<i4").tobytes()
     row = symbols.reshape(-1)
-    body = pack.encode([row] if drawn is None else dither.apart(row, drawn, _zero(flags)), _zero(flags), tail)
+    body = pack.encode([row] if drawn is None else dither.apart(row, drawn, _zero(flags)), _zero(flags), listed)
     form = _PACKED
     if by_context:
-        maps, most = as_maps(symbols, tensor.shape, support, _zero(flags)), len(body) - len(tail) - 1
-        slow = load_context().encode(maps, _zero(flags), most, *beside(tensor.shape, support, drawn))
+        maps, room = as_maps(symbols, tensor.shape, mask, _zero(flags)), len(body) - len(listed) - 1
+        slow = load_context().encode(maps, _zero(flags), room, *beside(tensor.shape, mask, drawn))
         if slow is not None:
-            form, body = _CONTEXT, tail + slow
-    payload = HEADER.pack(form | flags, step, level, len(outliers), _checksum(support)) + body
+            form, body = _CONTEXT, listed + slow
+    payload = HEADER.pack(form | flags, step, level, len(outliers), _checksum(mask)) + body
     return payload if len(payload) < 4 * tensor.size else _raw(tensor)
 
 
@@ -85,7 +83,7 @@ def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside, by_context
 
     Without `by_context` a payload that is coded by context is refused: to decode some hundred bytes may take a second.
     """
-    count, support = math.prod(shape), _flat(aside.support, math.prod(shape))
+    count, mask = math.prod(shape), _flat(aside.mask, math.prod(shape))
     if len(payload) < HEADER.size:
         raise CodecError(f"{len(payload)} bytes are too few for a header")
     form, size, level, outlying, checksum = HEADER.unpack_from(payload)
@@ -96,35 +94,35 @@ def decode(payload: memoryview, shape: tuple[int, ...], aside: Aside, by_context
         if form == _ZEROS:
             return np.zeros(shape, np.float32)
         raw = _UNCODED.decode(body, shape)
-        return raw if support is None else np.where(support.reshape(shape), raw, np.float32(0))
+        return raw if mask is None else np.where(mask.reshape(shape), raw, np.float32(0))
     if form & 3 == _CONTEXT and not by_context:
         raise CodecError("the payload is coded by context, which this codec does not take")
     if form & 3 not in (_PACKED, _CONTEXT) or flags & ~_SIGNED != _flags(aside):
-        raise CodecError(f"form {form} is not what was agreed on: the two sides differ in dither or support")
+        raise CodecError(f"form {form} is not what was agreed on: the two sides differ in dither or mask")
     if flags & ~_SIGNED and not flags & _SIGNED or bool(flags & _SIGNED) == bool(level):
         raise CodecError(f"form {form} does not exist")
-    if checksum != _checksum(support):
+    if checksum != _checksum(mask):
         raise CodecError("the two sides differ in which elements are zero")
-    wanted = count if support is None else int(np.count_nonzero(support))
+    wanted = count if mask is None else int(np.count_nonzero(mask))
     if outlying > wanted or not _LEAST < step < _MOST:
         raise CodecError(f"a step of {size:g} with {outlying} outliers among {wanted} elements cannot be")
-    tail, drawn = 4 * outlying, _drawn(aside, wanted)
+    listed, drawn = 4 * outlying, _drawn(aside, wanted)  # bytes of the list of outliers
     if form & 3 == _CONTEXT:
-        if len(body) < tail:
+        if len(body) < listed:
             raise CodecError(f"{outlying} outliers were announced, more than came")
-        rest = bytes(body[:tail])
-        known = beside(shape, support, drawn)
-        maps = load_context().decode(body[tail:], map_shape(shape), _zero(flags), *known)
-        symbols = maps.reshape(-1) if support is None else in_order_of_memory(maps, shape)[support]
+        steps = bytes(body[:listed])
+        known = beside(shape, mask, drawn)
+        maps = load_context().decode(body[listed:], map_shape(shape), _zero(flags), *known)
+        symbols = maps.reshape(-1) if mask is None else in_order_of_memory(maps, shape)[mask]
     else:
-        symbols, rest = pack.decode(body, wanted if drawn is None else len(drawn), _zero(flags), tail)
+        symbols, steps = pack.decode(body, wanted if drawn is None else len(drawn), _zero(flags), listed)
         symbols = symbols if drawn is None else dither.together(symbols, drawn, wanted)
-    outliers = np.frombuffer(rest, "<i4").astype(np.int32)
+    outliers = np.frombuffer(steps, "<i4").astype(np.int32)
     _check_outliers(symbols, outliers, bool(flags & _SIGNED))
     out = np.empty(shape, np.float32)
     batch, channels, places = grid(shape)
-    if support is not None:
-        quantise.restore_within(symbols, outliers, step, drawn, support, out.reshape(-1))
+    if mask is not None:
+        quantise.restore_within(symbols, outliers, step, drawn, mask, out.reshape(-1))
     elif flags & _SIGNED:
         symbols = symbols.reshape(channels, batch, places)
         quantise.restore_signed(symbols, outliers, step, drawn, out.reshape(batch, channels, places))
@@ -138,19 +136,19 @@ def _zero(flags: int) -> int:
     return quantise.SIGNED_ZERO if flags & _SIGNED else 0
 
 
-def _checksum(support: Support | None) -> int:
-    return 0 if support is None else zlib.crc32(np.packbits(support).data)
+def _checksum(mask: Mask | None) -> int:
+    return 0 if mask is None else zlib.crc32(np.packbits(mask).data)
 
 
 def _drawn(aside: Aside, count: int) -> Numbers | None:
     return dither.numbers(aside.dither, count) if aside.dither else None
 
 
-def _flat(support: Support | None, count: int) -> Support | None:
+def _flat(mask: Mask | None, count: int) -> Mask | None:
     """As compiled loops take it, which go by the tensor's size alone."""
-    if support is not None and support.size != count:
-        raise CodecError(f"a support of {support.size} elements was given for a tensor of {count}")
-    return None if support is None else np.require(support, np.bool_, ["C", "A", "W"]).reshape(-1)
+    if mask is not None and mask.size != count:
+        raise CodecError(f"a mask of {mask.size} elements was given for a tensor of {count}")
+    return None if mask is None else np.require(mask, np.bool_, ["C", "A", "W"]).reshape(-1)
 
 
 def _check_outliers(symbols: Symbols, outliers: Steps, signed: bool) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.codecs import loops
-from common.codecs.base import Support, Tensor
+from common.codecs.base import Mask, Tensor
 from common.codecs.dither import Numbers, Symbols
 from common.codecs.loops import UNIT
 
@@ -24,7 +24,7 @@ Steps = NDArray[np.int32]
 OUTLIER = int(loops.OUTLIER)
 SIGNED_ZERO = 127
 _NONE = np.empty(0, np.float32)
-_NO_NOISE, _NO_MASK = np.empty(0, np.uint16), np.empty(0, np.uint8)
+_NOT_DRAWN, _NO_MASK = np.empty(0, np.uint16), np.empty(0, np.uint8)
 _MINUS_ZERO = 0x8000_0000
 _TOO_LARGE = 3e38  # for float32
 
@@ -38,12 +38,11 @@ class Survey(NamedTuple):
     negative: bool  # whether an element is below zero
 
 
-def survey(flat: Tensor, support: Support | None) -> Survey:
-    mask = _NO_MASK if support is None else support.view(np.uint8)
-    power, nonzero, most, signed = loops.survey(flat, mask)
+def survey(flat: Tensor, mask: Mask | None) -> Survey:
+    power, nonzero, most, signed = loops.survey(flat, _NO_MASK if mask is None else mask.view(np.uint8))
     if flat.size and not 1e-30 < power / flat.size < 1e30:  # float32 squares vanish below 1e-23 and overflow past 1e19
         with np.errstate(over="ignore", invalid="ignore"):
-            power = float(np.square(flat if support is None else flat[support], dtype=np.float64).sum())
+            power = float(np.square(flat if mask is None else flat[mask], dtype=np.float64).sum())
     return Survey(power, nonzero, float(np.uint32(most).view(np.float32)), signed > _MINUS_ZERO)
 
 
@@ -63,23 +62,23 @@ def unsigned(tensor: Tensor, step: np.float32) -> tuple[Symbols, Steps, int]:
     return symbols, (np.floor(_far(tensor, symbols) * inverse) + 1).astype(np.int32), level
 
 
-def signed(tensor: Tensor, step: np.float32, noise: Numbers | None) -> tuple[Symbols, Steps]:
-    """Symbols [C, B, rest] of `tensor` [B, C, rest], rounded to nearest or by `noise` (flat, in the symbols' order),
+def signed(tensor: Tensor, step: np.float32, drawn: Numbers | None) -> tuple[Symbols, Steps]:
+    """Symbols [C, B, rest] of `tensor` [B, C, rest], rounded to nearest or by `drawn` (flat, in the symbols' order),
     and outliers."""
     symbols, inverse = _symbols(tensor), np.float32(1) / step
-    loops.signed(tensor, inverse, _NO_NOISE if noise is None else noise, symbols)
-    return symbols, _outliers(_far(tensor, symbols), symbols, inverse, noise)
+    loops.signed(tensor, inverse, _NOT_DRAWN if drawn is None else drawn, symbols)
+    return symbols, _outliers(_far(tensor, symbols), symbols, inverse, drawn)
 
 
 def signed_within(
-    flat: Tensor, support: Support, count: int, step: np.float32, noise: Numbers | None
+    flat: Tensor, mask: Mask, count: int, step: np.float32, drawn: Numbers | None
 ) -> tuple[Symbols, Steps]:
-    """The same of the `count` elements where `support` is true, all flat and in the order of memory (which gathers
+    """The same of the `count` elements where `mask` is true, all flat and in the order of memory (which gathers
     faster and comes out no larger)."""
     symbols, inverse, far = np.empty(count, np.uint8), np.float32(1) / step, np.empty(count, np.float32)
-    mask = support.view(np.uint8)
-    outliers = loops.signed_within(flat, mask, inverse, _NO_NOISE if noise is None else noise, symbols, far)
-    return symbols, _outliers(far[:outliers], symbols, inverse, noise)
+    numbers = _NOT_DRAWN if drawn is None else drawn
+    outliers = loops.signed_within(flat, mask.view(np.uint8), inverse, numbers, symbols, far)
+    return symbols, _outliers(far[:outliers], symbols, inverse, drawn)
 
 
 def _far(tensor: Tensor, symbols: Symbols) -> Tensor:
@@ -90,10 +89,10 @@ def _far(tensor: Tensor, symbols: Symbols) -> Tensor:
     return far[: loops.outliers(tensor, symbols, far)]
 
 
-def _outliers(far: Tensor, symbols: Symbols, inverse: np.float32, noise: Numbers | None) -> Steps:
+def _outliers(far: Tensor, symbols: Symbols, inverse: np.float32, drawn: Numbers | None) -> Steps:
     steps = far * inverse
     if len(far):
-        steps += np.float32(0.5) if noise is None else noise[_places(symbols)] * UNIT
+        steps += np.float32(0.5) if drawn is None else drawn[_places(symbols)] * UNIT
     # What lies at the edge within float32's rounding is an outlier, so it is to be one of the outliers' steps.
     steps = np.where(steps < 0, np.minimum(np.floor(steps), -128), np.maximum(np.floor(steps), 128))
     return steps.astype(np.int32)
@@ -108,27 +107,27 @@ def restore_unsigned(symbols: Symbols, outliers: Steps, step: np.float32, level:
         loops.restore_outliers(symbols, _one_longer(far.astype(np.float32)), out)
 
 
-def restore_signed(symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None, out: Tensor) -> None:
-    """The values of symbols [C, B, rest], with the `noise` that was added taken off again, into `out` [B, C, rest]."""
-    loops.restore_signed(symbols, step, _NO_NOISE if noise is None else noise, out)
+def restore_signed(symbols: Symbols, outliers: Steps, step: np.float32, drawn: Numbers | None, out: Tensor) -> None:
+    """The values of symbols [C, B, rest], with the `drawn` that was added taken off again, into `out` [B, C, rest]."""
+    loops.restore_signed(symbols, step, _NOT_DRAWN if drawn is None else drawn, out)
     if len(outliers):
-        loops.restore_outliers(symbols, _far_values(symbols, outliers, step, noise), out)
+        loops.restore_outliers(symbols, _far_values(symbols, outliers, step, drawn), out)
 
 
 def restore_within(
-    symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None, support: Support, out: Tensor
+    symbols: Symbols, outliers: Steps, step: np.float32, drawn: Numbers | None, mask: Mask, out: Tensor
 ) -> None:
-    """The same of flat symbols of the elements where `support` is true, into the flat `out`; zeros elsewhere."""
-    far = _far_values(symbols, outliers, step, noise)
-    loops.restore_within(symbols, step, _NO_NOISE if noise is None else noise, support.view(np.uint8), far, out)
+    """The same of flat symbols of the elements where `mask` is true, into the flat `out`; zeros elsewhere."""
+    far = _far_values(symbols, outliers, step, drawn)
+    loops.restore_within(symbols, step, _NOT_DRAWN if drawn is None else drawn, mask.view(np.uint8), far, out)
 
 
-def _far_values(symbols: Symbols, outliers: Steps, step: np.float32, noise: Numbers | None) -> Tensor:
+def _far_values(symbols: Symbols, outliers: Steps, step: np.float32, drawn: Numbers | None) -> Tensor:
     """The outliers' values, one longer as the loops take them."""
     steps = outliers.astype(np.float32)
-    if noise is not None and len(outliers):
+    if drawn is not None and len(outliers):
         steps += np.float32(0.5)
-        steps -= noise[_places(symbols)] * UNIT
+        steps -= drawn[_places(symbols)] * UNIT
     return _one_longer(steps * step)
 
 

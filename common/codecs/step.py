@@ -14,7 +14,7 @@ from typing import Any
 from common.codecs.base import NOTHING, Aside, Buffer, Tensor
 from common.errors import CodecError
 
-# Form and flags, step, level of unsigned elements in it, outliers, checksum of the support.
+# Form and flags, step, level of unsigned elements in it, outliers, checksum of the mask.
 HEADER = struct.Struct("<BfBII")
 
 
