@@ -23,7 +23,7 @@ from typing import Any
 
 from common.rpc import split_pb2 as pb
 
-ROLES = ("control", "activation", "gradient", "label", "weights", "evaluation")
+ROLES = ("activation", "gradient", "label", "evaluation", "weights", "control")  # as tables show them
 UP, DOWN = "up", "down"
 MOST_SIDES = 8  # of a tensor's shape
 _NAMES = {pb.Role.Value(role.upper()): role for role in ROLES}

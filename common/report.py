@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.meter import DOWN, UP, Meter
+from common.meter import DOWN, ROLES, UP, Meter
 from common.recipe import PhaseRecipe, Recipe
 from common.schedule import RANK, Phase, phase_of_entry
 from common.tcp_info import KernelBytes
@@ -20,7 +20,6 @@ from common.words import duration, for_json, several, size
 
 # What a plain run needs too, and so what the comparison is made on; weights, evaluation and control stand apart.
 _TRAINING = {UP: ("activation", "label"), DOWN: ("gradient",)}
-_ORDER = ("activation", "gradient", "label", "evaluation", "weights", "control")
 
 
 @dataclass
@@ -177,7 +176,7 @@ def _table(summary: dict[str, Any]) -> Table:
         known = up is not None and down is not None
         table.add_row(name, *(_cell(value) for value in (up, down, up + down if known else None)), **style)  # type: ignore[operator]
 
-    for role in _ORDER:
+    for role in ROLES:
         counts = [bytes_[way]["by_role"].get(role, {}).get("message", 0) for way in (UP, DOWN)]
         if any(counts):
             row(role, *counts)

@@ -77,8 +77,6 @@ def _check_method(recipe: Recipe) -> None:
             len(set(widths)) == 1,
             f'method "{recipe.method}" has one width; the schedule has {list(widths)}: give one',
         )
-    if recipe.method == "prune":
-        demand(recipe.model.init != "", 'method "prune" starts from a trained network; set model.init')
     # Width 0 means all channels: it counts as wider than any number.
     sizes = [width or 2**31 for width in widths]
     if recipe.method == "deprune":
@@ -94,6 +92,7 @@ def _check_method(recipe: Recipe) -> None:
             "give phases with better and better codecs",
         )
     if recipe.method == "prune":
+        demand(recipe.model.init != "", 'method "prune" starts from a trained network; set model.init')
         demand(
             kind != "none",
             'method "prune" narrows a bottleneck, and bottleneck.kind is "none": choose channels or linear',

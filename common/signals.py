@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
-_GONE = getattr(signal, "SIGHUP", None)  # a terminal was closed or its connection lost; Windows has none
-_STOPPING = [number for number in (signal.SIGINT, signal.SIGTERM, _GONE) if number]
+_GONE = signal.SIGHUP  # a terminal was closed or its connection lost
+_STOPPING = (signal.SIGINT, signal.SIGTERM, _GONE)
 
 
 def hear(handler: Callable[[int, FrameType | None], None]) -> Mapping[int, Any]:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 
 def size(count: float) -> str:
     """Bytes for people, in powers of 1000 as links are: 12.3 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1), ("GB", 1)):
+        if round(count, digits) < 1000:
+            return f"{count:.{digits}f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.draw import AUGMENT, ORDER, generator, shifted
-from common.errors import DataError
 from common.schedule import steps_per_epoch
 
 Pictures = NDArray[np.uint8 | np.float32]  # pixels, or numbers as they are
@@ -37,14 +36,8 @@ def augment(pictures: Pictures, seed: int, step: int, crop: int, flip: bool) -> 
     """Each picture moved by up to `crop` pixels each way and, with `flip`, mirrored left to right half of the time.
 
     Takes and returns [B,C,H,W]. What a shift uncovers is the picture reflected at its edge (edge pixels not
-    repeated), which has no black bars for the network to learn. `crop` 0 means no shift. Raises DataError where
-    `crop` is negative or leaves nothing to reflect (not below H and W).
+    repeated), which has no black bars for the network to learn. `crop` is below H and W; 0 means no shift.
     """
-    count, _, height, width = pictures.shape
-    if not 0 <= crop < min(height, width):
-        raise DataError(
-            f"a crop of {crop} pixels does not fit pictures of {height}x{width}; choose 0 to {min(height, width) - 1}"
-        )
     return shifted(pictures, generator(seed, AUGMENT, step), crop, flip)
 
 
@@ -58,16 +51,8 @@ def together(pictures: Sequence[Pictures]) -> Pictures:
 def normalise(pictures: Pictures, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
     """(x - mean) / std as contiguous float32 [B,C,H,W]; x is pixels, uint8 [B,C,H,W], as 0..1, or float32 as it is.
 
-    Both have one value for all channels or one for each. Raises DataError for another length, or a std not above 0.
+    Both have one value for all channels or one for each; a recipe with others is refused.
     """
-    channels = pictures.shape[1]
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) not in (1, channels):
-            raise DataError(
-                f"{name} has {len(values)} values for pictures of {channels} channels; give 1 or {channels}"
-            )
-    if not all(value > 0 for value in std):
-        raise DataError(f"every std must be above 0, not {tuple(std)}")
     scale = 1 / ((255 if pictures.dtype == np.uint8 else 1) * np.asarray(std, dtype=np.float64))
     offset = -np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)
     # `out`, because numpy would otherwise keep the memory order of an input that is not contiguous.

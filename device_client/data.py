@@ -79,11 +79,6 @@ def load(
     Raises DataError, in one sentence with what to do, for a source that is missing, malformed or larger than half
     of the free memory, and for pictures that cannot be read, unless `skip_unreadable` leaves those out.
     """
-    if not 0 <= validation < 1:
-        raise DataError(f"validation is the fraction of pictures to hold out, from 0 up to 1, not {validation}")
-    if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} training pictures leaves nothing; give 1 or more")
-
     wants_train, wants_test = "train" in parts or "validation" in parts, "test" in parts
     opened = open_source(source, input_shape, wants_train, wants_test, known)
     _require_classes(source, opened.classes, classes, known)

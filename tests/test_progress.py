@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from common.progress import Counting, RunningMean, Screen, StepProgress, note, warn
-from common.words import several
+from common.words import several, size
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,11 @@ def test_a_terminal_that_is_gone_ends_nothing() -> None:
 def test_one_is_not_told_in_the_plural() -> None:
     told = [several(count, "epoch") for count in (0, 1, 1.0, 1.5, 12, 1200)]
     assert told == ["0 epochs", "1 epoch", "1 epoch", "1.5 epochs", "12 epochs", "1,200 epochs"]
+
+
+def test_a_size_is_told_in_the_unit_that_it_rounds_to() -> None:
+    told = [size(count) for count in (0, 999, 999.6, 999_949, 999_960, 12_345_678, 2e12)]
+    assert told == ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "12.3 MB", "2.00 TB"]
 
 
 def test_a_nested_phase_is_told_with_all_its_widths() -> None:
