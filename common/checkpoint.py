@@ -63,11 +63,11 @@ class Checkpoints:
         """
         import safetensors.torch  # torch takes seconds to load: not for a command that only looks into a folder
 
-        head = json.dumps(
+        header = json.dumps(
             {"format": _FORMAT, "step": step, "run_id": self.run_id, "digest": self.digest, "state": state}
         )
         whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        data = safetensors.torch.save(whole, {"deprune": head, "sha256": _digest(head, whole)})
+        data = safetensors.torch.save(whole, {"deprune": header, "sha256": _digest(header, whole)})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -110,10 +110,10 @@ class Checkpoints:
     def read(self, step: int) -> Checkpoint:
         """RunFolderError where the file is damaged, or belongs to another run or recipe."""
         path = path_in(self.folder, step)
-        head, tensors = read_file(path)
-        if (head["run_id"], head["digest"], head["step"]) != (self.run_id, self.digest, step):
+        header, tensors = read_file(path)
+        if (header["run_id"], header["digest"], header["step"]) != (self.run_id, self.digest, step):
             raise RunFolderError(f"{path} is of another run, recipe or step; it is left alone")
-        return Checkpoint(step, tensors, head["state"])
+        return Checkpoint(step, tensors, header["state"])
 
     def forget_after(self, step: int) -> None:
         """The run goes on from `step`: remove the checkpoints of later steps, which will be made again.
@@ -165,7 +165,7 @@ def unsound(folder: Path) -> str:
 
 
 def newest(folder: Path) -> Mapping[str, Any] | None:
-    """Head of the newest sound checkpoint in a folder ("run_id", "digest", "step", "state"); None without one."""
+    """Header of the newest sound checkpoint in a folder ("run_id", "digest", "step", "state"); None without one."""
     for step in reversed(steps_in(folder)):
         with contextlib.suppress(RunFolderError):
             return read_file(path_in(folder, step))[0]
@@ -184,7 +184,7 @@ def path_in(folder: Path, step: int) -> Path:
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Head and tensors of a checkpoint's file; RunFolderError where it is not what was written."""
+    """Header and tensors of a checkpoint's file; RunFolderError where it is not what was written."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -192,16 +192,16 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         text = metadata["deprune"]
         if _digest(text, tensors) != metadata["sha256"]:
             raise ValueError("its checksum is wrong")
-        head = json.loads(text)
+        header = json.loads(text)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise RunFolderError(f"the checkpoint {path} is damaged ({error}) and is not used") from error
-    if head.get("format") != _FORMAT:
+    if header.get("format") != _FORMAT:
         raise RunFolderError(f"the checkpoint {path} was written by another release of deprune and is not used")
-    return head, tensors
+    return header, tensors
 
 
-def _digest(head: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    result = hashlib.sha256(head.encode())
+def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    result = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         value = tensors[name]
         result.update(f"{name} {value.dtype} {list(value.shape)}".encode())

@@ -15,8 +15,8 @@ from PIL import Image
 from common.draw import SPLIT, generator
 from common.errors import DataError
 from device_client.batches import Pictures
+from device_client.listing import Listing, Source, check_memory
 from device_client.pictures import MODES, Shape, check_file, fit, reason, require_channels
-from device_client.sides import Side, Source, check_memory
 
 # The test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository,
 # doi 10.24432/C50P49, CC BY 4.0), which is also what scikit-learn has.
@@ -37,8 +37,8 @@ def digits(shape: Shape, wants_train: bool, wants_test: bool) -> Source:
         test[members[: round(len(members) / 5)]] = True
     return Source(
         tuple("0123456789"),
-        _array_side("train", pictures[~test], labels[~test], shape) if wants_train else None,
-        _array_side("test", pictures[test], labels[test], shape) if wants_test else None,
+        _array_listing("train", pictures[~test], labels[~test], shape) if wants_train else None,
+        _array_listing("test", pictures[test], labels[test], shape) if wants_test else None,
     )
 
 
@@ -46,7 +46,7 @@ def npz(path: Path, shape: Shape, wants_train: bool, wants_test: bool, known: Se
     """Arrays train_x, train_y, test_x, test_y and, optionally, the class names `classes`, in one numpy file."""
     if not path.is_file():
         raise DataError(f"there is no file {path}; give one that numpy.savez wrote")
-    keys = [f"{side}_{half}" for side, on in (("train", wants_train), ("test", wants_test)) if on for half in "xy"]
+    keys = [f"{part}_{half}" for part, on in (("train", wants_train), ("test", wants_test)) if on for half in "xy"]
     try:
         with zipfile.ZipFile(path) as archive:
             found = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -82,28 +82,28 @@ def npz(path: Path, shape: Shape, wants_train: bool, wants_test: bool, known: Se
     classes = tuple(known) if alone else _npz_classes(path, arrays)
     return Source(
         classes,
-        _npz_side(path, "train", arrays, len(classes), shape) if wants_train else None,
-        _npz_side(path, "test", arrays, len(classes), shape) if wants_test else None,
+        _npz_listing(path, "train", arrays, len(classes), shape) if wants_train else None,
+        _npz_listing(path, "test", arrays, len(classes), shape) if wants_test else None,
     )
 
 
-def _npz_side(path: Path, side: str, arrays: dict[str, NDArray[Any]], classes: int, shape: Shape) -> Side:
-    """The "train" or "test" side, if pictures and labels fit each other and the number of classes."""
-    pictures, labels = arrays[f"{side}_x"], arrays[f"{side}_y"]
+def _npz_listing(path: Path, part: str, arrays: dict[str, NDArray[Any]], classes: int, shape: Shape) -> Listing:
+    """The "train" or "test" part, if pictures and labels fit each other and the number of classes."""
+    pictures, labels = arrays[f"{part}_x"], arrays[f"{part}_y"]
     if len(pictures) != len(labels) or not len(labels):
         raise DataError(
-            f"{path} has {len(pictures):,} pictures in {side}_x and {len(labels):,} labels in {side}_y;"
+            f"{path} has {len(pictures):,} pictures in {part}_x and {len(labels):,} labels in {part}_y;"
             " save one label for each picture, and at least one"
         )
     if labels.max() >= classes:
         raise DataError(
-            f"{path} has label {labels.max()} in {side}_y and only {classes} classes (labels 0 to"
+            f"{path} has label {labels.max()} in {part}_y and only {classes} classes (labels 0 to"
             f" {classes - 1}); correct the labels, or name every class in `classes`"
         )
     if pictures.dtype.kind == "f":
-        return _side_of_numbers(side, pictures, labels, shape, path)
+        return _listing_of_numbers(part, pictures, labels, shape, path)
     require_channels(shape)
-    return _array_side(side, _channels_last(path, f"{side}_x", pictures, shape), labels, shape)
+    return _array_listing(part, _channels_last(path, f"{part}_x", pictures, shape), labels, shape)
 
 
 def _announced_bytes(archive: zipfile.ZipFile, key: str, path: Path) -> int:
@@ -164,8 +164,8 @@ def _channels_last(path: Path, key: str, pictures: NDArray[np.uint8], shape: Sha
     return pictures if last else pictures.transpose(0, 2, 3, 1)
 
 
-def _array_side(name: str, pictures: Pictures, labels: NDArray[Any], shape: Shape) -> Side:
-    """A side over pictures in memory, [N,H,W] or [N,H,W,C] with 1 or 3 channels."""
+def _array_listing(name: str, pictures: Pictures, labels: NDArray[Any], shape: Shape) -> Listing:
+    """A listing of pictures in memory, [N,H,W] or [N,H,W,C] with 1 or 3 channels."""
     if pictures.ndim == 4 and pictures.shape[3] == 1:
         pictures = pictures[..., 0]
     if 0 in pictures.shape[1:]:
@@ -176,13 +176,13 @@ def _array_side(name: str, pictures: Pictures, labels: NDArray[Any], shape: Shap
     def read(index: int) -> tuple[Pictures, tuple[int, int]]:
         return fit(Image.fromarray(np.ascontiguousarray(pictures[index])), shape), (width, height)
 
-    return Side(labels.astype(np.int64), read, lambda index: f"{name}_x[{index}]")
+    return Listing(labels.astype(np.int64), read, lambda index: f"{name}_x[{index}]")
 
 
-def _side_of_numbers(name: str, numbers: NDArray[Any], labels: NDArray[Any], shape: Shape, path: Path) -> Side:
-    """A side over numbers in memory, [N,C,H,W] with the model's C, H and W, taken as they are."""
+def _listing_of_numbers(name: str, numbers: NDArray[Any], labels: NDArray[Any], shape: Shape, path: Path) -> Listing:
+    """A listing of numbers in memory, [N,C,H,W] with the model's C, H and W, taken as they are."""
     exact = _numbers(numbers, shape, f"{name}_x in {path}")
-    return Side(
+    return Listing(
         labels.astype(np.int64), lambda index: (exact[index], shape[:0:-1]), lambda index: f"{name}_x[{index}]",
         dtype=np.float32,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common import report
-from common.channel import Access, is_loopback, parse_address
+from common.channel import is_loopback, parse_address
 from common.checkpoint import Checkpoints
 from common.cli import with_options
 from common.errors import (
@@ -35,6 +35,7 @@ from common.options import Named
 from common.progress import Counting, Screen, note, warn, warn_unencrypted
 from common.pulse import STALLED_S
 from common.run import HEAD, RunFolder
+from common.tls import Access
 from common.tokens import exposed
 from common.words import for_json, several, size, some
 from device_client import data as data_module

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 
-from common import channel, wire
+from common import channel, tls, wire
 from common.errors import (
     AbsentError,
     AuthError,
@@ -51,7 +51,7 @@ class Connection:
     """A session with one server, from `open` to `close`; `stub` is given where no network lies in between."""
 
     def __init__(
-        self, server: str, access: channel.Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S,
+        self, server: str, access: tls.Access | None = None, stub: Any = None, give_up_s: float = GIVE_UP_S,
         stalled_s: float = STALLED_S,
     ) -> None:  # fmt: skip
         """`give_up_s`: how long to go on trying where the link breaks in training. `stalled_s`: how long to wait for an
@@ -65,7 +65,7 @@ class Connection:
         self.kept: Callable[[], Sequence[int]] = lambda: ()
         self.leaving: Callable[[], bool] = lambda: False  # whether the user has stopped the run
         self.offline = False  # waiting for a connection at this moment
-        self._access = access or channel.Access()
+        self._access = access or tls.Access()
         self._channel: grpc.Channel | None = None
         self._stub: Any = stub
         if stub is None:

@@ -22,8 +22,8 @@ from common.errors import DataError, printable
 from common.words import by, some
 from device_client.arrays import npy
 from device_client.batches import Pictures
+from device_client.listing import Listing, Source, check_memory
 from device_client.pictures import Shape, bombs_are_errors, decode, reason, require_channels
-from device_client.sides import Side, Source, check_memory
 from device_client.sources import open_source
 
 Progress = Callable[[int, int], None]
@@ -86,7 +86,8 @@ def load(
     total = sum(len(chosen) for _, chosen in wanted.values())
     fewer = "pass --limit to train on fewer pictures, or " if "train" in parts else ""
     check_memory(
-        sum(len(chosen) * np.dtype(side.dtype).itemsize for side, chosen in wanted.values()) * math.prod(input_shape),
+        sum(len(chosen) * np.dtype(listing.dtype).itemsize for listing, chosen in wanted.values())
+        * math.prod(input_shape),
         f"{total:,} pictures of {by(input_shape)}",
         f"{fewer}choose a model with a smaller input",
     )
@@ -94,9 +95,9 @@ def load(
     read: dict[str, Part] = {}
     unreadable: list[str] = []
     done, scaled = 0, ""
-    for name, (side, chosen) in wanted.items():
+    for name, (listing, chosen) in wanted.items():
         report = (lambda count, before=done: progress(before + count, total)) if progress else None
-        read[name], bad, others = _read(side, chosen, input_shape, report)
+        read[name], bad, others = _read(listing, chosen, input_shape, report)
         unreadable += bad
         scaled = scaled or others
         done += len(chosen)
@@ -133,9 +134,9 @@ def _require_classes(source: str, classes: Sequence[str], expected: int | None, 
 
 def _choose(
     opened: Source, parts: Sequence[str], seed: int, validation: float, limit: int | None
-) -> dict[str, tuple[Side, NDArray[np.int64]]]:
+) -> dict[str, tuple[Listing, NDArray[np.int64]]]:
     """For each part that is wanted where its pictures are, and their indices there."""
-    wanted: dict[str, tuple[Side, NDArray[np.int64]]] = {}
+    wanted: dict[str, tuple[Listing, NDArray[np.int64]]] = {}
     if opened.train:
         train, held_out = _split(len(opened.train.labels), seed, validation, limit)
         if "train" in parts:
@@ -179,14 +180,14 @@ def _split(
 
 
 def _read(
-    side: Side, chosen: NDArray[np.int64], shape: Shape, report: Callable[[int], None] | None
+    listing: Listing, chosen: NDArray[np.int64], shape: Shape, report: Callable[[int], None] | None
 ) -> tuple[Part, list[str], str]:
     """The chosen pictures, without those that cannot be read; "name (reason)" of each of those; the first that had
     another size than the model's, and which."""
-    pictures: Pictures = np.empty((len(chosen), *shape), side.dtype)
+    pictures: Pictures = np.empty((len(chosen), *shape), listing.dtype)
     failed: dict[int, str] = {}
     others: dict[int, tuple[int, int, int]] = {}  # by chunk its first of another size: row, width, height
-    size, stopped = _CHUNK if side.threads == 1 else _LARGE_CHUNK, threading.Event()
+    size, stopped = _CHUNK if listing.threads == 1 else _LARGE_CHUNK, threading.Event()
 
     def read_chunk(start: int) -> int:
         stop = min(start + size, len(chosen))
@@ -194,15 +195,15 @@ def _read(
             if stopped.is_set():
                 break
             try:
-                pictures[row], (width, height) = side.read(int(chosen[row]))
+                pictures[row], (width, height) = listing.read(int(chosen[row]))
                 if (height, width) != shape[1:]:
                     others.setdefault(start, (row, width, height))
             # Pillow's plugins raise whatever a broken file provokes, not only OSError.
             except Exception as error:  # noqa: BLE001
-                failed[row] = f"{side.name(int(chosen[row]))} ({reason(error)})"
+                failed[row] = f"{listing.name(int(chosen[row]))} ({reason(error)})"
         return stop - start
 
-    pool = ThreadPoolExecutor(side.threads)  # each writes rows that no other does
+    pool = ThreadPoolExecutor(listing.threads)  # each writes rows that no other does
     try:
         with bombs_are_errors():
             done = 0
@@ -213,12 +214,12 @@ def _read(
     finally:
         stopped.set()  # after Ctrl-C, only the pictures in hand are finished
         pool.shutdown(cancel_futures=True)
-    labels = side.labels[chosen]
+    labels = listing.labels[chosen]
     if failed:
         readable = np.setdiff1d(np.arange(len(chosen)), list(failed))
         pictures, labels = pictures[readable], labels[readable]
     scaled = ""
     if others:
         row, width, height = others[min(others)]
-        scaled = f"{side.name(int(chosen[row]))} was {width}x{height}"
+        scaled = f"{listing.name(int(chosen[row]))} was {width}x{height}"
     return Part(pictures, labels), [failed[row] for row in sorted(failed)], scaled

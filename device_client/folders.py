@@ -14,8 +14,8 @@ from PIL import Image
 
 from common.errors import DataError, printable
 from common.words import some
+from device_client.listing import Listing, Source
 from device_client.pictures import Shape, bombs_are_errors, decode, in_colour, require_channels, size_of
-from device_client.sides import Side, Source
 
 _THREADS_FROM = 8_192  # bytes of a file, about 150x150 pixels; see _threads
 _BYTES_A_PIXEL = 8  # while a picture is decoded: four channels, and what is made of them
@@ -39,7 +39,7 @@ def folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known:
                 f"rename or remove them"
             )
         classes = tuple(known)
-    sides: dict[str, Side] = {}
+    listings: dict[str, Listing] = {}
     unused: list[str] = []
     left_out: list[str] = []
     for name, wanted in (("train", wants_train), ("test", wants_test)):
@@ -52,14 +52,14 @@ def folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known:
                 )
             if untested := [folder for folder in classes if folder not in folders]:
                 left_out.append(f"no {name} pictures of {len(untested)} of {len(classes)} classes: {some(untested)}")
-            sides[name] = _folder_side(root, [root / name / folder for folder in folders], classes, shape, unused)
-    if any(side.loses_colour for side in sides.values()):
+            listings[name] = _folder_listing(root, [root / name / folder for folder in folders], classes, shape, unused)
+    if any(listing.loses_colour for listing in listings.values()):
         left_out.append("colours are not seen: the model takes pictures with one channel (model.input)")
     if unused:
         left_out.append(
             f"not used, since a class's pictures lie directly in its folder and have a picture's ending: {some(unused)}"
         )
-    return Source(classes, sides.get("train"), sides.get("test"), tuple(left_out))
+    return Source(classes, listings.get("train"), listings.get("test"), tuple(left_out))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -82,9 +82,9 @@ def _is_unicode(name: str) -> bool:
     return True
 
 
-def _folder_side(
+def _folder_listing(
     root: Path, folders: list[Path], classes: tuple[str, ...], shape: Shape, unused: list[str]
-) -> Side:  # fmt: skip
+) -> Listing:  # fmt: skip
     """`unused` takes what else lies in the folders."""
     suffixes = set(Image.registered_extensions()) - _NOT_PICTURES
     files: list[Path] = []
@@ -104,7 +104,7 @@ def _folder_side(
         files += [folder / name for name in names]
         labels += [classes.index(folder.name)] * len(names)
     sample = files[:: len(files) // 64 + 1]
-    return Side(
+    return Listing(
         np.array(labels, dtype=np.int64),
         read=lambda index: decode(files[index], shape),
         name=lambda index: str(files[index].relative_to(root)),

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from common import wire
-from common.channel import Access
 from common.chooser import Chooser
 from common.codecs import NOTHING, Aside, codec
 from common.errors import FrameError, TooLargeError
@@ -23,6 +22,7 @@ from common.phase_message import phase_of_message
 from common.pulse import STALLED_S
 from common.rpc import split_pb2 as pb
 from common.schedule import RECALLED, Phase
+from common.tls import Access
 from common.wire import Place
 from device_client.connection import GIVE_UP_S, Connection
 from device_client.link import Stream

@@ -8,8 +8,8 @@ from pathlib import Path
 from common.errors import DataError
 from device_client.arrays import digits, npz
 from device_client.folders import folder
+from device_client.listing import Source
 from device_client.pictures import Shape
-from device_client.sides import Source
 
 
 def check_source(source: str) -> None:

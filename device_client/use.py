@@ -26,9 +26,9 @@ from common.words import gives_up, several
 from device_client.batches import Pictures, together
 from device_client.data import Dataset, Part, load_picture
 from device_client.inputs import sent_batches
+from device_client.listing import check_memory
 from device_client.pictures import Shape
 from device_client.remote_tail import RemoteTail
-from device_client.sides import check_memory
 
 T = TypeVar("T")
 

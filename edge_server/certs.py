@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from common import tls
 from common.errors import AuthError
 from common.files import write_atomically
 
@@ -114,12 +115,7 @@ def _hosts_of(path: Path) -> list[x509.GeneralName]:
 
 
 def _load(path: Path) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except OSError as error:
-        raise AuthError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise AuthError(f"{path} holds no certificate (PEM)") from error
+    return tls.certificates(tls.read(path), path)[0]
 
 
 def _authority(folder: Path) -> Authority:

@@ -16,12 +16,13 @@ from rich.table import Table
 
 from common import recipe as recipes
 from common import signals
-from common.channel import ServerTls, is_loopback
+from common.channel import is_loopback
 from common.cli import leave_at_once, with_options
 from common.errors import ModelError
 from common.options import FOLDER
 from common.progress import Screen, note, warn, warn_unencrypted
 from common.run import RunFolder
+from common.tls import ServerTls
 from common.tokens import exposed
 from common.words import by, size
 from edge_server import bundled

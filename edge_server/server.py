@@ -14,9 +14,10 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from common import signals, tokens
-from common.channel import SERVER_OPTIONS, ServerTls, server_credentials
+from common.channel import SERVER_OPTIONS
 from common.errors import DepruneError
 from common.rpc import split_pb2_grpc
+from common.tls import ServerTls, server_credentials
 from edge_server.address import require_free
 from edge_server.health import Health
 from edge_server.host import Host

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from common.channel import Access, parse_address, proxy
+from common.channel import parse_address, proxy
 from common.errors import AbsentError, AuthError, ClockError, LinkError
+from common.tls import Access
 from device_client.remote_tail import RemoteTail
 from edge_server import certs
 from edge_server import cli as server_cli

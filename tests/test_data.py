@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError
-from device_client import arrays, data, folders, sides
+from device_client import arrays, data, folders, listing
 from device_client.data import load, load_picture
 from device_client.sources import check_source
 from tests.pictures import COLOURS, GRAY, RGB, refused, save, save_npz
@@ -159,9 +159,9 @@ def test_ctrl_c_does_not_wait_for_pictures_that_have_not_been_opened(threads: in
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
 
-    side = sides.Side(np.zeros(5000, np.int64), read, str, threads)
+    pictures = listing.Listing(np.zeros(5000, np.int64), read, str, threads)
     with pytest.raises(KeyboardInterrupt):
-        data._read(side, np.arange(5000), GRAY, interrupt)
+        data._read(pictures, np.arange(5000), GRAY, interrupt)
     assert len(opened) < 300 if threads == 1 else len(opened) < 100
 
 
@@ -317,12 +317,12 @@ def test_impossible_requests_are_refused(folder):
 def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):
     source = f"folder:{folder}"
     needed = 36 * 3 * 8 * 8
-    monkeypatch.setattr(sides.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed))
+    monkeypatch.setattr(listing.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed))
     load(source, RGB, 1, 0)
-    monkeypatch.setattr(sides.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed - 1))
+    monkeypatch.setattr(listing.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed - 1))
     refused("36 pictures of 3x8x8 need 0.0 GB .* pass --limit", source, RGB, 1, 0)
     load(source, RGB, 1, 0, limit=29)
-    monkeypatch.setattr(sides.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
+    monkeypatch.setattr(listing.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
     monkeypatch.setattr(data, "_read", lambda *_: pytest.fail("allocated before the check"))
     refused(
         "36 pictures of 3x20000x20000 need 43.2 GB .* 8.0 GB are free.*smaller input", source, (3, 20000, 20000), 1, 0
@@ -335,7 +335,7 @@ def test_numbers_take_four_times_the_memory_of_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "check_memory", lambda *_: None)  # of the file's own
     whole = 4 * 12 * 3 * 8 * 8
     for available, fits in ((2 * whole, True), (2 * whole - 1, False)):
-        monkeypatch.setattr(sides.psutil, "virtual_memory", lambda free=available: SimpleNamespace(available=free))
+        monkeypatch.setattr(listing.psutil, "virtual_memory", lambda free=available: SimpleNamespace(available=free))
         if fits:
             load(source, RGB, 1, 0)
         else:

@@ -21,13 +21,15 @@ from cryptography.hazmat.primitives import serialization
 
 from benchmarks import pair
 from benchmarks.recipes import CLASSES, recipe_text
-from common import channel, tokens, wire
-from common.channel import Access, ServerTls, connect, server_credentials
+from common import tls as tls_files
+from common import tokens, wire
+from common.channel import connect
 from common.errors import AuthError, DepruneError, ForbiddenError, LinkError, SessionError
 from common.phase_message import phase_of_message
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
 from common.rpc_errors import from_rpc
+from common.tls import Access, ServerTls, server_credentials
 from common.wire import Place
 from device_client import cli as device_cli
 from device_client.remote_tail import RemoteTail
@@ -131,7 +133,7 @@ def test_both_processes_with_certificates_and_a_token(ours: Path, tmp_path: Path
 
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a side come with a certificate that is not for it, which ours refuse to: the other one must see it."""
-    monkeypatch.setattr(channel, "_pair", lambda certificate, key, _: (key.read_bytes(), certificate.read_bytes()))
+    monkeypatch.setattr(tls_files, "_pair", lambda certificate, key, _: (key.read_bytes(), certificate.read_bytes()))
 
 
 def test_a_certificate_is_for_one_side(mutual: tuple[str, Path], ours: Path, tmp_path: Path) -> None:

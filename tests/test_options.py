@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from benchmarks.recipes import recipe_text
 from common import optim
-from common.channel import Access, ServerTls
 from common.recipe import parse
+from common.tls import Access, ServerTls
 from device_client import cli as device_cli
 from device_client import use, whole
 from device_client.data import Dataset

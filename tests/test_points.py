@@ -18,6 +18,7 @@ from benchmarks.faults.proxy import Fault, Proxy
 from common import channel
 from common.rpc import split_pb2 as pb
 from common.rpc import split_pb2_grpc
+from common.tls import Access, ServerTls, server_credentials
 from edge_server import certs
 
 
@@ -45,12 +46,12 @@ def answering(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[
     servicer = Answering()
     server = grpc.server(ThreadPoolExecutor(4))
     split_pb2_grpc.add_SplitServicer_to_server(servicer, server)
-    access = channel.Access()
+    access = Access()
     if getattr(request, "param", False):
         certs.make(tmp_path, ["127.0.0.1"], [], renew=False)
-        access = channel.Access(tmp_path / "ca.pem")
-        tls = channel.ServerTls(tmp_path / "server.pem", tmp_path / "server.key")
-        port = server.add_secure_port("127.0.0.1:0", channel.server_credentials(tls, print))
+        access = Access(tmp_path / "ca.pem")
+        tls = ServerTls(tmp_path / "server.pem", tmp_path / "server.key")
+        port = server.add_secure_port("127.0.0.1:0", server_credentials(tls, print))
     else:
         port = server.add_insecure_port("127.0.0.1:0")
     server.start()

@@ -1,4 +1,4 @@
-"""What every source of pictures gives: its sides, train and test, listed but not read. Called by all that read some."""
+"""What every source of pictures gives: its train and test part, listed but not read. Called by all that read some."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from device_client.batches import Pictures
 
 
 @dataclass(frozen=True)
-class Side:
-    """The train or test half of a source, listed but not read; `read` and `name` take a picture's index."""
+class Listing:
+    """The train or test part of a source, listed but not read; `read` and `name` take a picture's index."""
 
     labels: NDArray[np.int64]
     read: Callable[[int], tuple[Pictures, tuple[int, int]]]  # and width and height before they were the model's
@@ -28,8 +28,8 @@ class Side:
 @dataclass(frozen=True)
 class Source:
     classes: tuple[str, ...]
-    train: Side | None
-    test: Side | None
+    train: Listing | None
+    test: Listing | None
     left_out: tuple[str, ...] = ()  # what of it is not used though it may have been meant to be, in words
 
 
