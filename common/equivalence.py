@@ -39,7 +39,7 @@ def require_same(
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def joined(inputs: Tensor) -> Tensor:
-        return tail(head(inputs).float())
+        return tail(head(inputs).float().contiguous())  # as it crosses
 
     def slopes(forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Gradients of a weighted sum of the outputs, which a hook on a block of layers may change."""

@@ -53,13 +53,15 @@ class Tail(nn.Module):
 
     sensitivity: Tensor
 
-    def __init__(self, layers: nn.Module, decoder: bottleneck.Decoder, nested: Sequence[int] = ()) -> None:
+    def __init__(
+        self, layers: nn.Module, decoder: bottleneck.Decoder, nested: Sequence[int] = (), last: bool = False
+    ) -> None:
+        """`last`: hand on what came with its channels last, as its convolutions are laid out: up to the first of them
+        all layers would work in what came."""
         super().__init__()
         self.layers = layers
         self.bottleneck = decoder
         self.norms = Norms(layers, nested)
-        # What its convolutions work in; up to the first of them all layers would work in what came.
-        last = any(weight.dim() == 4 and not weight.is_contiguous() for weight in layers.parameters())
         self._format = torch.channels_last if last else torch.contiguous_format
         # How sensitive the loss is to each direction at the cut, as a running mean: for runs that start from this one.
         # Empty where there are too many channels.
@@ -169,7 +171,8 @@ def build(
     """
     with _seeded(recipe.seed), _naming("model.name"):
         whole = models.build(recipe.model.name, recipe.model.input, recipe.model.classes, allowed)
-    if not models.is_own(recipe.model.name):  # one of the user's own may count on views of its maps
+    last = not models.is_own(recipe.model.name)  # one of the user's own may count on views of its maps
+    if last:
         whole = models.channels_last(whole)
     with _naming("model.cut"):
         head, tail = split(whole, recipe.model.cut, recipe.model.input)
@@ -190,7 +193,7 @@ def build(
               for width in (*phase.nested, phase.width)}  # fmt: skip
     # First to the processor, then the tail: it makes its norms' sets where the layers are.
     tail, decoder = tail.to(processor), decoder.to(processor)
-    return Halves(Head(head, encoder), Tail(tail, decoder, sorted(nested)), shape, gate, processor)
+    return Halves(Head(head, encoder), Tail(tail, decoder, sorted(nested), last), shape, gate, processor)
 
 
 def reseed(seed: int, step: int, side: str) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -91,6 +91,13 @@ class Screen(Console):
                 raise
             if isinstance(error, BrokenPipeError):
                 self.quiet = True  # nobody will ever read it
+
+
+Counted = Callable[[int, int], None]  # told how many of many things are done, and of how many
+
+
+def untold(done: int, total: int) -> None:
+    """Where nobody looks."""
 
 
 class Counting:

@@ -249,8 +249,8 @@ def evaluate(
         chosen = _compute_with(threads, processor)
         head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
         loaded = _load(remote, source, skip_unreadable, ("test",))
-        with Counting(console, "Judged", "pictures") as remote.progress:
-            verdict = use.evaluate(remote, head, loaded, _say, wait)
+        with Counting(console, "Judged", "pictures") as progress:
+            verdict = use.evaluate(remote, head, loaded, _say, wait, progress)
         up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
         again = remote.meter.again(UP) + remote.meter.again(DOWN)
     finally:
@@ -289,8 +289,8 @@ def predict(
 
         chosen = _compute_with(threads, processor)
         head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
-        with Counting(console, "Named", "pictures") as remote.progress:
-            answers, classes = use.predict(remote, head, pictures, _say, wait), remote.opened.classes
+        with Counting(console, "Named", "pictures") as progress:
+            answers, classes = use.predict(remote, head, pictures, _say, wait, progress), remote.opened.classes
     finally:
         remote.close()
     unreadable = {path: found for path, found in answers if isinstance(found, DataError)}

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 
 from common.draw import SPLIT, generator
 from common.errors import DataError, printable
+from common.progress import Counted
 from common.words import by, some
 from device_client.arrays import npy
 from device_client.batches import Pictures
 from device_client.listing import Listing, Source, check_memory
 from device_client.pictures import Shape, bombs_are_errors, decode, reason, require_channels
 from device_client.sources import open_source
-
-Progress = Callable[[int, int], None]
 
 # Pictures a thread reads before it reports: a future for each would cost as much as a small JPEG.
 _CHUNK, _LARGE_CHUNK = 256, 4
@@ -67,7 +66,7 @@ def load(
     limit: int | None = None,
     classes: int | None = None,
     known: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> Dataset:
     """The pictures of SOURCE, resized (not cropped) to `input_shape` = (C,H,W), and their labels; numbers as they are.
 

@@ -202,7 +202,7 @@ class Local:
         """Write a checkpoint; a full disk is told, and learning goes on."""
         if self.step in self.checkpoints.written:
             return
-        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        tensors = {f"layers.{name}": value for name, value in self.head.layers.state_dict().items()}
         tensors |= {f"classifier.{name}": value for name, value in self.classifier.state_dict().items()}
         tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(self.optimiser).items()}
         # Copied: a model's tied weights are one tensor under two names, which safetensors does not write.
@@ -231,7 +231,7 @@ class Local:
 
     def _restore(self, step: int) -> None:
         kept, source = self.checkpoints.read(step), f"the checkpoint of local step {step}"
-        weights.fill(self.head, part(kept.tensors, "head"), source)
+        weights.fill(self.head.layers, part(kept.tensors, "layers"), source)
         weights.fill(self.classifier, part(kept.tensors, "classifier"), source)
         optim.restore(self.optimiser, part(kept.tensors, "optimiser"), source)
         self.step = step
@@ -241,12 +241,14 @@ class Local:
         """A digest of all that decides what the head learns alone, which its checkpoints are named after. The rest of
         the recipe may change before the run begins."""
         recipe = self.recipe
-        settings = [
-            asdict(recipe.model), asdict(recipe.data), asdict(recipe.local) | {"lr": self.lr},
-            asdict(recipe.optimiser) | {"lr": self.lr}, recipe.seed, recipe.precision,
-        ]  # fmt: skip
-        digest = hashlib.sha256(f"{self.trainer.data_id} {json.dumps(settings)}".encode())
-        for name, value in self.head.state_dict().items():
+        # Where its weights come from, which pictures are held out and how others are judged: the weights and pictures
+        # themselves say, or nothing of it is learnt.
+        beside = {"init": "", "validation": 0, "evaluation_batch": 0, "restart": False, "lr": self.lr}
+        parts = (recipe.model, recipe.data, recipe.local, recipe.optimiser)
+        settings = [{**asdict(one), **{key: beside[key] for key in asdict(one).keys() & beside}} for one in parts]
+        told = json.dumps([*settings, recipe.seed, recipe.precision])
+        digest = hashlib.sha256(f"{self.trainer.data_id} {told}".encode())
+        for name, value in self.head.layers.state_dict().items():
             digest.update(name.encode())
             digest.update(raw(value))
         return digest.hexdigest()

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from common.errors import DataError
 from device_client.batches import Pictures
@@ -20,7 +20,13 @@ Shape = tuple[int, int, int]
 MODES = {1: "L", 3: "RGB"}
 # Where a file may say how it is to be turned: EXIF, the same as ImageMagick puts it into a PNG, or XMP.
 _TURNS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
-_LYING = (5, 6, 7, 8)  # the orientations in which width and height are exchanged
+# What is to be done for each way that a picture may lie, as EXIF numbers them; in the last four it lies on its side.
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_LYING = (5, 6, 7, 8)
 
 
 def require_channels(shape: Shape) -> None:
@@ -57,16 +63,16 @@ def in_colour(path: Path) -> bool:
 
 def _upright(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    # What is no number of one of these turns nothing, in Pillow neither.
     return (height, width) if _turn(image) in _LYING else (width, height)
 
 
 def _turn(image: Image.Image) -> int:
     """How the file says that it is to be turned, as in EXIF; 1, not at all, where it says nothing that can be read."""
-    if not _TURNS & image.info.keys():
+    if image.format == "TIFF" or not _TURNS & image.info.keys():  # a TIFF Pillow turns itself
         return 1
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        told = image.getexif().get(ExifTags.Base.Orientation)
+        return told if told in _TURNED else 1
     except Exception:  # noqa: BLE001 -- what is told beside a picture does not make it unreadable
         return 1
 
@@ -92,7 +98,9 @@ def decode(path: Path, shape: Shape) -> tuple[Pictures, tuple[int, int]]:
         if min(image.size) >= 2 * side:
             image.draft(MODES[shape[0]], (side, side))
         image.load()
-        upright = ImageOps.exif_transpose(image) if _turn(image) != 1 else image
+        # Pillow's own way would write what else is told beside the picture anew, and fail where it is odd.
+        turned = _TURNED.get(_turn(image))
+        upright = image if turned is None else image.transpose(turned)
         if image.format == "PPM" and upright.mode == "I":  # whose numbers Pillow has brought to 16 bits
             upright = upright.convert("I;16")
         return fit(upright, shape), size

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from common.codecs import NOTHING, Aside, codec
 from common.errors import FrameError, TooLargeError
 from common.meter import DOWN, UP, Draft
 from common.phase_message import phase_of_message
+from common.progress import Counted, untold
 from common.pulse import STALLED_S
 from common.rpc import split_pb2 as pb
 from common.schedule import RECALLED, Phase
@@ -35,6 +36,8 @@ _ASKED = 32  # and of a prediction, whose batches are single pictures
 FAREWELL_S = 10.0
 
 Batches = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+_Batch = TypeVar("_Batch")
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,6 @@ class RemoteTail(Connection):
     ) -> None:  # fmt: skip
         """As Connection."""
         super().__init__(server, access, stub, give_up_s, stalled_s)
-        # Told how many pictures have been judged or named, of how many; set by whoever shows it.
-        self.progress: Callable[[int, int], None] = lambda judged, count: None
         self._chooser = Chooser(self.kernel.flow)
         # A recall: how many of the steps that were asked for have no answer yet, on which stream, and the request for
         # them, which is booked when its first answer has come.
@@ -208,83 +209,78 @@ class RemoteTail(Connection):
     # Evaluation
 
     def evaluate(
-        self, batches: Batches, count: int, subset: pb.Subset, phase: Phase, classes: tuple[str, ...], step: int = 0
-    ) -> pb.Verdict:
-        """Have labelled batches judged: (sent [B, width, ...], labels [B]) each; `count` pictures in all.
+        self, batches: Batches, count: int, subset: pb.Subset, phase: Phase, classes: tuple[str, ...], step: int = 0,
+        progress: Counted = untold,
+    ) -> pb.Verdict:  # fmt: skip
+        """Have labelled batches judged: (sent [B, width, ...], labels [B]) each; `count` pictures in all. `progress` is
+        told how many of them have been.
 
         In training (at `step`) it is begun anew where the link breaks, so `batches` gives them as often as it is asked.
         """
 
         def attempt() -> pb.Verdict:
             with Draft(self.meter) as draft, self._evaluation(count, subset, classes, phase, draft, step) as stream:
-                verdict = self._judge(stream, batches(), count, phase, draft)
+                verdict = self._judge(stream, batches(), count, phase, draft, progress)
                 draft.keep()
                 return verdict
 
         return self._steadily(step, attempt) if self._begun is not None else attempt()
 
     def _judge(
-        self, stream: Stream, batches: Iterable[tuple[np.ndarray, np.ndarray]], count: int, phase: Phase, draft: Draft
-    ) -> pb.Verdict:
+        self, stream: Stream, batches: Iterable[tuple[np.ndarray, np.ndarray]], count: int, phase: Phase, draft: Draft,
+        progress: Counted,
+    ) -> pb.Verdict:  # fmt: skip
         """One evaluation, from its first batch to the verdict."""
-        waiting: list[int] = []
-        done = judged = number = 0
+        classes = self.opened.recipe.model.classes
 
-        def receive() -> None:
-            nonlocal done, judged
-            frame = stream.receive(draft)
-            wire.check_place(frame, Place(pb.EVALUATION, done, phase.index))
-            count_of_batch = wire.body(frame, "judged").count
-            if count_of_batch != waiting[0]:
-                raise FrameError(f"{count_of_batch} pictures of batch {done} were judged, {waiting[0]} were sent")
-            del waiting[0]
-            done += 1
-            judged += count_of_batch
-            self.progress(judged, count)
-
-        for sent, labels in batches:
-            place = Place(pb.EVALUATION, number, phase.index)
-            known = wire.pack_labels(place, labels, self.opened.recipe.model.classes)
-            for frame in (*known, *self._pack(place, sent, phase)):
+        def send(place: Place, batch: tuple[np.ndarray, np.ndarray]) -> int:
+            sent, labels = batch
+            for frame in (*wire.pack_labels(place, labels, classes), *self._pack(place, sent, phase)):
                 stream.send(draft.frame(UP, frame))
-            waiting.append(len(labels))
-            number += 1
-            if len(waiting) >= _IN_FLIGHT:
-                receive()
-        while waiting:
-            receive()
+            return len(labels)
+
+        def answer(place: Place, pictures: int) -> int:
+            frame = stream.receive(draft)
+            wire.check_place(frame, place)
+            judged = wire.body(frame, "judged").count
+            if judged != pictures:
+                raise FrameError(f"{judged} pictures of batch {place.step} were judged, {pictures} were sent")
+            return pictures
+
+        number = done = 0
+        for judged in _exchanged(batches, _IN_FLIGHT, phase, send, answer):
+            number, done = number + 1, done + judged
+            progress(done, count)
         verdict = self._end_evaluation(stream, number, phase, draft)
         self._find_connection()
         if verdict.count != count:
             raise FrameError(f"the server judged {verdict.count} pictures, {count} were sent")
         return verdict
 
-    def predict(self, batches: Iterable[np.ndarray], count: int, phase: Phase, before: int = 0) -> Iterator[np.ndarray]:
+    def predict(
+        self, batches: Iterable[np.ndarray], count: int, phase: Phase, before: int = 0, progress: Counted = untold
+    ) -> Iterator[np.ndarray]:
         """Logits [B, classes] for each batch of what is sent [B, width, ...], of `count` pictures; so many more were
         named `before`."""
         subset = pb.SUBSET_UNSPECIFIED  # nobody knows the right answers
+        classes = self.opened.recipe.model.classes
         with Draft(self.meter) as draft, self._evaluation(count, subset, (), phase, draft) as stream:
-            receive, waiting, done, named = partial(stream.receive, draft), deque[int](), 0, 0
+            receive = partial(stream.receive, draft)
 
-            def answer() -> np.ndarray:
-                nonlocal done, named
-                place, shape = Place(pb.EVALUATION, done, phase.index), (waiting.popleft(), classes)
-                done += 1
-                logits = wire.unpack(receive(), receive, place, shape, "fp32")
-                named += len(logits)
-                self.progress(before + named, before + count)
-                return logits
-
-            classes = self.opened.recipe.model.classes
-            for number, sent in enumerate(batches):
-                if len(waiting) == _ASKED:
-                    yield answer()
-                for frame in self._pack(Place(pb.EVALUATION, number, phase.index), sent, phase):
+            def send(place: Place, sent: np.ndarray) -> int:
+                for frame in self._pack(place, sent, phase):
                     stream.send(draft.frame(UP, frame))
-                waiting.append(len(sent))
-            while waiting:
-                yield answer()
-            self._end_evaluation(stream, done, phase, draft)
+                return len(sent)
+
+            def answer(place: Place, pictures: int) -> np.ndarray:
+                return wire.unpack(receive(), receive, place, (pictures, classes), "fp32")
+
+            number = 0
+            for logits in _exchanged(batches, _ASKED, phase, send, answer):
+                number, before, count = number + 1, before + len(logits), count - len(logits)
+                progress(before, before + count)
+                yield logits
+            self._end_evaluation(stream, number, phase, draft)
             draft.keep()
 
     @contextmanager
@@ -311,3 +307,19 @@ class RemoteTail(Connection):
         wire.check_place(frame, place)
         verdict: pb.Verdict = wire.body(frame, "verdict")
         return verdict
+
+
+def _exchanged(
+    batches: Iterable[_Batch], most: int, phase: Phase, send: Callable[[Place, _Batch], int],
+    answer: Callable[[Place, int], _Answer],
+) -> Iterator[_Answer]:  # fmt: skip
+    """The answers to all batches in their order, no more than `most` of them waited for at once: what `answer` makes of
+    the place of each and how many pictures it has, as `send` says."""
+    waiting = deque[tuple[Place, int]]()
+    for number, batch in enumerate(batches):
+        if len(waiting) == most:
+            yield answer(*waiting.popleft())
+        place = Place(pb.EVALUATION, number, phase.index)
+        waiting.append((place, send(place, batch)))
+    while waiting:
+        yield answer(*waiting.popleft())

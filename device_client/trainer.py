@@ -209,17 +209,18 @@ class Trainer:
         parts = len(self.data.train), len(self.data.validation), len(self.data.test)
         forecast = Forecast(self.recipe, self.cut, self.batch, parts, self.remote.kernel.flow)
         outlook = Outlook(live, self.recipe, self.remote.meter, forecast, self.phase.steps)
-        while self.then != pb.FINISH:
-            if self.stopping and self._may_rest():
-                self.resting = True
-                raise KeyboardInterrupt
+        while not (self.stopping and self._may_rest()):
+            if self.then == pb.FINISH:
+                outlook.end(self.step)
+                return
             if self.then == pb.VALIDATE:
                 self._validate(live)
                 continue
             phase = self.phase
             line = self._recall_step() if phase.kind == RECALL else self._train_step()
             outlook.after(line, self.mean, phase, self.phase)
-        outlook.end(self.step)
+        self.resting = True  # also before the test part, which may take long to send
+        raise KeyboardInterrupt
 
     def _may_rest(self) -> bool:
         """Whether a run that is to stop does so now: the recalled steps that were asked for are taken in first, for a
@@ -333,10 +334,10 @@ class Trainer:
         """Have the server judge what the head, as it is now, makes of a part's pictures."""
         self.head.eval()
         self.head.bottleneck.resize(self.phase.width)
-        with Counting(self.console, "Judged", "pictures") as self.remote.progress:
+        with Counting(self.console, "Judged", "pictures") as progress:
             verdict = self.remote.evaluate(
                 lambda: sent_batches(self.head, part, self.recipe), len(part), subset, self.phase, self.data.classes,
-                self.step,
+                self.step, progress,
             )  # fmt: skip
         self.head.train(not self.phase.frozen)
         return verdict

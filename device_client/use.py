@@ -18,6 +18,7 @@ from common import codecs, halves, weights
 from common.errors import BusyError, DataError, LinkError, MismatchError, SessionError, StoppedError
 from common.halves import Head
 from common.processor import fits
+from common.progress import Counted, untold
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
@@ -120,22 +121,24 @@ def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: floa
 
 
 def evaluate(
-    remote: RemoteTail, head: Head, data: Dataset, say: Callable[[str], None], wait_s: float = 0.0
-) -> pb.Verdict:
+    remote: RemoteTail, head: Head, data: Dataset, say: Callable[[str], None], wait_s: float = 0.0,
+    progress: Counted = untold,
+) -> pb.Verdict:  # fmt: skip
     """Judge the test part."""
     opened = remote.opened
     phase = _phase(remote, head.bottleneck.width)
 
     def attempt() -> pb.Verdict:
         batches = functools.partial(sent_batches, head, data.test, opened.recipe)
-        return remote.evaluate(batches, len(data.test), pb.TEST, phase, data.classes)
+        return remote.evaluate(batches, len(data.test), pb.TEST, phase, data.classes, progress=progress)
 
     return _again(remote, attempt, say, wait_s)
 
 
 def predict(
-    remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None], wait_s: float = 0.0
-) -> list[tuple[Path, np.ndarray | DataError]]:
+    remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None], wait_s: float = 0.0,
+    progress: Counted = untold,
+) -> list[tuple[Path, np.ndarray | DataError]]:  # fmt: skip
     """The probabilities [classes] for each picture file, in the order given, or why it cannot be read, of which `say`
     is told too where others can.
     """
@@ -158,7 +161,7 @@ def predict(
         sent = (batch for batch, _ in sent_batches(head, left, recipe, 1))
         if len(left):
             phase = _phase(remote, head.bottleneck.width)
-            answers.extend(remote.predict(sent, len(left), phase, before=len(answers)))
+            answers.extend(remote.predict(sent, len(left), phase, len(answers), progress))
         return np.concatenate(answers)
 
     logits = _again(remote, attempt, say, wait_s)

@@ -249,8 +249,8 @@ class Host:
         FrameError where the device stands at a step from which the run cannot go on: nothing is disturbed by it.
         """
         run = self.run
-        if self.served and (session.run or session.trains):
-            raise SessionError("the run of this session is finished; open another to hear of it")
+        if session.run or session.trains:
+            self._require_unfinished()
         if not session.trains or run is None:
             raise FrameError("Begin of training came on a session that does not train")
         with self._beginning:
@@ -287,8 +287,17 @@ class Host:
         _check_whole(run.training)
         run.training.answered_from(begin.step)
         run.take_over(context)
+        try:
+            self._require_unfinished()  # an older stream of the device may just have finished it
+        except SessionError:
+            run.part(context)
+            raise
         run.owner = run.owner or session.identity
         run.faults.reconnects += session.joined
+
+    def _require_unfinished(self) -> None:
+        if self.served:
+            raise SessionError("the run of this session is finished; open another to hear of it")
 
     def _book_head(self, session: Session) -> None:
         """Count the head's first weights where this session has not: the device was given them on an earlier one.
@@ -303,6 +312,8 @@ class Host:
         assert session.run
         if step != session.back_to:
             raise FrameError(f"Begin came at step {step}; the handshake told this device to go on at {session.back_to}")
+        session.run.take_over()
+        self._require_unfinished()
         session.run.put_back(step)
         session.back_to = None
 

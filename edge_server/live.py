@@ -234,8 +234,7 @@ class LiveRun:
         return common
 
     def put_back(self, step: int) -> None:
-        """End all streams, and stand where a device can go on from `step`, which `common` told."""
-        self.take_over()
+        """Stand where a device can go on from `step`, which `common` told; no stream is open any more."""
         if self.training and self.training.can_be_taken_up(step):
             return
         if step not in self.checkpoints.written:

@@ -8,6 +8,7 @@ from torch import nn
 
 from benchmarks.recipes import recipe_text
 from common import halves, optim
+from common.errors import ModelError
 from common.recipe import OptimiserRecipe, parse
 
 LAST = torch.channels_last
@@ -56,6 +57,48 @@ def test_a_model_of_the_users_own_is_as_it_comes() -> None:
     table = 'name = "tests.test_channels_last:net"\ninput = [1, 8, 8]\nclasses = 3\ncut = "first"'
     built = halves.build(parse(recipe_text("fixed", model=table)), ("tests.test_channels_last:net",), compared=True)
     assert built.tail(built.head(torch.randn(2, 1, 8, 8))).shape == (2, 3)
+
+
+def lying_otherwise(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A user's own whose convolutions have their channels last, and whose map at the cut has not."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(channels, 4, 3, padding=1) for channels in (input_shape[0], 4))
+            self.view, self.fc = nn.Linear(4 * 8 * 8, classes), nn.Linear(4, classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.first(x)).contiguous()
+            return self.view(x.view(x.shape[0], -1)) + self.fc(self.second(x).mean((2, 3)))
+
+    return Mixed().to(memory_format=LAST)  # type: ignore[call-overload,no-any-return]
+
+
+def test_what_crosses_comes_to_a_model_of_the_users_own_as_it_does_where_it_is_looked_at() -> None:
+    name = "tests.test_channels_last:lying_otherwise"
+    table = f'name = "{name}"\ninput = [1, 8, 8]\nclasses = 3\ncut = "contiguous"'
+    built = halves.build(parse(recipe_text("fixed", model=table)), (name,), compared=True)
+    assert built.tail(built.head(torch.randn(2, 1, 8, 8))).shape == (2, 3)
+
+
+def counting_on_strides(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.fc = nn.Conv2d(input_shape[0], 4, 3, padding=1), nn.Linear(4 * 8 * 8, classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.relu(self.first(x)).permute(0, 2, 3, 1).view(x.shape[0], -1))
+
+    return Strided().to(memory_format=LAST)  # type: ignore[call-overload,no-any-return]
+
+
+def test_a_model_that_needs_what_crosses_to_lie_otherwise_is_refused_at_the_start() -> None:
+    name = "tests.test_channels_last:counting_on_strides"
+    table = f'name = "{name}"\ninput = [1, 8, 8]\nclasses = 3\ncut = "relu"'
+    with pytest.raises(ModelError, match="cut in two it fails in evaluation"):
+        halves.build(parse(recipe_text("fixed", model=table)), (name,), compared=True)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,8 +37,11 @@ from device_client.data import Dataset, Part, load
 from device_client.last_write import write_with_patience
 from device_client.link import Backoff, Stream
 from device_client.remote_tail import RemoteTail
+from device_client.trainer import Trainer
 from edge_server.host import Host
 from edge_server.limits import Limits
+from edge_server.live import LiveRun
+from edge_server.server import Server
 from edge_server.train_stream import TrainStream
 from tests.test_resume import CASES, _Killed, assert_same_end, leg, server_of
 
@@ -245,6 +249,70 @@ def test_a_server_whose_disk_is_full_at_the_end_waits_for_room(
     ]
     for way in ("up", "down"):
         assert books[0][way]["by_role"] == books[1][way]["by_role"]
+
+
+def test_a_link_that_breaks_while_the_run_is_finished_finishes_it_once(
+    few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is back, and waits for its older stream, while that writes the end to a slow disk."""
+    text, finished, back = CASES["nested widths"], [], threading.Event()
+    host = server_of(tmp_path, text)
+    server = Server(host, "127.0.0.1:0", None, False, None)
+    server.start()
+    remote = RemoteTail(f"127.0.0.1:{server.port}")
+    write, take_over = RunFolder.write_summary, LiveRun.take_over
+
+    def slowly(folder: RunFolder, summary: dict[str, Any]) -> None:
+        if folder.path.name == "server":
+            finished.append(folder)
+            if len(finished) == 1:
+                remote._train._incoming.cancel()
+                assert back.wait(60)
+        write(folder, summary)
+
+    def coming(live: LiveRun, *context: Any) -> None:
+        if finished:
+            back.set()
+        take_over(live, *context)
+
+    monkeypatch.setattr(RunFolder, "write_summary", slowly)
+    monkeypatch.setattr(LiveRun, "take_over", coming)
+    remote.open(trains=True)
+    device = Trainer(remote, few, RunFolder(tmp_path / "device"), Console(file=io.StringIO()))
+    device.prepare((), None)
+    device.folder.start(text)
+    summary = device.run(publish=True)
+    remote.close()
+    server.stop(lambda: True)
+    assert len(finished) == 1
+    told = json.loads((tmp_path / "server" / "summary.json").read_text())
+    for way in ("up", "down"):
+        assert told["bytes"][way]["by_role"] == summary["bytes"][way]["by_role"]
+
+
+@pytest.mark.parametrize("phase", ["{ width = 4, epochs = 1, views = 0.5 }", "{ width = 4, epochs = 1 }"])
+def test_a_stop_in_the_last_step_leaves_the_test_part_for_the_next_start(
+    phase: str, few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may take long to send. A recall is asked for to the end of the run at once."""
+    text = recipe_text("fixed", bottleneck='kind = "linear"', schedule=f"phases = [{phase}]")
+    assert leg(tmp_path / "whole", text, few)
+    after = Trainer._after
+
+    def stopped(self: Trainer, *arguments: Any) -> dict[str, Any]:
+        self.stopping = self.stopping or self.step == 6
+        return after(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_after", stopped)
+        if "views" not in phase:
+            patched.setattr(Trainer, "_may_rest", lambda self: self.then == pb.FINISH)
+        patched.setattr(Trainer, "_judge", lambda *_: pytest.fail("it was told to stop"))
+        with pytest.raises(KeyboardInterrupt):
+            leg(tmp_path / "stopped", text, few)
+    assert RunFolder(tmp_path / "stopped" / "device").unfinished()["step"] == 10  # type: ignore[index]
+    assert leg(tmp_path / "stopped", text, few)
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_run_does_not_go_on_with_another_test_part(few: Dataset, tmp_path: Path) -> None:

@@ -152,7 +152,13 @@ def test_what_was_learnt_from_other_pictures_is_not_lost_unasked(digits: Dataset
 
     assert going_on(_text(0.3), digits) == 0
     assert going_on(_text(0.3), digits) == 6
-    assert going_on(_text(0.3, schedule="phases = [[2, 1]]"), digits) == 6, "it concerns the run that comes after alone"
+    for after in (
+        _text(0.3, schedule="phases = [[2, 1]]"),
+        _text(0.3, data="batch = 32\ncrop = 1\nflip = true\nevaluation_batch = 64"),
+        _text(0.3, optimiser="lr = 0.05\nrestart = true"),
+        _text(0.3, bottleneck='kind = "channels"', schedule="phases = [[4, 1]]"),
+    ):  # fmt: skip
+        assert going_on(after, digits) == 6, "it concerns the run that comes after alone"
     for text, data in (
         (_text(0.3), load("digits", (1, 16, 16), 4, 0.0, limit=640)), (_text(0.3, optimiser="lr = 0.04"), digits),
         (_text(0.3, local="epochs = 0.3\nlr = 0.01"), digits),

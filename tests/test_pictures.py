@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import struct
 import threading
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from common.errors import DataError
 from device_client.data import load, load_picture
@@ -61,6 +63,41 @@ def test_what_stands_beside_a_picture_does_not_make_it_unreadable(name: str, tmp
     Image.new("RGB", (9, 6), (200, 100, 40)).save(tmp_path / name, exif=b"Exif\0\0garbage!!!!")
     assert picture(tmp_path / name, RGB).shape == RGB and size_of(tmp_path / name) == (9, 6)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg"])
+def test_a_picture_that_is_to_be_turned_may_have_odd_notes(name: str, tmp_path) -> None:
+    """A unit that is written as text, which Pillow would not write anew."""
+    entries = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x128, 2, 2, b"2\0\0\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    pixels[:4] = 255  # above, which ends up right
+    Image.fromarray(pixels).save(tmp_path / name, exif=exif, quality=95)
+    found = picture(tmp_path / name, RGB)
+    assert found[:, :, 5:].min() > 230 and found[:, :, :3].max() < 25
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("beside", [False, True])
+def test_every_way_that_a_picture_may_lie(turn: int, beside: bool, tmp_path) -> None:
+    """As Pillow turns it; a TIFF is turned once, also where it says so in two places."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x112] = turn
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    lying = ImageFileDirectory_v2()
+    lying[0x112] = turn
+    if beside:
+        lying[700] = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % turn
+        lying.tagtype[700] = 1
+    Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo=lying)
+    with Image.open(tmp_path / "a.png") as image:
+        upright = ImageOps.exif_transpose(image)
+    shape = (3, upright.height, upright.width)
+    for name in ("a.png", "a.tif"):
+        found, size = load_picture(tmp_path / name, shape)
+        assert np.array_equal(found, np.asarray(upright).transpose(2, 0, 1)), name
+        assert size == size_of(tmp_path / name) == upright.size, name
 
 
 def test_portable_grey_of_more_than_eight_bits_and_lab(tmp_path) -> None:

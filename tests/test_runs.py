@@ -159,10 +159,10 @@ def test_using_a_run_goes_on_where_the_link_breaks(
         Image.fromarray(loaded.test.pictures[number][0]).save(paths[-1])
     asked, asked_for, predict = [], 0, RemoteTail.predict
 
-    def counted(self: RemoteTail, batches: Any, count: int, phase: Phase, before: int) -> Any:
+    def counted(self: RemoteTail, batches: Any, count: int, phase: Phase, before: int, progress: Any) -> Any:
         asked.append(count)
         assert before + count == 40  # of which the progress tells
-        return predict(self, batches, count, phase, before)
+        return predict(self, batches, count, phase, before, progress)
 
     def some_answers(chunk: proxy.Chunk) -> proxy.Span | None:
         nonlocal asked_for
