@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    sys.exit("Error: plots need matplotlib: pip install matplotlib, or copy the run's folder to a machine that has it")
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -58,7 +62,9 @@ def main() -> None:
             said = text
     try:
         figure.savefig(target, dpi=110)
-    except (OSError, ValueError) as error:  # no such folder, no such kind of file
+    except OSError as error:
+        parser.error(f"{target} cannot be written: {error.strerror}")
+    except ValueError as error:  # no such kind of file
         parser.error(f"{target} cannot be written: {error}")
     print(f"{target} is drawn.")
 

@@ -148,7 +148,8 @@ def show(console: Console, summary: dict[str, Any]) -> None:
             f"{local['accuracy']:.2%} of the test pictures.", highlight=False,
         )  # fmt: skip
         if local["accuracy"] >= summary["accuracy"]:
-            console.print("So the device alone does as well here: the server has added nothing.", highlight=False)
+            well = "as well" if local["accuracy"] == summary["accuracy"] else "better"
+            console.print(f"So the device alone does {well} here: the server has added nothing.", highlight=False)
     if summary["budget"]:
         console.print(_spent(summary, bytes_[UP]["message"] + bytes_[DOWN]["message"]), highlight=False)
     elif left := summary["phases_left_out"]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
 _GONE = signal.SIGHUP  # a terminal was closed or its connection lost
 _STOPPING = (signal.SIGINT, signal.SIGTERM, _GONE)
+# Within this time of the first, another is the same one: `timeout`, a shell or a service sends it to the process and to
+# all of its group. A person who is impatient takes longer.
+_SAME_S = 0.25
 
 
 def hear(handler: Callable[[int, FrameType | None], None]) -> Mapping[int, Any]:
@@ -18,13 +22,15 @@ def hear(handler: Callable[[int, FrameType | None], None]) -> Mapping[int, Any]:
     a terminal is told by its kernel and by its shell: as no more than the first signal, for nobody is impatient.
     """
     heard = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-    asked = False
+    first: float | None = None
 
     def once(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if not (asked and number == _GONE):
-            asked = True
-            handler(number, frame)
+        nonlocal first
+        now = time.monotonic()
+        if first is not None and (number == _GONE or now - first < _SAME_S):
+            return
+        first = now if first is None else first
+        handler(number, frame)
 
     return {number: signal.signal(number, once) for number in heard}
 

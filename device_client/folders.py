@@ -22,13 +22,20 @@ _BYTES_A_PIXEL = 8  # while a picture is decoded: four channels, and what is mad
 _NOT_PICTURES = {".eps", ".ps", ".pdf"}  # Pillow hands EPS to Ghostscript, a program of its own; PDF it only writes
 
 
-def folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known: Sequence[str]) -> Source:
-    """`root`/train/CLASS/* and `root`/test/CLASS/*; the classes are train's folders, sorted by code point."""
-    require_channels(shape)
+def check_folder(root: Path) -> None:
+    """DataError where `root` cannot be a folder of pictures, by what lies in it at first sight."""
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give one that has train/CLASS/ and test/CLASS/ with pictures")
     if root.name in ("train", "test") and not (root / root.name).is_dir() and (root.parent / "train").is_dir():
         raise DataError(f"{root} is one of the parts; give the folder that holds both: folder:{root.parent}")
+    if not any((root / name).is_dir() for name in ("train", "test")):
+        raise DataError(f"{root} has no folders train and test; put pictures into {root / 'train' / 'CLASS'} and test")
+
+
+def folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known: Sequence[str]) -> Source:
+    """`root`/train/CLASS/* and `root`/test/CLASS/*; the classes are train's folders, sorted by code point."""
+    require_channels(shape)
+    check_folder(root)
     # Without train/, a folder that is only evaluated still has classes: the run's, where its test/ has no others.
     trains = wants_train or (root / "train").is_dir()
     classes = _class_names(root / ("train" if trains else "test"))

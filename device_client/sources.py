@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from device_client.arrays import digits, npz
-from device_client.folders import folder
+from device_client.folders import check_folder, folder
 from device_client.listing import Source
 from device_client.pictures import Shape
 
@@ -17,6 +17,8 @@ def check_source(source: str) -> None:
     kind, place = _parse(source)
     if kind != "digits" and not (place.is_dir() if kind == "folder" else place.is_file()):
         raise DataError(f"there is no {'folder' if kind == 'folder' else 'file'} {place}; check the path after {kind}:")
+    if kind == "folder":
+        check_folder(place)
 
 
 def open_source(source: str, shape: Shape, wants_train: bool, wants_test: bool, known: Sequence[str] = ()) -> Source:

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 # How often a server that has no room is asked: about a minute in all, with the pause that ours asks for.
 TRIES = 12
+_PAUSE_S = 10.0  # where a server does not say when to try again, as while it trains
 _SESSIONS = 10  # that an evaluation takes at most, on a link that breaks
 
 
@@ -105,19 +106,23 @@ def _again(remote: RemoteTail, attempt: Callable[[], T], say: Callable[[str], No
 
 def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: float = 0.0) -> T:
     """What `attempt` comes to; where the server has no room now and says when it may, tried again then: TRIES times,
-    and for no less than `wait_s`."""
-    until, left = time.monotonic() + wait_s, TRIES
+    and for no less than `wait_s`. Where it does not say, as while it trains, for `wait_s` alone."""
+    until, left, told = time.monotonic() + wait_s, TRIES, ""
     while True:
         left -= 1
         try:
             return attempt()
         except BusyError as error:
-            rest = until - time.monotonic()
-            if error.retry_after_s is None or (left <= 0 and rest <= 0):
+            rest, pause = until - time.monotonic(), error.retry_after_s
+            if rest <= 0 and (pause is None or left <= 0):
+                if pause is None:
+                    raise BusyError(f"{error}; with --wait SECONDS it is waited for") from error
                 raise
-            say(f"{error}; waiting, {gives_up(rest) if rest > 0 else f'{left} more tries'}")
+            if pause is not None or str(error) != told:  # else it may be hours
+                told = str(error)
+                say(f"{error}; waiting, {gives_up(rest) if rest > 0 else f'{left} more tries'}")
             # Jitter, so that devices which were refused together do not come back together.
-            time.sleep(error.retry_after_s * random.uniform(1.0, 1.5))
+            time.sleep((min(_PAUSE_S, max(rest, 1.0)) if pause is None else pause) * random.uniform(1.0, 1.5))
 
 
 def evaluate(

@@ -53,7 +53,8 @@ def train(
     try:
         return trainer.run(publish, anew)
     except KeyboardInterrupt:
-        trainer.rest()
+        with contextlib.suppress(KeyboardInterrupt):  # whoever presses it once more waits for no server
+            trainer.rest()
         kept = max(trainer.checkpoints.written, default=0)
         back = f" from step {kept:,}, its newest checkpoint" if trainer.begun and kept != trainer.step else ""
         console.print(f"Stopped{trainer.where}; the run is not finished: {how}{back}.", highlight=False)

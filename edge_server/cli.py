@@ -123,8 +123,8 @@ def _left(host: Host) -> str:
         return f"; the run in {host.folder.path} is complete."
     assert host.run
     if not host.run.checkpoints.written:
-        begun = f" at step {host.run.step:,};" if host.run.training else "; no device had begun, and"
-        return f"{begun} nothing was kept."
+        begun = f" at step {host.run.step:,}; nothing was kept." if host.run.training else ""
+        return begun or "; no device had begun the run."
     kept = max(host.run.checkpoints.written)
     there = "there" if kept == host.run.step else f"step {kept:,}, which is kept,"
     return (

@@ -21,6 +21,7 @@ from rich.markup import escape
 from common import codecs, models, weights, wire
 from common import halves as halves_module
 from common.errors import (
+    BusyError,
     FrameError,
     MismatchError,
     ModelError,
@@ -217,7 +218,7 @@ class Host:
 
     def _check_use(self, run_id: str) -> None:
         if not self.served:
-            raise MismatchError("this server has no finished run yet; wait until training ends")
+            raise BusyError("this server still trains its run, and serves it when that is finished")
         if run_id and run_id != self.run_id:
             raise MismatchError(
                 f"the device's head is of run {run_id}, this server serves run {self.run_id}; "

@@ -116,7 +116,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
     def _tell_come(self, alone: float, context: grpc.ServicerContext) -> None:
         """A device that may begin the run is there, and may take long to: its head may learn for `alone` epochs."""
         if self._lines.spare(1.0):
-            first = f"; its head learns alone first, for {several(alone, 'epoch')}" if alone else ""
+            first = f"; its head learns alone first, for {several(alone, 'epoch')}, unless it has" if alone else ""
             self.host.console.print(f"A device has asked for the recipe ({_address(context)}){first}.", highlight=False)
 
     def _tell_use(self, session: Session, pictures: int, judged: bool) -> None:

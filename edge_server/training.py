@@ -140,7 +140,8 @@ class Training:
         """Answers to `step` and later ones; FrameError where a device that stands there cannot go on."""
         if not self.can_go_on(step):
             raise FrameError(
-                f"the device stands at step {step}, the server at step {self.step}: they cannot go on from there"
+                f"the device stands at step {step}, the server at step {self.step}: they cannot go on from there; if "
+                f"the run was started on another device as well, stop one, and start this one again"
             )
         return self.answers[len(self.answers) - (self.step - step) :]
 

@@ -319,7 +319,7 @@ def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatc
     assert len(waits) == use.TRIES - 1 and all(5.0 <= wait <= 7.5 for wait in waits)
 
     def at_once() -> None:
-        raise BusyError("this run is already being trained by another device")
+        raise BusyError("this server still trains its run")
 
     with pytest.raises(BusyError):
         use.patiently(at_once, lambda text: None)
@@ -333,6 +333,11 @@ def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BusyError):
         use.patiently(never, lambda text: None, 1)
     assert len(waits) == use.TRIES - 1, "and no shorter for it"
+    waits.clear()
+    said: list[str] = []
+    with pytest.raises(BusyError, match="with --wait SECONDS it is waited for"):
+        use.patiently(at_once, said.append, 600)
+    assert 600 <= sum(waits) < 625 and len(said) == 1, "also where nobody can say for how long, which is said once"
 
 
 def test_a_head_is_not_kept_for_each_caller_that_does_not_read_it(
