@@ -77,13 +77,19 @@ class LiveRun:
         self.training: Training | None = None
         self.meter, self.kernel, self.faults = Meter(), Kernel(), Faults()
         self.checkpoints = Checkpoints(folder.checkpoints, self.run_id, recipe.digest())
-        self._at = 0  # the step that the run stands at as long as no device has taken it up
+        # The step that the run stands at as long as no device has taken it up, and those at which one can.
+        self._at, self._reached = 0, set[int]()
         self._writing = threading.Lock()
         self._streams: set[Stream] = set()
         self._changed = threading.Condition()
         if saved:
             found, warnings = self.checkpoints.sound()
-            self._at = found[-1]
+            self._at, state = found[-1], saved["state"]
+            self._reached = {
+                step
+                for step in range(self._at - len(state["answers"]), self._at + 1)
+                if step == self._at or [step, False] not in state["evaluated"]  # as Training.can_be_taken_up
+            }
             for warning in warnings:
                 warn(console, warning)
 
@@ -223,8 +229,9 @@ class LiveRun:
                 f"of the same run, or the device with another --run (or --overwrite)"
             )
         training = self.training
-        if training and (steps := [step for step in kept if training.can_be_taken_up(step)]):
-            return max(steps)
+        here = [step for step in kept if (training.can_be_taken_up(step) if training else step in self._reached)]
+        if here:
+            return max(here)
         common = max(self.checkpoints.written.intersection(kept), default=None)
         if common is None:
             raise MismatchError(
@@ -236,6 +243,9 @@ class LiveRun:
     def put_back(self, step: int) -> None:
         """Stand where a device can go on from `step`, which `common` told; no stream is open any more."""
         if self.training and self.training.can_be_taken_up(step):
+            return
+        if not self.training and step in self._reached:
+            self._go_back(self._at)
             return
         if step not in self.checkpoints.written:
             raise SessionError(f"the run has gone on from step {step} meanwhile; open another session")

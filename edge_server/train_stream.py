@@ -163,7 +163,7 @@ class TrainStream:
             # for another step, and so shows that it has the answer.
             decision = training.apply()
             frames.append(self._done(step, phase, loss, correct, decision))
-            training.answers = [frames]
+            training.answers, training.recalled = [frames], False
             receive.draft.keep()
             for out in frames:
                 run.meter.frame(DOWN, out)
@@ -211,7 +211,7 @@ class TrainStream:
                 f"Recall of {frame.recall.steps:,} steps came; the server makes {self.host.limits.recall:,} at once"
             )
         clock, phase = time.perf_counter, training.phase
-        training.answers = []
+        training.answers, training.recalled = [], True
         for _ in range(frame.recall.steps):
             if self.host.stopping:
                 raise StoppedError(STOPPED)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -54,6 +56,7 @@ class Training:
     # The server's answers to what the device asked for last, a list of frames for each step: if its stream breaks, it
     # may have missed them.
     answers: list[list[pb.Frame]] = field(default_factory=list)
+    recalled: bool = False  # whether that was recalled steps
     # Held while the tail computes: an evaluation waits for the step before it to be applied.
     lock: threading.Lock = field(default_factory=threading.Lock)
     spoiled: bool = False  # a step has failed half-way
@@ -247,7 +250,14 @@ class Training:
         tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
         if self.store:
             tensors |= {f"store.{name}": value for name, value in self.store.index().items()}
+        # A device that has not had them, for it was stopped or its link lost, does not go back for them. Of those to a
+        # Recall a new process of the device could not tell whether its request had been booked.
+        kept = [] if self.recalled else self.answers
+        answers = [[frame.SerializeToString() for frame in answer] for answer in kept]
+        if answers:
+            tensors["answers"] = torch.frombuffer(bytearray(b"".join(itertools.chain(*answers))), dtype=torch.uint8)
         return tensors, {
+            "answers": [[len(frame) for frame in answer] for answer in answers],
             "classes": self.classes, "samples": self.samples, "beside": asdict(self.beside),
             "rotated": self.rotated, "wall_s": self.elapsed_s, "busy_s": self.busy_s,
             "norms": self.halves.tail.norms.width,
@@ -269,6 +279,9 @@ class Training:
         self.evaluated = {(step, on_test) for step, on_test in state["evaluated"]}
         self.test = Judgement(**state["test"]) if state["test"] else None
         self._outlived = {self.folder / name: last for name, last in state["outlived"].items()}
+        if state["answers"]:
+            data = io.BytesIO(kept.tensors["answers"].numpy().tobytes())
+            self.answers = [[pb.Frame.FromString(data.read(size)) for size in answer] for answer in state["answers"]]
         step, phase_then = state["judged_in"]
         self._judged_in = step, phase_of_table(phase_then)
         # The width of the step before, not the phase's: a width that is drawn for the first time goes on from it.

@@ -45,6 +45,7 @@ from edge_server.training import Training
 from tests.test_link import Lost
 
 EVERY = 4
+SIDES = ("device", "server")
 CODEC = 'activation = "step:15"\ngradient = "step:10"'
 FP32 = Phase(0, 0, 2, "fp32", "fp32", 0.05, 0, 1)
 FEW = "batch = 16\ncrop = 1\nflip = true"  # half of the usual batch, of half of the pictures: as many steps
@@ -79,6 +80,10 @@ CASES = {
 
 class _Killed(Exception):
     pass
+
+
+class _Stopped(_Killed, KeyboardInterrupt):
+    """At once: the step that is under way is put back."""
 
 
 def server_of(path: Path, text: str) -> Host:
@@ -149,6 +154,39 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert weights.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(weights[key], value), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_device_that_has_not_had_the_last_answer_goes_on_where_it_stands(
+    name: str, few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped at once, and its server after it: the server's checkpoint is of the step after, and has it."""
+    text = CASES[name]
+    data = load("digits", (1, 16, 16), 3, 0.2, limit=320) if "validation" in text else few
+    whole = leg(tmp_path / "whole", text, data)
+    assert whole
+    steps = len(outcome(tmp_path / "whole")[1])
+    broken, result = tmp_path / "broken", RemoteTail._result
+    for at in (5, 10, steps - 2):
+
+        def stopped(remote: RemoteTail, step: int, *arguments: Any) -> Any:
+            if step == at:  # noqa: B023 -- called at once
+                raise _Stopped
+            return result(remote, step, *arguments)
+
+        host = server_of(broken, text)
+        with monkeypatch.context() as patched:
+            patched.setattr(RemoteTail, "_result", stopped)
+            assert leg(broken, text, data, lives=host) is None
+        host.close()
+        ahead = [max(int(path.stem[5:]) for path in (broken / side / "checkpoints").glob("step-*")) for side in SIDES]
+        # In one process a recall is made as its answer is asked for.
+        assert ahead == [at, at if (name, at) == ("frozen head", 10) else at + 1], ahead
+    summary = leg(broken, text, data)
+    assert summary and summary["faults"]["resumed"] == 3 and summary["faults"]["steps_again"] == 0
+    assert_same_end(broken, tmp_path / "whole")
+    for way in ("up", "down"):
+        assert summary["bytes"][way]["by_role"] == whole["bytes"][way]["by_role"]
 
 
 @pytest.mark.parametrize("name", CASES)
