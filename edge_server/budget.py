@@ -198,7 +198,7 @@ class Budget:
         ends[entry] = max(done, start + round(self._asked[entry] * share))
         for other in range(entry + 1, len(ends)):
             ends[other] = ends[other - 1] + (round(self._asked[other] * share) if other <= last else 0)
-        return ends
+        return [min(end, sum(self._asked)) for end in ends]  # each was rounded by itself
 
     def _share(self, done: int, start: int, coming: range, costs: Mapping[int, float]) -> tuple[float, int]:
         """Which share of the steps that were asked for can be paid for in each of the entries `coming`, the first of
@@ -245,9 +245,12 @@ class Budget:
 
     def _to_rank(self, entry: int) -> float:
         """Bytes that choosing an entry's channels takes, in steps with all that they may be of."""
-        load, before = self._step_loads[entry], self._entries[entry - 1]
+        load = self._step_loads[entry]
         if self._entries[entry].views:  # what the server is to keep is of the channels chosen before
             return 0.0
+        # Chosen are those of the last one that comes to a step.
+        spans = pairwise((0, *self.ends))
+        before = [one for one, (start, end) in zip(self._entries[:entry], spans, strict=False) if end > start][-1]
         ranked = ranked_at(self._entries[entry], self._channels, before.width or self._channels)
         expected = sum(Load(ranked, load.activation, load.gradient).of_step(self._spent))
         return self._ranking * (expected if ranked < self._channels else max(expected, self._spent.ranked))

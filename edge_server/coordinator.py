@@ -161,7 +161,9 @@ class Coordinator:
             if budget.allows(done, self.phase, coming[0], self._tested(coming), validates=False):
                 budget.leave(done)
                 self._follow(budget, done)
-                return
+                # What comes now may be another phase, and dearer: entries for which little was left come to no step.
+                if budget.allows(done, self.phase, *self._ahead(done), validates=False):
+                    return
         self.steps = done
 
     def _follow(self, budget: Budget, done: int) -> None:

@@ -389,3 +389,38 @@ def test_a_first_phase_of_one_step_is_refused(digits: Dataset) -> None:
     """Before it is booked nothing is known, and a wider one would begin whatever it costs."""
     with pytest.raises(RecipeError, match="comes to one step on these pictures"):
         run(digits, "phases = [[2, 0.06], [32, 6]]\nbudget_mb = 0.5")
+
+
+def test_what_comes_after_entries_without_steps_is_paid_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked about was the entry after the present one; where that comes to no step, a dearer one is next."""
+    recipe = parse(
+        recipe_text(
+            "deprune", bottleneck='kind = "linear"', schedule="phases = [[1, 1], [2, 1], [8, 1]]\nbudget_mb = 9"
+        )
+    )
+    budget = Budget(recipe, CHANNELS, EPOCH, BATCH, Beside())
+    coordinator, asked = Coordinator(recipe, CHANNELS, EPOCH, budget), []
+
+    def allows(done: int, present: Phase, coming: Phase, tested: Phase, validates: bool) -> bool:
+        asked.append((done, coming.width))
+        return done < 5 or coming.width == 2
+
+    monkeypatch.setattr(budget, "allows", allows)
+    monkeypatch.setattr(budget, "leave", lambda done: setattr(budget, "ends", [done, done, done + 9]))
+    books, step = Books(0, 0), 0
+    while coordinator.after_step(step).then != pb.FINISH:
+        coordinator.book(books, coordinator.phase, step)  # type: ignore[arg-type]
+        step += 1
+    assert asked[-4:-1] == [(5, 1), (5, 2), (5, 8)] and coordinator.steps == step + 1 == 5
+
+
+def test_a_ranking_is_priced_by_what_was_sent_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by an entry between that comes to no step; nor does a plan have more steps than were asked for."""
+    budget = Budget(pruned("phases = [[16, 1], [8, 1], [4, 1]]\nbudget_mb = 9"), CHANNELS, EPOCH, BATCH, Beside())
+    budget.book(1000, 1000, Phase(0, 0, 16, "step:20", "step:5", 0.1, 0, 1))
+    budget._ranking = 4  # as with ranked channels
+    between = budget._to_rank(2)
+    budget.ends = [10, 10, 20]
+    assert budget._to_rank(2) == pytest.approx(2 * between) and between
+    monkeypatch.setattr(budget, "_share", lambda *_: (1.02, 2))
+    assert budget._plan(9, range(3))[-1] == 3 * EPOCH
