@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ except ModuleNotFoundError:
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+_BESIDE = 0.035  # of the steps, between two labels
 _KINDS = {"learn": "", "rank": ", ranking", "store": ", sent once", "recall": ", recalled"}
 
 
@@ -43,20 +45,25 @@ def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(steps[window - 1 :], 100 * smooth)
     left.axhline(100 * summary["accuracy"], color="gray", linestyle=":")
-    left.annotate(f"test {summary['accuracy']:.2%}", (0, 100 * summary["accuracy"]), va="bottom", color="gray")
+    left.annotate(
+        f"test {summary['accuracy']:.2%} ", (1, 100 * summary["accuracy"]), xycoords=("axes fraction", "data"),
+        ha="right", va="bottom", color="gray",
+    )  # fmt: skip
     left.set(xlabel="step", ylabel=f"training accuracy, % (mean of {window})", title=summary["name"])
     right.plot(steps, plain, color="gray", label="plain split learning")
     right.plot(steps, ours, label=f"{summary['method']}, {summary['times_fewer']['total']:.1f} times fewer")
     right.set(xlabel="step", ylabel="MB on the link, both ways", yscale="log", title="bytes so far")
     right.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
     for axes in (left, right):
-        said = ""
+        said, codec, place = "", summary["phases"][0].get("activation"), -math.inf
         for phase in summary["phases"]:
             axes.axvline(phase["from_step"], color="tab:orange", alpha=0.4, linewidth=1)
-            text = f"width {phase['width']}{_KINDS[phase['kind']]}"
-            if text != said:  # else its codec or learning rate is another
+            other, codec = phase.get("activation") != codec, phase.get("activation")
+            text = f"width {phase['width']}{_KINDS[phase['kind']]}{f', {codec}' if other else ''}"
+            if text != said and axes is left:  # else its learning rate is another
+                place = max(phase["from_step"], place + _BESIDE * len(steps))
                 axes.annotate(
-                    text, (phase["from_step"], 0.03), xycoords=("data", "axes fraction"), xytext=(2, 0),
+                    text, (place, 0.03), xycoords=("data", "axes fraction"), xytext=(2, 0),
                     textcoords="offset points", rotation=90, fontsize=8, color="tab:orange",
                 )  # fmt: skip
             said = text

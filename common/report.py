@@ -91,7 +91,14 @@ def summarise(
         "epochs_asked": sum(phase.epochs for phase in recipe.schedule.phases) or None,
         "phases_left_out": _left_out(recipe, cut[0], outcome.phases),
         "phases": [
-            {"from_step": phase.from_step, "width": phase.width, "nested": list(phase.nested), "kind": phase.kind}
+            {
+                "from_step": phase.from_step,
+                "width": phase.width,
+                "nested": list(phase.nested),
+                "kind": phase.kind,
+                "activation": phase.activation_codec,
+                "gradient": phase.gradient_codec,
+            }
             for phase in outcome.phases
         ],
     }
