@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from common.errors import ModelError
-
-_RELEASE = "install the same release of deprune on both sides"
+from common.errors import SAME_RELEASE, ModelError
 
 
 class _Sized(nn.Module):
@@ -31,9 +29,11 @@ class _Sized(nn.Module):
         """Send `width` channels from now on, chosen by `order` (most important first; empty: as before); ModelError
         where there are no such channels."""
         if not 1 <= width <= self.channels:
-            raise ModelError(f"{width:,} channels are to be sent of a cut that has {self.channels:,}; {_RELEASE}")
+            raise ModelError(f"{width:,} channels are to be sent of a cut that has {self.channels:,}; {SAME_RELEASE}")
         if order and sorted(order) != list(range(self.channels)):
-            raise ModelError(f"an order of channels came that has not each of the {self.channels:,} once; {_RELEASE}")
+            raise ModelError(
+                f"an order of channels came that has not each of the {self.channels:,} once; {SAME_RELEASE}"
+            )
         self.width = width
         if order:
             self.order.copy_(torch.tensor(order))

@@ -35,6 +35,10 @@ import unicodedata
 _MAY_PASS = 75  # EX_TEMPFAIL of sysexits.h: the same command may do later
 
 
+# What to do where one side does not know what the other says.
+SAME_RELEASE = "install the same release of deprune on both sides"
+
+
 class DepruneError(Exception):
     """Base of every error meant for a person; `str()` is what they read."""
 

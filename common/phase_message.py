@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.codecs import codec
-from common.errors import CodecError, VersionError
+from common.errors import SAME_RELEASE, CodecError, VersionError
 from common.rpc import split_pb2 as pb
 from common.schedule import KINDS, Phase
 
@@ -23,13 +23,9 @@ def phase_of_message(message: pb.Phase) -> Phase:
         try:
             codec(name)
         except CodecError as error:
-            raise VersionError(
-                f"the server uses the codec {name!r}, unknown here: {error}; install the same release on both sides"
-            ) from error
+            raise VersionError(f"the server uses the codec {name!r}, unknown here: {error}; {SAME_RELEASE}") from error
     if message.kind not in range(len(KINDS)):
-        raise VersionError(
-            f"the server announced a phase of kind {message.kind}, unknown here; install the same release on both sides"
-        )
+        raise VersionError(f"the server announced a phase of kind {message.kind}, unknown here; {SAME_RELEASE}")
     return Phase(
         index=message.index, from_step=message.from_step, width=message.width,
         activation_codec=message.activation_codec, gradient_codec=message.gradient_codec, order=tuple(message.order),

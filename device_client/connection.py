@@ -16,6 +16,7 @@ import numpy as np
 
 from common import channel, tls, wire
 from common.errors import (
+    SAME_RELEASE,
     AbsentError,
     AuthError,
     BusyError,
@@ -142,7 +143,7 @@ class Connection:
         if reply.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the server speaks protocol version {reply.protocol_version}, this device {wire.PROTOCOL_VERSION}; "
-                f"install the same release of deprune on both"
+                f"{SAME_RELEASE}"
             )
         self._find_connection()
         try:

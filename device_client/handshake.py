@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common import recipe
-from common.errors import MismatchError, printable
+from common.errors import SAME_RELEASE, MismatchError, printable
 from common.phase_message import phase_of_message
 from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
@@ -36,16 +36,14 @@ def opened_by(reply: pb.OpenReply, trains: bool, server: str) -> Opened:
     if parsed.digest() != reply.digest:
         raise MismatchError(
             "the recipe's digest is not the one that the server announced: the two sides read it differently; "
-            "install the same release of deprune on both"
+            f"{SAME_RELEASE}"
         )
     if trains and not reply.finished and not reply.checkpoint_every:
-        raise MismatchError(
-            "the server did not say at which steps checkpoints are kept; install the same release on both sides"
-        )
+        raise MismatchError(f"the server did not say at which steps checkpoints are kept; {SAME_RELEASE}")
     if reply.HasField("phase") and len(set(reply.classes)) != parsed.model.classes:
         raise MismatchError(
             f"the server named {len(set(reply.classes)):,} classes of a network that has {parsed.model.classes:,}; "
-            f"install the same release on both sides"
+            f"{SAME_RELEASE}"
         )
     return Opened(
         session=reply.session,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common import codecs, halves, weights
-from common.errors import BusyError, DataError, LinkError, MismatchError, SessionError, StoppedError
+from common.errors import SAME_RELEASE, BusyError, DataError, LinkError, MismatchError, SessionError, StoppedError
 from common.halves import Head
 from common.processor import fits
 from common.progress import Counted, untold
@@ -71,9 +71,7 @@ def open_finished(
 def _phase(remote: RemoteTail, width: int | None) -> Phase:
     """How the finished run left bottleneck and codecs, at another of its widths where one is asked for."""
     if remote.opened.phase is None:
-        raise MismatchError(
-            "the server did not say in which phase its run ended; install the same release on both sides"
-        )
+        raise MismatchError(f"the server did not say in which phase its run ended; {SAME_RELEASE}")
     phase = remote.opened.phase
     if width not in (None, *phase.widths):
         served = ", ".join(map(str, sorted(phase.widths)))

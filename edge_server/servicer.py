@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from common import wire
 from common.errors import (
+    SAME_RELEASE,
     DepruneError,
     DivergedError,
     FaultError,
@@ -132,7 +133,7 @@ class Servicer(split_pb2_grpc.SplitServicer):
         if request.protocol_version != wire.PROTOCOL_VERSION:
             raise VersionError(
                 f"the device speaks protocol version {request.protocol_version}, this server {wire.PROTOCOL_VERSION}; "
-                f"install the same release of deprune on both"
+                f"{SAME_RELEASE}"
             )
         if wire.unsealed(request).purpose not in (pb.TRAIN, pb.USE):
             raise FrameError(f"Open has purpose {request.purpose}; TRAIN (1) or USE (2) was expected")
