@@ -256,6 +256,7 @@ class LiveRun:
         kept = self.checkpoints.read(step)
         if self.training:
             self.training.close()
+            self.training.spoiled = True  # where what follows fails, nothing goes on from it, nor keeps it
         training = self._new(kept.state["samples"], tuple(kept.state["classes"]), Beside(**kept.state["beside"]))
         training.restore(kept)
         lost = self.folder.resume(step)
