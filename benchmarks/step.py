@@ -111,6 +111,7 @@ def main() -> None:
         pictures = generator.integers(0, 256, (BATCH * STEPS, 32, 32, 3), np.uint8)
         labels = np.arange(len(pictures)) % 10
         np.savez(folder / "data.npz", train_x=pictures, train_y=labels, test_x=pictures[:64], test_y=labels[:64])
+        unsplit(threads)  # the first reads torch and data from the disk, and was once two thirds slower than the next
         for turn in range(ROUNDS):
             rows["unsplit"].append(unsplit(threads))
             for codec in CODECS:

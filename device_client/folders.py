@@ -29,7 +29,7 @@ def check_folder(root: Path) -> None:
     if root.name in ("train", "test") and not (root / root.name).is_dir() and (root.parent / "train").is_dir():
         raise DataError(f"{root} is one of the parts; give the folder that holds both: folder:{root.parent}")
     if not any((root / name).is_dir() for name in ("train", "test")):
-        raise DataError(f"{root} has no folders train and test; put pictures into {root / 'train' / 'CLASS'} and test")
+        raise DataError(f"{root} has no folders train and test; put pictures into train/CLASS/ and test/CLASS/ there")
 
 
 def folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known: Sequence[str]) -> Source:

@@ -117,10 +117,12 @@ def test_a_run_is_trained_as_its_device_is_told_to(trained: Mock, colours: Path,
 def test_a_head_is_asked_for_before_pictures_are_read(trained: Mock, tmp_path: Path) -> None:
     """A small device reads them for minutes."""
     trained.remote.opened.init_run_id = "another"
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").mkdir(parents=True)
     line = ("train", "127.0.0.1:9", "--data", f"folder:{tmp_path / 'data'}", "--run", tmp_path / "run")
     assert "pass --head with that run's folder" in failed(device_cli.cli, *line)
     assert f"{tmp_path / 'other'} holds no finished run" in failed(device_cli.cli, *line, "--head", tmp_path / "other")
+    (tmp_path / "data" / "train").rmdir()
+    assert "has no folders train and test" in failed(device_cli.cli, *line), "which is seen at once"
 
 
 def test_a_server_serves_as_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
