@@ -186,6 +186,8 @@ def main() -> None:
     parser.add_argument("--into", default="", help="write benchmarks/results/NAME.json instead", metavar="NAME")
     parser.add_argument("--device", default="cpu", help="where both halves compute: cpu, cuda, cuda:NUMBER or auto")
     options = parser.parse_args()
+    if options.quick and options.table:
+        parser.error("--quick has rows of its own: leave out --table")
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a file has no width of its own, and 80 columns are too few for the table

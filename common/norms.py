@@ -57,8 +57,8 @@ class Norms(nn.Module):
     def switch(self, width: int) -> None:
         """Put away what the layers have learnt at the width until now, and give them the set of this one.
 
-        A width without a set (that of a ranking), or whose set has not begun, goes on from what the
-        layers have now: after an earlier phase that is much better than a set that has learnt nothing.
+        A width without a set (that of a ranking), or whose set has not begun, goes on from what the layers have now:
+        after an earlier phase that is much better than a set that has learnt nothing.
         """
         self.put_away()
         self.width = width if width in self.widths else None

@@ -10,8 +10,8 @@ from typing import Any
 
 _GONE = signal.SIGHUP  # a terminal was closed or its connection lost
 _STOPPING = (signal.SIGINT, signal.SIGTERM, _GONE)
-# Within this time of the first, another is the same one: `timeout`, a shell or a service sends it to the process and to
-# all of its group. A person who is impatient takes longer.
+# Within this time of one that was heard, another is the same: `timeout`, a shell or a service sends it to the process
+# and to all of its group. A person who is impatient takes longer.
 _SAME_S = 0.25
 
 
@@ -22,14 +22,14 @@ def hear(handler: Callable[[int, FrameType | None], None]) -> Mapping[int, Any]:
     a terminal is told by its kernel and by its shell: as no more than the first signal, for nobody is impatient.
     """
     heard = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-    first: float | None = None
+    last: float | None = None
 
     def once(number: int, frame: FrameType | None) -> None:
-        nonlocal first
+        nonlocal last
         now = time.monotonic()
-        if first is not None and (number == _GONE or now - first < _SAME_S):
+        if last is not None and (number == _GONE or now - last < _SAME_S):
             return
-        first = now if first is None else first
+        last = now
         handler(number, frame)
 
     return {number: signal.signal(number, once) for number in heard}

@@ -120,7 +120,7 @@ class Connection:
             try:
                 return self._handshake(request, again=trains and bool(request.run_id))
             except (LinkError, FrameError, ClockError, StoppedError, BusyError) as error:
-                # A server that is full is not waited for here in two cases: who uses a run does so itself
+                # A server that is full, or trains, is not waited for here in two cases: who uses a run does so itself
                 # (use.patiently), and as long as another device trains the run there is no knowing how long it takes.
                 full = isinstance(error, BusyError) and (not trains or error.retry_after_s is None)
                 if wait_s <= 0 or full:

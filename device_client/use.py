@@ -113,7 +113,7 @@ def patiently(attempt: Callable[[], T], say: Callable[[str], None], wait_s: floa
         except BusyError as error:
             rest, pause = until - time.monotonic(), error.retry_after_s
             if rest <= 0 and (pause is None or left <= 0):
-                if pause is None:
+                if pause is None and wait_s <= 0:
                     raise BusyError(f"{error}; with --wait SECONDS it is waited for") from error
                 raise
             if pause is not None or str(error) != told:  # else it may be hours

@@ -116,8 +116,10 @@ class Host:
         require_weights(recipe, len(host._first_head))
         if not saved:
             size = sum(value.numel() * value.element_size() for value in halves.tail.state_dict().values())
-            # The tail and three checkpoints of it with its optimiser.
-            folder.prepare(overwrite, 10 * size, recipe)
+            # The tail and three checkpoints of it with its optimiser, and with the answer to a step.
+            numbers = math.prod(halves.sent_shape(recipe.data.batch, halves.channels))
+            answer = round(numbers * max(codecs.codec(name).bits for name in recipe.codecs) / 8)
+            folder.prepare(overwrite, 10 * size + 3 * answer, recipe)
         for wasted in checks.wasteful(recipe, halves):
             host.note(wasted)
         codecs.load(*recipe.codecs, say=console.print)  # now, for a stream of a run would have to wait
@@ -217,13 +219,11 @@ class Host:
         return session.back_to
 
     def _check_use(self, run_id: str) -> None:
-        if not self.served:
-            raise BusyError("this server still trains its run, and serves it when that is finished")
         if run_id and run_id != self.run_id:
-            raise MismatchError(
-                f"the device's head is of run {run_id}, this server serves run {self.run_id}; "
-                f"only halves of one run fit"
-            )
+            has = f"{'serves' if self.served else 'trains'} run {self.run_id}" if self.run_id else "has a new run"
+            raise MismatchError(f"the device's head is of run {run_id}, this server {has}; only halves of one run fit")
+        if not self.served:
+            raise BusyError("this server has no finished run yet, and serves one when its training has ended")
         if not run_id and not self.served.head:
             raise MismatchError(
                 f"the head of run {self.run_id} was not published; "

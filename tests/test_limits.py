@@ -307,6 +307,20 @@ def test_the_least_limits_still_let_a_device_in() -> None:
     assert least.queue_each == 1 and least.calls > 2 and least.calls_each > 2
 
 
+def test_a_run_that_is_still_trained_may_be_waited_for_by_its_own_device_alone(tmp_path: Path) -> None:
+    host = quiet_host(tmp_path)
+    with pytest.raises(BusyError, match="has no finished run yet"):
+        host.open(False, "", (), "", "")
+    with pytest.raises(MismatchError, match="of run another, this server has a new run"):
+        host.open(False, "another", (), "", "")
+    assert host.run
+    host.run.run_id = "its own"
+    with pytest.raises(BusyError):
+        host.open(False, "its own", (), "", "")
+    with pytest.raises(MismatchError, match="of run another, this server trains run its own"):
+        host.open(False, "another", (), "", "")
+
+
 def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(use.time, "sleep", waits.append)
@@ -321,7 +335,7 @@ def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatc
     def at_once() -> None:
         raise BusyError("this server still trains its run")
 
-    with pytest.raises(BusyError):
+    with pytest.raises(BusyError, match="with --wait SECONDS it is waited for"):
         use.patiently(at_once, lambda text: None)
     assert len(waits) == use.TRIES - 1, "where the server does not say when, there is no use in waiting"
     monkeypatch.setattr(use.time, "monotonic", lambda: sum(waits))
@@ -335,7 +349,7 @@ def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatc
     assert len(waits) == use.TRIES - 1, "and no shorter for it"
     waits.clear()
     said: list[str] = []
-    with pytest.raises(BusyError, match="with --wait SECONDS it is waited for"):
+    with pytest.raises(BusyError, match="still trains its run$"):
         use.patiently(at_once, said.append, 600)
     assert 600 <= sum(waits) < 625 and len(said) == 1, "also where nobody can say for how long, which is said once"
 
