@@ -42,7 +42,7 @@ from edge_server.checks import require_batch
 from edge_server.coordinator import Coordinator, Decision
 from edge_server.identity import name_of
 from edge_server.initial import Initial
-from edge_server.training import Training
+from edge_server.training import Training, reached
 
 # An older stream of the same run gets this long to end, which it does at once unless a step is being computed.
 _TAKE_OVER_S = 20.0
@@ -85,11 +85,7 @@ class LiveRun:
         if saved:
             found, warnings = self.checkpoints.sound()
             self._at, state = found[-1], saved["state"]
-            self._reached = {
-                step
-                for step in range(self._at - len(state["answers"]), self._at + 1)
-                if step == self._at or [step, False] not in state["evaluated"]  # as Training.can_be_taken_up
-            }
+            self._reached = reached(self._at, len(state["answers"]), {tuple(one) for one in state["evaluated"]})
             for warning in warnings:
                 warn(console, warning)
 

@@ -7,7 +7,7 @@ import io
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ from edge_server.judging import Judgement
 from edge_server.store import Store
 
 _NOTED_EVERY = 8  # steps: the sensitivity changes slowly
+
+
+def reached(at: int, answered: int, evaluated: Collection[tuple[int, bool]]) -> set[int]:
+    """Steps at which a device can take up a run that stands at step `at` with so many answers kept; `evaluated` as in
+    Training."""
+    return {step for step in range(at - answered, at + 1) if step == at or (step, False) not in evaluated}
 
 
 @dataclass
@@ -137,7 +143,7 @@ class Training:
         If a validation was made at that step, the checkpoint may be older than its verdict. The device then judges once
         more, and a run that has gone on from the step cannot let it.
         """
-        return self.can_go_on(step) and (step == self.step or (step, False) not in self.evaluated)
+        return not self.spoiled and step in reached(self.step, len(self.answers), self.evaluated)
 
     def answered_from(self, step: int) -> list[list[pb.Frame]]:
         """Answers to `step` and later ones; FrameError where a device that stands there cannot go on."""
