@@ -23,6 +23,7 @@ from common.gate import Gate, rectified
 from common.norms import Norms
 from common.partition import cut_shape, split
 from common.recipe import Recipe
+from common.schedule import phase_of_entry
 
 # Channels of the cut: a linear bottleneck's matrix of more would take over 64 MB on either side,
 _MOST_MIXED = 4096
@@ -189,8 +190,8 @@ def build(
     encoder, decoder = bottleneck.build(recipe.bottleneck.kind, shape[0], recipe.seed)
     # A linear bottleneck mixes the channels: behind it nothing is zero any more.
     gate = Gate(recipe.bottleneck.kind != "linear" and rectified(head))
-    nested = {width or shape[0] for phase in recipe.schedule.phases if phase.nested
-              for width in (*phase.nested, phase.width)}  # fmt: skip
+    phases = [phase_of_entry(recipe, entry, shape[0]) for entry in recipe.schedule.entries]
+    nested = {width for phase in phases if phase.nested for width in phase.widths}
     # First to the processor, then the tail: it makes its norms' sets where the layers are.
     tail, decoder = tail.to(processor), decoder.to(processor)
     return Halves(Head(head, encoder), Tail(tail, decoder, sorted(nested), last), shape, gate, processor)

@@ -251,9 +251,10 @@ class ScheduleRecipe:
         return any(phase.nested for phase in self.phases)
 
     @property
-    def width_list(self) -> tuple[int, ...]:
-        """Widths in the order in which they come; 0 stands for all channels of the cut."""
-        return tuple(phase.width for phase in self.phases) if self.kind == "epochs" else self.widths
+    def entries(self) -> tuple[PhaseRecipe, ...]:
+        """What may come, in order: the phases, or under a plateau one for each width, with as many epochs as the run
+        may have."""
+        return self.phases or tuple(PhaseRecipe(width, self.max_epochs) for width in self.widths)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.meter import DOWN, ROLES, UP, Meter
-from common.recipe import PhaseRecipe, Recipe
+from common.recipe import Recipe
 from common.schedule import RANK, Phase, phase_of_entry
 from common.tcp_info import KernelBytes
 from common.wire import label_type
@@ -110,8 +110,8 @@ def _left_out(recipe: Recipe, channels: int, phases: Sequence[Phase]) -> int:
     def settings(phase: Phase) -> tuple[object, ...]:
         return phase.widths, phase.activation_codec, phase.gradient_codec
 
-    entries = recipe.schedule.phases or [PhaseRecipe(width, 1) for width in recipe.schedule.widths]
-    rest = [one for one, _ in groupby(settings(phase_of_entry(recipe, entry, channels)) for entry in entries)]
+    asked = [phase_of_entry(recipe, entry, channels) for entry in recipe.schedule.entries]
+    rest = [one for one, _ in groupby(map(settings, asked))]
     for one, _ in groupby(settings(phase) for phase in phases if phase.kind != RANK):
         # Entries in between that came to no step are not the last.
         rest = rest[rest.index(one) + 1 :] if one in rest else rest

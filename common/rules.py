@@ -53,7 +53,7 @@ def _check_budget(recipe: Recipe) -> None:
 
 
 def _check_method(recipe: Recipe) -> None:
-    widths, kind = recipe.schedule.width_list, recipe.bottleneck.kind
+    widths, kind = [entry.width for entry in recipe.schedule.entries], recipe.bottleneck.kind
     demand(
         kind != "none" or all(width == 0 for width in widths),
         'bottleneck.kind "none" sends all channels; write width 0 in the schedule, or choose channels or linear',

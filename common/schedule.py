@@ -164,8 +164,7 @@ def planned(recipe: Recipe, channels: int, per_epoch: int, sent: int = 0) -> tup
     schedule = recipe.schedule
     if schedule.kind == "plateau":
         steps = schedule.max_epochs * per_epoch
-        first = PhaseRecipe(schedule.widths[0], schedule.max_epochs)
-        return stretches(recipe, first, channels, (0, steps), 0, sent), steps
+        return stretches(recipe, schedule.entries[0], channels, (0, steps), 0, sent), steps
     ends = ends_of(schedule, per_epoch)
     return phases_of(recipe, channels, per_epoch, ends, sent), ends[-1]
 

@@ -12,6 +12,7 @@ from common.errors import ModelError
 from common.halves import Halves
 from common.norms import undisturbed
 from common.recipe import Recipe
+from common.schedule import phase_of_entry
 
 
 def require_elements(recipe: Recipe, halves: Halves, most: int) -> None:
@@ -47,22 +48,23 @@ def require_schedule(recipe: Recipe, halves: Halves) -> None:
             f"the schedule {how}, which an activation of shape {list(halves.cut)} at the cut {recipe.model.cut} does "
             f"not allow; leave that out"
         )
-    for phase in recipe.schedule.phases:
-        if phase.nested and max(phase.nested) >= (phase.width or channels):
+    for entry in recipe.schedule.phases:
+        phase = phase_of_entry(recipe, entry, channels)
+        if phase.nested and max(phase.nested) >= phase.width:
             raise ModelError(
-                f"the schedule has nested {list(phase.nested)}, and {phase.width or channels} channels cross at most "
+                f"the schedule has nested {list(phase.nested)}, and {phase.width} channels cross at most "
                 f"in that phase: give narrower ones"
             )
     ranked = recipe.bottleneck.kind != "channels"  # channels have an order by now, or need none
-    for phase in recipe.schedule.phases:
-        narrow = min(phase.width or channels, *phase.nested, channels) < channels
-        if narrow and phase.views and not ranked:
+    for entry in recipe.schedule.phases:
+        narrow = min(phase_of_entry(recipe, entry, channels).widths) < channels
+        if narrow and entry.views and not ranked:
             raise ModelError(
                 'bottleneck.kind "channels" ranks them by their gradients, and none comes back in a phase with views: '
                 "put a phase without views before it that is narrower than all channels, or choose linear"
             )
-        ranked = ranked or (narrow and not phase.views)
-    too_wide = [width for width in recipe.schedule.width_list if width > channels]
+        ranked = ranked or (narrow and not entry.views)
+    too_wide = [entry.width for entry in recipe.schedule.entries if entry.width > channels]
     if too_wide:
         raise ModelError(
             f"the schedule has width {too_wide[0]}, but only {channels} channels cross the cut {recipe.model.cut}; "

@@ -11,7 +11,7 @@ import torch
 from common import schedule
 from common.importance import rank_channels, reorder
 from common.meter import DOWN, UP, Meter
-from common.recipe import PhaseRecipe, Recipe
+from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.schedule import RANK, RECALL, Phase, Plateau, phase_of_table
 from edge_server.budget import Budget
@@ -117,7 +117,7 @@ class Coordinator:
         if self._plateau.finished:
             return Decision(pb.FINISH)
         if self._plateau.position != before:
-            entry = PhaseRecipe(self._recipe.schedule.widths[self._plateau.position], 1)
+            entry = self._recipe.schedule.entries[self._plateau.position]
             span = step + 1, self.steps
             coming = schedule.stretches(self._recipe, entry, self._channels, span, 0, self._sent)
             self._upcoming = [schedule.run_long(phase, self._recipe, self.steps) for phase in coming]
