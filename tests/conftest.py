@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 from dataclasses import dataclass
@@ -12,11 +13,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import settings
+from rich.console import Console
 
 from benchmarks import netns, pair
 from benchmarks.recipes import recipe_text
 from common.errors import DepruneError
+from common.recipe import parse
+from common.run import RunFolder
 from device_client.data import Dataset, load
+from edge_server.host import Host
+from edge_server.limits import Limits
 from tests import forked
 
 settings.register_profile("deprune", deadline=None)  # no test is about seconds
@@ -66,6 +72,11 @@ def train(
         assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
         assert process.wait(timeout=30) == 0, log.read_text()
     return Run(path, done.stdout, log.read_text())
+
+
+def quiet_host(path: Path, **limits: Any) -> Host:
+    text = recipe_text()
+    return Host.to_train(parse(text), text, RunFolder(path), Console(file=io.StringIO()), (), False, Limits(**limits))
 
 
 def failed(command: Any, *arguments: object) -> str:

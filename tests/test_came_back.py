@@ -18,7 +18,7 @@ from device_client.link import Stream
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.servicer import Servicer
-from tests.test_resume import CASES, server_of
+from tests.legs import CASES, server_of
 
 
 def test_a_server_that_comes_back_says_anew_when_checkpoints_are_kept(

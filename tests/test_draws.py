@@ -12,8 +12,8 @@ from torch import nn
 from benchmarks.recipes import recipe_text
 from common import bottleneck, halves, models
 from device_client.data import Dataset
+from tests.legs import FEW, assert_same_end, leg, server_of
 from tests.test_put_back import begun
-from tests.test_resume import FEW, assert_same_end, leg, server_of
 
 
 def dropping(shape: tuple[int, ...], classes: int) -> nn.Module:

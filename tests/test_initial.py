@@ -31,9 +31,9 @@ from edge_server.budget import Beside
 from edge_server.host import Host
 from edge_server.initial import initial_weights
 from edge_server.servicer import Servicer
-from tests import test_resume
+from tests import legs
 from tests.conftest import Run
-from tests.test_resume import assert_same_end, leg
+from tests.legs import assert_same_end, leg
 
 
 def test_whole_model_weights_are_split(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_run_that_has_begun_needs_no_longer_what_it_began_with(
     model = f'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stage1_relu2"\ninit = "run:{tmp_path / "first"}"'
     text = recipe_text("prune", model=model, bottleneck='kind = "linear"', schedule="phases = [[4, 4]]")
     whole = leg(tmp_path / "whole", text, digits)
-    monkeypatch.setattr(test_resume, "EVERY", 200)
+    monkeypatch.setattr(legs, "EVERY", 200)
     assert leg(tmp_path / "broken", text, digits, 3) is None
     shutil.rmtree(tmp_path / "first")
     assert leg(tmp_path / "broken", text, digits)

@@ -43,7 +43,7 @@ from edge_server.limits import Limits
 from edge_server.live import LiveRun
 from edge_server.server import Server
 from edge_server.train_stream import TrainStream
-from tests.test_resume import CASES, _Killed, assert_same_end, leg, server_of
+from tests.legs import CASES, Killed, assert_same_end, leg, server_of
 
 
 @pytest.mark.parametrize("name", ["plateau", "nested widths"])
@@ -57,7 +57,7 @@ def test_a_device_that_dies_over_the_last_word_comes_back_to_hear_it(
 
     def killed(*arguments: Any) -> None:
         leave(*arguments)
-        raise _Killed
+        raise Killed
 
     host = server_of(tmp_path / "broken", text)
     with monkeypatch.context() as patched:

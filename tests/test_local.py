@@ -2,67 +2,35 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch.nn import functional
 
 from benchmarks import inprocess, pair
 from benchmarks.recipes import recipe_text
-from common.checkpoint import Checkpoints
-from common.errors import DataError, DivergedError, MismatchError, ModelError, RecipeError, RunFolderError
+from common.errors import DataError, DivergedError, MismatchError, ModelError, RecipeError
 from common.importance import principal_components
 from common.recipe import parse
-from common.run import RunFolder
 from device_client import batches
 from device_client.basis import principal_basis
 from device_client.cli import cli
-from device_client.data import Dataset, Part, load
+from device_client.data import Dataset, Part
 from device_client.inputs import training_batch
 from device_client.local import Classifier, Local
-from device_client.remote_tail import RemoteTail
-from device_client.trainer import Trainer
-from edge_server.servicer import Servicer
+from tests.alone import text_of, trainer_of
 from tests.conftest import failed, train
-from tests.test_resume import EVERY, assert_same_end, leg, outcome, server_of
-
-CODEC = 'activation = "step:10"\ngradient = "step:5"'
-FROZEN = "phases = [{ width = 4, epochs = 2, views = 1 }]"
-
-
-def _text(epochs: float, schedule: str = FROZEN, start: str = "auto", **more: str) -> str:
-    tables = {"local": f"epochs = {epochs}", "bottleneck": f'kind = "linear"\nstart = "{start}"'} | more
-    return recipe_text("fixed", codec=CODEC, schedule=schedule, **tables)
-
-
-def _trainer(path: Path, text: str, data: Dataset) -> Trainer:
-    """A device that has opened its session with a server in this process."""
-    folder = RunFolder(path / "device")
-    remote = RemoteTail("127.0.0.1:1", stub=inprocess.Stub(Servicer(server_of(path, text))))
-    remote.open(trains=True)
-    trainer = Trainer(remote, data, folder, Console(file=io.StringIO(), width=200))
-    trainer.prepare((), None)
-    folder.start(text)
-    return trainer
-
-
-def _told(trainer: Trainer) -> str:
-    assert isinstance(trainer.console.file, io.StringIO)
-    return trainer.console.file.getvalue()
+from tests.legs import outcome
 
 
 def test_a_head_that_learnt_alone_is_worth_much(digits: Dataset, tmp_path: Path) -> None:
-    alone = inprocess.train(_text(3), digits, folder=tmp_path / "alone")
-    drawn = inprocess.train(_text(0), digits, folder=tmp_path / "drawn")
+    alone = inprocess.train(text_of(3), digits, folder=tmp_path / "alone")
+    drawn = inprocess.train(text_of(0), digits, folder=tmp_path / "drawn")
     assert alone["local"] == {"epochs": 3, "steps": 60, "accuracy": pytest.approx(0.9, abs=0.07)}
     assert "local" not in drawn
     assert alone["accuracy"] > drawn["accuracy"] + 0.03
@@ -71,8 +39,8 @@ def test_a_head_that_learnt_alone_is_worth_much(digits: Dataset, tmp_path: Path)
 
 def test_components_are_of_what_a_head_that_has_learnt_nothing_will_send(digits: Dataset, tmp_path: Path) -> None:
     """Normalised by the batch, as in its first steps: batch norm has no statistics yet, and gets none by looking."""
-    text = _text(0, "phases = [[4, 1]]", "principal", data="batch = 32\nevaluation_batch = 1")
-    trainer = _trainer(tmp_path, text, digits)
+    text = text_of(0, "phases = [[4, 1]]", "principal", data="batch = 32\nevaluation_batch = 1")
+    trainer = trainer_of(tmp_path, text, digits)
     before = [buffer.clone() for buffer in trainer.head.buffers()]
     principal_basis(trainer.head, trainer.data.train, trainer.recipe, trainer.batch, None)
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.head.buffers(), strict=True))
@@ -87,8 +55,8 @@ def test_components_are_of_what_a_head_that_has_learnt_nothing_will_send(digits:
 
 def test_it_costs_no_byte_but_the_basis(digits: Dataset, tmp_path: Path) -> None:
     """Beside what is sent, whose size depends on what was learnt, all is as in a run without."""
-    without = inprocess.train(_text(0, start="principal"), digits)["bytes"]
-    with_it = inprocess.train(_text(0.2), digits)["bytes"]
+    without = inprocess.train(text_of(0, start="principal"), digits)["bytes"]
+    with_it = inprocess.train(text_of(0.2), digits)["bytes"]
     for way in ("up", "down"):
         for books in (without, with_it):
             for role in ("activation", "evaluation"):
@@ -96,174 +64,6 @@ def test_it_costs_no_byte_but_the_basis(digits: Dataset, tmp_path: Path) -> None
             # The recipe is part of what opens a session.
             books[way]["by_role"]["control"] = books[way]["by_role"].get("control", {}).get("payload")
         assert with_it[way]["by_role"] == without[way]["by_role"]
-
-
-@pytest.mark.parametrize("until", [1, 7, 19])
-def test_a_device_that_dies_goes_on_to_the_same_weights(
-    until: int, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = _text(1, schedule="phases = [[4, 0.2]]")
-    inprocess.train(text, digits, folder=tmp_path / "whole")
-
-    learn, made = Local._learn_step, list[int]()
-
-    def dying(self: Local) -> tuple[float, int]:
-        if len(made) == until:
-            raise KeyboardInterrupt
-        made.append(self.step)
-        return learn(self)
-
-    monkeypatch.setattr(Local, "_learn_step", dying)
-    with pytest.raises(KeyboardInterrupt):
-        _trainer(tmp_path / "killed", text, digits).run(publish=False)
-    monkeypatch.setattr(Local, "_learn_step", lambda self: (made.append(self.step), learn(self))[1])
-    trainer = _trainer(tmp_path / "killed", text, digits)
-    trainer.run(publish=False)
-    assert made == [*range(until), *range(until - until % EVERY, 20)]
-    assert_same_end(tmp_path / "killed", tmp_path / "whole")
-
-
-def test_a_device_that_dies_between_learning_alone_and_its_first_step(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = _text(0.5)
-    inprocess.train(text, digits, folder=tmp_path / "whole")
-    fit = Trainer.fit
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "fit", killed)
-    with pytest.raises(KeyboardInterrupt):
-        _trainer(tmp_path / "killed", text, digits).run(publish=False)
-    monkeypatch.setattr(Trainer, "fit", fit)
-    monkeypatch.setattr(Local, "_learn_step", lambda self: pytest.fail("it had learnt all of it"))
-    _trainer(tmp_path / "killed", text, digits).run(publish=False)
-    assert_same_end(tmp_path / "killed", tmp_path / "whole")
-
-
-def test_what_was_learnt_from_other_pictures_is_not_lost_unasked(digits: Dataset, tmp_path: Path) -> None:
-    def going_on(text: str, data: Dataset) -> int:
-        alone = Local(_trainer(tmp_path, text, data))
-        alone._take_up()
-        found = alone.step
-        alone.learn()
-        return found
-
-    assert going_on(_text(0.3), digits) == 0
-    assert going_on(_text(0.3), digits) == 6
-    for after in (
-        _text(0.3, schedule="phases = [[2, 1]]"),
-        _text(0.3, data="batch = 32\ncrop = 1\nflip = true\nevaluation_batch = 64"),
-        _text(0.3, optimiser="lr = 0.05\nrestart = true"),
-        _text(0.3, bottleneck='kind = "channels"', schedule="phases = [[4, 1]]"),
-    ):  # fmt: skip
-        assert going_on(after, digits) == 6, "it concerns the run that comes after alone"
-    for text, data in (
-        (_text(0.3), load("digits", (1, 16, 16), 4, 0.0, limit=640)), (_text(0.3, optimiser="lr = 0.04"), digits),
-        (_text(0.3, local="epochs = 0.3\nlr = 0.01"), digits),
-    ):  # fmt: skip
-        with pytest.raises(RunFolderError, match=r"learnt alone from other pictures, weights or settings.*--overwrite"):
-            going_on(text, data)
-    # With --overwrite that is replaced, and what is of the same start is taken all the same.
-    for text, step in ((_text(0.3), 6), (_text(0.3, optimiser="lr = 0.04", local="epochs = 0.3\nlr = 0.05"), 6),
-                       (_text(0.3, optimiser="lr = 0.04"), 0)):  # fmt: skip
-        alone = Local(_trainer(tmp_path, text, digits), anew=True)
-        alone._take_up()
-        assert alone.step == step
-    Local(_trainer(tmp_path, _text(0.3), digits)).learn()
-    for path in (tmp_path / "device" / "local").iterdir():
-        path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RunFolderError, match="or is damaged"):
-        going_on(_text(0.3), digits)
-
-
-def test_a_damaged_checkpoint_is_told_and_an_older_one_taken(digits: Dataset, tmp_path: Path) -> None:
-    Local(_trainer(tmp_path, _text(0.3), digits)).learn()
-    newest = max((tmp_path / "device" / "local").iterdir())
-    newest.write_bytes(newest.read_bytes()[:-1])
-    trainer = _trainer(tmp_path, _text(0.3), digits)
-    alone = Local(trainer)
-    alone._take_up()
-    assert alone.step == EVERY and "damaged" in _told(trainer)
-
-
-def test_a_stop_keeps_where_it_stands(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = _trainer(tmp_path, _text(1), digits)
-    learn = Local._learn_step
-
-    def stopped(self: Local) -> tuple[float, int]:
-        trainer.stopping = self.step == 4
-        return learn(self)
-
-    monkeypatch.setattr(Local, "_learn_step", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(publish=False)
-    told = _told(trainer)
-    assert "learnt alone up to local step 5 of 20" in told
-    assert re.search(r"local step 1/20  loss \d\.\d+  acc [1-9]?\d\.\d%", told), told
-    again = _trainer(tmp_path, _text(1), digits)
-    again.wall_s = 0.0
-    alone = Local(again)
-    alone._take_up()
-    assert alone.step == 5 and again.wall_s > 0 and again.busy_s > 0
-
-
-def test_a_full_disk_is_told_and_nothing_is_lost(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither a checkpoint of the stage that cannot be written, nor the run's first, costs what has been learnt."""
-    write, text = Checkpoints.write, _text(0.5, schedule="phases = [[4, 0.2]]")
-    inprocess.train(text, digits, folder=tmp_path / "whole")
-
-    def full(self: Checkpoints, step: int, *arguments: Any) -> None:
-        if self.folder.name == refused and step == at:
-            raise RunFolderError("the disk is full")
-        write(self, step, *arguments)
-
-    monkeypatch.setattr(Checkpoints, "write", full)
-    refused, at = "local", EVERY
-    trainer = _trainer(tmp_path / "full", text, digits)
-    Local(trainer).learn()
-    assert "no checkpoint of local step 4: the disk is full; learning goes on" in _told(trainer)
-    refused, at = "checkpoints", 0
-
-    class Killed(Exception):
-        pass
-
-    def kill(*_: Any) -> None:
-        raise Killed
-
-    trainer = _trainer(tmp_path / "full", text, digits)
-    monkeypatch.setattr(trainer, "_train_step", kill)
-    with pytest.raises(Killed):
-        trainer.run(publish=False)
-    refused = ""
-    monkeypatch.setattr(Local, "_learn_step", lambda self: pytest.fail("it had learnt all of it"))
-    _trainer(tmp_path / "full", text, digits).run(publish=False)
-    assert_same_end(tmp_path / "full", tmp_path / "whole")
-    assert not (tmp_path / "full" / "device" / "local").exists()
-
-
-def test_tied_weights_and_short_ones_are_kept(digits: Dataset, tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, _text(0.5), digits)
-    trainer.head.layers.register_parameter("tied", next(trainer.head.layers.parameters()))
-    trainer.head.layers.register_buffer("short", torch.ones(2, dtype=torch.bfloat16))  # which numpy does not know
-    alone = Local(trainer)
-    alone.keep()
-    assert Checkpoints(alone.checkpoints.folder, alone.checkpoints.run_id, alone.checkpoints.digest).sound() == (
-        [0],
-        [],
-    )
-
-
-def test_the_summary_of_a_run_that_went_on_knows_what_was_learnt_alone(digits: Dataset, tmp_path: Path) -> None:
-    text = _text(0.5, schedule="phases = [[4, 0.6]]")
-    whole = inprocess.train(text, digits, folder=tmp_path / "whole")
-    leg(tmp_path / "killed", text, digits, until=5)
-    found = leg(tmp_path / "killed", text, digits)
-    assert found and found["local"] == whole["local"]
-    assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_its_sensitivity_reaches_the_basis(digits: Dataset, tmp_path: Path) -> None:
@@ -274,7 +74,7 @@ def test_its_sensitivity_reaches_the_basis(digits: Dataset, tmp_path: Path) -> N
     bases = []
     for number, (start, init) in enumerate((("auto", False), ("principal", False), ("auto", True))):
         more = {"model": model} if init else {}
-        trainer = _trainer(tmp_path / str(number), _text(0.2, start=start, **more), digits)
+        trainer = trainer_of(tmp_path / str(number), text_of(0.2, start=start, **more), digits)
         trainer.learn_alone()
         assert (trainer.sensitivity is None) == (start == "principal")
         trainer.fit(publish=False)
@@ -289,7 +89,7 @@ def test_its_sensitivity_reaches_the_basis(digits: Dataset, tmp_path: Path) -> N
 
 def test_its_sensitivity_says_what_to_send(digits: Dataset, tmp_path: Path) -> None:
     """With three directions of 32 left the classifier does better by those it listens to than by the loudest."""
-    trainer = _trainer(tmp_path, _text(2), digits)
+    trainer = trainer_of(tmp_path, text_of(2), digits)
     alone = Local(trainer)
     alone.learn()
     told = alone.sensitivity()
@@ -312,7 +112,7 @@ def test_its_sensitivity_says_what_to_send(digits: Dataset, tmp_path: Path) -> N
 
 
 def test_a_loss_that_is_not_finite_stops_it(digits: Dataset, tmp_path: Path) -> None:
-    alone = Local(_trainer(tmp_path, _text(1, optimiser="lr = 1e18"), digits))
+    alone = Local(trainer_of(tmp_path, text_of(1, optimiser="lr = 1e18"), digits))
     with pytest.raises(DivergedError, match=r"local step \d+ is not finite.*give a local\.lr below 1e\+18"):
         alone.learn()
     assert not alone.checkpoints.written
@@ -324,7 +124,7 @@ def test_the_classifier_takes_whatever_lies_at_a_cut(shape: tuple[int, ...]) -> 
 
 
 def test_its_own_learning_rate_and_its_own_views(digits: Dataset, tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path, _text(1, local="epochs = 1\nlr = 0.003"), digits)
+    trainer = trainer_of(tmp_path, text_of(1, local="epochs = 1\nlr = 0.003"), digits)
     alone, seen = Local(trainer), list[torch.Tensor]()
     alone.classifier.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     alone._learn_step()
@@ -336,29 +136,29 @@ def test_its_own_learning_rate_and_its_own_views(digits: Dataset, tmp_path: Path
 
 def test_recipes_that_make_no_sense() -> None:
     with pytest.raises(RecipeError, match=r"local\.epochs is above 0 and data\.batch is 1"):
-        parse(_text(1, data="batch = 1"))
+        parse(text_of(1, data="batch = 1"))
     with pytest.raises(RecipeError, match="local.epochs is -1"):
-        parse(_text(-1))
+        parse(text_of(-1))
     with pytest.raises(RecipeError, match=r'method "plain" is what others are compared with: local\.epochs must be 0'):
         parse(recipe_text(local="epochs = 1"))
-    assert parse(_text(1)).weighted and parse(_text(1)).principal
-    assert not parse(_text(0)).principal
+    assert parse(text_of(1)).weighted and parse(text_of(1)).principal
+    assert not parse(text_of(0)).principal
 
 
 def test_pictures_that_do_not_fit_are_refused_before_all_is_learnt(digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="the pictures have 3 classes, the recipe test-fixed has 10"):
-        _trainer(tmp_path, _text(1), replace(digits, classes=("a", "b", "c"))).learn_alone()
+        trainer_of(tmp_path, text_of(1), replace(digits, classes=("a", "b", "c"))).learn_alone()
     one = replace(digits, train=Part(digits.train.pictures[:1], digits.train.labels[:1]))
     with pytest.raises(DataError, match="one training picture is too few"):
-        _trainer(tmp_path / "one", _text(1), one).learn_alone()
+        trainer_of(tmp_path / "one", text_of(1), one).learn_alone()
     model = 'name = "tiny"\ninput = [1, 16, 16]\nclasses = 10\ncut = "stem_fold"'
     with pytest.raises(ModelError, match="before the cut stem_fold there is nothing that could learn"):
-        _trainer(tmp_path / "fold", _text(1, model=model), digits).learn_alone()
+        trainer_of(tmp_path / "fold", text_of(1, model=model), digits).learn_alone()
 
 
 def test_two_processes_whose_server_is_another_afterwards(tmp_path: Path) -> None:
     """The device does not need its server meanwhile: that may go, and come back as if nothing had been opened."""
-    text = _text(3, schedule="phases = [[4, 0.2]]")
+    text = text_of(3, schedule="phases = [[4, 0.2]]")
     left = tmp_path / "whole" / "device" / "local" / "step-000000000005.safetensors"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"of another run")

@@ -24,9 +24,9 @@ from edge_server import certs, host, server
 from edge_server import cli as server_cli
 from edge_server.limits import Limits
 from tests.conftest import ANY_PORT, failed
+from tests.legs import leg
 from tests.pictures import save
 from tests.test_identity import TOKENS, token_file
-from tests.test_resume import leg
 
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ "
 

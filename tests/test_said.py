@@ -25,7 +25,7 @@ from device_client.state import _other
 from device_client.trainer import Trainer
 from edge_server import cli as server_cli
 from tests.conftest import ANY_PORT, Run, failed
-from tests.test_resume import leg
+from tests.legs import leg
 
 
 def test_a_device_that_is_killed_is_missed_at_once(tmp_path: Path) -> None:

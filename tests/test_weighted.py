@@ -26,7 +26,7 @@ from device_client.link import Stream
 from device_client.remote_tail import RemoteTail
 from device_client.trainer import Trainer
 from edge_server.training import Training
-from tests.test_resume import _Cut, assert_same_end, lose_before_the_first_step
+from tests.legs import Cut, assert_same_end, lose_before_the_first_step
 
 CODEC = 'activation = "step:20"\ngradient = "step:10"'
 
@@ -190,8 +190,8 @@ def test_what_was_lost_on_the_way_is_sent_again(
 ) -> None:
     whole = inprocess.train(_text(source), digits, folder=tmp_path / "whole")
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    monkeypatch.setattr(_Cut, "passing", passing)
-    cut: dict[str, Any] = inprocess.train(_text(source), digits, remote_class=_Cut, folder=tmp_path / "cut")
+    monkeypatch.setattr(Cut, "passing", passing)
+    cut: dict[str, Any] = inprocess.train(_text(source), digits, remote_class=Cut, folder=tmp_path / "cut")
     assert cut["faults"]["reconnects"] == 1
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
     for way in ("up", "down"):
