@@ -156,7 +156,10 @@ def show(console: Console, summary: dict[str, Any]) -> None:
         )  # fmt: skip
         if local["accuracy"] >= summary["accuracy"]:
             well = "as well" if local["accuracy"] == summary["accuracy"] else "better"
-            console.print(f"So the device alone does {well} here: the server has added nothing.", highlight=False)
+            console.print(
+                f"So the device alone does {well} here: the server has added nothing. device-client predict alone asks "
+                f"it.", highlight=False,
+            )  # fmt: skip
     if summary["budget"]:
         console.print(_spent(summary, bytes_[UP]["message"] + bytes_[DOWN]["message"]), highlight=False)
     elif left := summary["phases_left_out"]:

@@ -1,5 +1,5 @@
 """The run folder of one side: recipe.toml, run.json, metrics.jsonl, summary.json, the half's weights, checkpoints/;
-the device's also local/, what its head has learnt alone, until the run is finished.
+the device's also local/, while its head learns alone, and alone.safetensors, what it has learnt so.
 
 Everything but metrics.jsonl is written whole or not at all; a folder with another run in it is never touched
 unless its user says so. An unfinished run goes on from its checkpoints.
@@ -30,7 +30,10 @@ from common.schedule import Phase, phase_of_table
 if TYPE_CHECKING:
     from torch import nn
 
-_OURS = ("recipe.toml", "run.json", "metrics.jsonl", "summary.json", "head.safetensors", "tail.safetensors")
+ALONE_FILE = "alone.safetensors"
+_OURS = (
+    "recipe.toml", "run.json", "metrics.jsonl", "summary.json", "head.safetensors", "tail.safetensors", ALONE_FILE,
+)  # fmt: skip
 HEAD, TAIL = "head", "tail"
 _HOLDERS = {HEAD: "device", TAIL: "server"}
 _LOCK = ".lock"
@@ -130,7 +133,7 @@ class RunFolder:
     def _untrained(self, present: Sequence[str]) -> bool:
         """Whether the run that lies here, of which these are `present`, made no step: there is nothing to lose."""
         metrics = self.path / "metrics.jsonl"
-        only = {"recipe.toml", metrics.name}.issuperset(present)
+        only = {"recipe.toml", metrics.name, ALONE_FILE}.issuperset(present)
         return only and metrics.is_file() and not metrics.stat().st_size and not self.unfinished()
 
     def left_by(self, half: str) -> Mapping[str, Any] | None:
@@ -223,6 +226,12 @@ class RunFolder:
 
         write_atomically(self.path / f"{name}.safetensors", weights.to_bytes(half))
         write_atomically(self.path / "run.json", json.dumps(asdict(manifest), indent=1).encode())
+
+    def write_alone(self, network: nn.Module) -> None:
+        """Save what the device can be asked without a server."""
+        from common import weights
+
+        write_atomically(self.path / ALONE_FILE, weights.to_bytes(network))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1).encode() + b"\n")

@@ -32,6 +32,13 @@ def some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def unlike(names: Sequence[str], expected: Sequence[str]) -> str:
+    """'cat' where it has 'dog', or 3 where it has 10: in what `names` are not those expected; "" where they are."""
+    if len(names) != len(expected):
+        return f"{len(names)} where it has {len(expected)}"
+    return next((f"{a!r} where it has {b!r}" for a, b in zip(names, expected, strict=True) if a != b), "")
+
+
 def by(shape: Iterable[int]) -> str:
     """3x32x32"""
     return "x".join(map(str, shape))

@@ -56,5 +56,5 @@ def _sent(head: Head, part: Part, recipe: Recipe) -> Iterator[Tensor]:
 def _sent_in_training(head: Head, part: Part, recipe: Recipe, batch: int) -> Iterator[Tensor]:
     """In batches as large as those of a step."""
     for inputs, _ in batches_of(part, recipe, batch):
-        with computing(head, recipe, "a batch"):
+        with computing(head.processor, recipe, "a batch"):
             yield head(inputs).cpu()

@@ -34,6 +34,7 @@ from common.meter import DOWN, UP
 from common.options import Named
 from common.progress import Counting, Screen, note, warn, warn_unencrypted
 from common.pulse import STALLED_S
+from common.recipe import Recipe
 from common.run import HEAD, RunFolder
 from common.tls import Access
 from common.tokens import exposed
@@ -41,7 +42,7 @@ from common.words import for_json, several, size, some
 from device_client import data as data_module
 from device_client.connection import GIVE_UP_S
 from device_client.handshake import Opened
-from device_client.options import DATA, SHARED, TRAIN, USE
+from device_client.options import ALONE, DATA, SERVER, SERVER_OR_ALONE, SHARED, TRAIN, USE
 from device_client.remarks import remarks
 from device_client.remote_tail import RemoteTail
 from device_client.sources import check_source
@@ -51,6 +52,9 @@ _LONG = 100_000  # characters of a line
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from common.rpc import split_pb2 as pb
+    from device_client.alone import Alone, Verdict
 
 console = Screen(soft_wrap=True)
 
@@ -111,15 +115,30 @@ def _finished(run_path: Path | None) -> RunFolder | None:
     )
 
 
+def _alone(
+    run_path: Path | None, width: int | None, allowed: tuple[str, ...], threads: int | None, processor: str
+) -> Alone:
+    """What this device can be asked without a server."""
+    if not run_path:
+        raise click.UsageError(f"{ALONE} needs --run, the folder of the run on this device")
+    if width:
+        raise click.UsageError(f"--width is of what crosses, and with {ALONE} nothing does; leave it out")
+    folder = RunFolder(run_path)
+    folder.left_by(HEAD)
+    from device_client.alone import open_alone
+
+    return open_alone(folder, allowed, _compute_with(threads, processor))
+
+
 def _load(
-    remote: RemoteTail, source: str, skip: bool, parts: tuple[str, ...], limit: int | None = None
+    recipe: Recipe, known: tuple[str, ...], source: str, skip: bool, parts: tuple[str, ...], limit: int | None = None
 ) -> data_module.Dataset:
-    recipe = remote.opened.recipe
+    """`known`: the names of the run's classes, where it has been begun."""
     channels, height, width = recipe.model.input
     with Counting(console, "Read", "pictures") as progress:
         loaded = data_module.load(
             source, (channels, height, width), recipe.seed, recipe.data.validation, parts=parts, skip_unreadable=skip,
-            limit=limit, classes=recipe.model.classes, known=remote.opened.classes, progress=progress,
+            limit=limit, classes=recipe.model.classes, known=known, progress=progress,
         )  # fmt: skip
     if loaded.skipped:
         names = some(loaded.skipped)
@@ -173,7 +192,7 @@ def _require_start(opened: Opened, allowed: tuple[str, ...], init: RunFolder | N
 
 
 @cli.command()
-@with_options(SHARED + DATA + TRAIN)
+@with_options([SERVER, *SHARED, *DATA, *TRAIN])
 def train(
     server: str, run_path: Path, allowed: tuple[str, ...], threads: int | None, processor: str, source: str,
     skip_unreadable: bool, limit: int | None, overwrite: bool, head_path: Path | None, wait: float,
@@ -207,7 +226,8 @@ def train(
         _require_start(opened, allowed, init, begun=bool(saved))
         # A card that is not there, too; for the processor torch can wait.
         chosen = None if processor == "cpu" else _compute_with(threads, processor)
-        loaded = _load(remote, source, skip_unreadable, ("train", "validation", "test"), limit)
+        parts = ("train", "validation", "test")
+        loaded = _load(opened.recipe, opened.classes, source, skip_unreadable, parts, limit)
         held_out = f", {len(loaded.validation):,} validation" if len(loaded.validation) else ""
         console.print(
             f"{len(loaded.train):,} training{held_out} and {len(loaded.test):,} test pictures in "
@@ -233,66 +253,80 @@ def train(
 
 
 @cli.command()
-@with_options(SHARED + DATA + USE)
+@with_options([SERVER_OR_ALONE, *SHARED, *DATA, *USE])
 def evaluate(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str, source: str,
     skip_unreadable: bool, width: int | None, wait: float, as_json: bool, **access: Any,
 ) -> None:  # fmt: skip
-    """Judge the trained halves on the test part of SOURCE."""
+    """Judge the trained halves on the test part of SOURCE; with `alone` in place of a server's address, what this
+    device's head had learnt alone."""
     console.stderr = as_json
     check_source(source)
-    remote = _connect(server, access)
-    try:
-        finished = _finished(run_path)
-        from device_client import use
-
-        chosen = _compute_with(threads, processor)
-        head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
-        loaded = _load(remote, source, skip_unreadable, ("test",))
+    verdict: Verdict | pb.Verdict
+    if server == ALONE:
+        network = _alone(run_path, width, allowed, threads, processor)
+        loaded = _load(network.recipe, network.classes, source, skip_unreadable, ("test",))
         with Counting(console, "Judged", "pictures") as progress:
-            verdict = use.evaluate(remote, head, loaded, _say, wait, progress)
-        up, down = remote.meter.total(UP).message, remote.meter.total(DOWN).message
-        again = remote.meter.again(UP) + remote.meter.again(DOWN)
-    finally:
-        remote.close()
+            verdict = network.judge(loaded, progress)
+        sent, up, down, again = 0, 0, 0, 0
+    else:
+        remote = _connect(server, access)
+        try:
+            finished = _finished(run_path)
+            from device_client import use
+
+            chosen = _compute_with(threads, processor)
+            head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
+            loaded = _load(remote.opened.recipe, remote.opened.classes, source, skip_unreadable, ("test",))
+            with Counting(console, "Judged", "pictures") as progress:
+                verdict = use.evaluate(remote, head, loaded, _say, wait, progress)
+            sent, meter = head.bottleneck.width, remote.meter
+            up, down = meter.total(UP).message, meter.total(DOWN).message
+            again = meter.again(UP) + meter.again(DOWN)
+        finally:
+            remote.close()
     if as_json:
-        answer = {
-            "accuracy": verdict.accuracy,
-            "loss": for_json(verdict.loss),
-            "pictures": verdict.count,
-        }
-        crossed = {UP: up, DOWN: down, "again": again}
-        click.echo(json.dumps(answer | {"width": head.bottleneck.width, "bytes": crossed}))
+        answer = {"accuracy": verdict.accuracy, "loss": for_json(verdict.loss), "pictures": verdict.count}
+        click.echo(json.dumps(answer | {"width": sent, "bytes": {UP: up, DOWN: down, "again": again}}))
         return
+    crossed = f"{size(up)} up, {size(down)} down" if sent else "nothing crossed"
     console.print(
         f"[bold]{verdict.accuracy:.2%}[/bold] of {verdict.count:,} pictures classified correctly, "
-        f"loss {verdict.loss:.4f}; {size(up)} up, {size(down)} down"
-        f"{f', and {size(again)} for what broke on the way' if again else ''}.",
+        f"loss {verdict.loss:.4f}; {crossed}{f', and {size(again)} for what broke on the way' if again else ''}.",
         highlight=False,
     )
 
 
 @cli.command()
-@with_options(SHARED + USE)
+@with_options([SERVER_OR_ALONE, *SHARED, *USE])
 @click.argument("pictures", nargs=-1, required=True, type=Named("picture"))
 def predict(
     server: str, run_path: Path | None, allowed: tuple[str, ...], threads: int | None, processor: str,
     width: int | None, pictures: tuple[Path, ...], wait: float, as_json: bool, **access: Any,
 ) -> None:  # fmt: skip
     """Name the class of each PICTURE, a file, or numbers in an .npy file, with its probability; in JSON with that of
-    each class."""
+    each class. With `alone` in place of a server's address, by what this device's head had learnt alone."""
     console.stderr = as_json
-    remote = _connect(server, access)
-    try:
-        finished = _finished(run_path)
-        from device_client import use
+    if server == ALONE:
+        network = _alone(run_path, width, allowed, threads, processor)
+        from device_client import given
 
-        chosen = _compute_with(threads, processor)
-        head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
         with Counting(console, "Named", "pictures") as progress:
-            answers, classes = use.predict(remote, head, pictures, _say, wait, progress), remote.opened.classes
-    finally:
-        remote.close()
+            read, classes = given.read(pictures, network.recipe.model.input, _say), network.classes
+            answers = read.answers(lambda part: network.logits(part, progress))
+    else:
+        remote = _connect(server, access)
+        try:
+            finished = _finished(run_path)
+            from device_client import given, use
+
+            chosen = _compute_with(threads, processor)
+            head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
+            with Counting(console, "Named", "pictures") as progress:
+                read, classes = given.read(pictures, remote.opened.recipe.model.input, _say), remote.opened.classes
+                answers = read.answers(lambda part: use.predict(remote, head, part, _say, wait, progress))
+        finally:
+            remote.close()
     unreadable = {path: found for path, found in answers if isinstance(found, DataError)}
     none_read = len(unreadable) == len(dict(answers))
     if as_json:

@@ -54,7 +54,7 @@ def sent_batches(
         batch = Part(part.pictures[start : start + size], part.labels[start : start + size])
         sent, done = np.empty(0, np.float32), 0
         for inputs, _ in batches_of(batch, recipe, recipe.data.batch):
-            with torch.no_grad(), computing(head, recipe, "an evaluation's batch"):
+            with torch.no_grad(), computing(head.processor, recipe, "an evaluation's batch"):
                 made = head(inputs).cpu().numpy()
             if not done:
                 sent = np.empty((len(batch), *made.shape[1:]), np.float32)
@@ -64,7 +64,7 @@ def sent_batches(
 
 
 @contextlib.contextmanager
-def computing(head: Head, recipe: Recipe, what: str) -> Iterator[None]:
-    """The head's arithmetic; ModelError where `what` does not fit into its card."""
-    with fits(what, head.processor), optim.arithmetic(recipe.precision, head.processor.type):
+def computing(processor: torch.device, recipe: Recipe, what: str) -> Iterator[None]:
+    """The head's arithmetic on `processor`; ModelError where `what` does not fit into that card."""
+    with fits(what, processor), optim.arithmetic(recipe.precision, processor.type):
         yield

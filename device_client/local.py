@@ -27,42 +27,16 @@ from common.processor import fits
 from common.progress import RunningMean, StepProgress, warn
 from common.schedule import Phase, steps_of, steps_per_epoch
 from common.words import several
-from device_client.inputs import batches_of, computing, training_batch
+from device_client.alone import Alone
+from device_client.inputs import computing, training_batch
 
 if TYPE_CHECKING:
     from device_client.trainer import Trainer
 
-_WIDTHS = 64, 128
 # Its batches are those of epochs that no run comes to: so none that crosses later is one that the head has seen before,
 # in this order and augmentation.
 _FIRST_EPOCH = 1 << 20
 _BATCHES = 16  # over which the sensitivity is taken
-
-
-class Classifier(nn.Module):
-    """Logits [B, classes] from all channels at the cut [B, C, ...]: two strided convolutions and the mean over places.
-
-    Seven million multiplications a picture at 16x32x32, under one at 64x8x8; thrown away afterwards.
-    """
-
-    def __init__(self, channels: int, dimensions: int, classes: int) -> None:
-        """`dimensions` of the activation, beside batch and channels: 0 to 2."""
-        super().__init__()
-        norm = nn.BatchNorm2d if dimensions == 2 else nn.BatchNorm1d
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip((channels, *_WIDTHS), _WIDTHS, strict=False):
-            if dimensions:
-                convolution = nn.Conv2d if dimensions == 2 else nn.Conv1d
-                layers.append(convolution(inputs, outputs, 3, 2, padding=1, bias=False))
-            else:
-                layers.append(nn.Linear(inputs, outputs, bias=False))
-            layers += [norm(outputs), nn.ReLU()]
-        self.layers = nn.Sequential(*layers)
-        self.last = nn.Linear(_WIDTHS[-1], classes)
-
-    def forward(self, activation: Tensor) -> Tensor:
-        maps = self.layers(activation)
-        return self.last(maps.flatten(2).mean(dim=2) if maps.dim() > 2 else maps)
 
 
 class Local:
@@ -75,8 +49,8 @@ class Local:
         self._check()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
-            self.classifier = Classifier(trainer.channels, len(trainer.cut) - 1, self.recipe.model.classes)
-        self.classifier.to(trainer.processor)
+            self.network = Alone(self.recipe, trainer.data.classes, self.head.layers, trainer.cut)
+        self.classifier = self.network.classifier.to(trainer.processor)
         self.per_epoch = steps_per_epoch(len(trainer.data.train), trainer.batch)
         self.steps = max(1, steps_of(self.recipe.local.epochs, self.per_epoch))
         self.lr = self.recipe.local_lr
@@ -134,7 +108,17 @@ class Local:
                 if due(self.step, trainer.opened.checkpoint_every, turn=self.step == self.steps):
                     self.keep()
         self.optimiser.zero_grad()
-        return {"epochs": self.recipe.local.epochs, "steps": self.steps, "accuracy": self._judge()}
+        self._publish()
+        self.head.eval()
+        accuracy = self.network.judge(trainer.data).accuracy  # what the device could do without a server
+        return {"epochs": self.recipe.local.epochs, "steps": self.steps, "accuracy": accuracy}
+
+    def _publish(self) -> None:
+        """Keep what can be asked without a server, beyond the run's end; a full disk is told, and the run begins."""
+        try:
+            self.trainer.folder.write_alone(self.network)
+        except RunFolderError as error:
+            warn(self.trainer.console, f"what the head has learnt alone is not kept beyond this run: {error}")
 
     def _learn_step(self) -> tuple[float, int]:
         """One step of layers and classifier: its loss, and how many answers were right."""
@@ -158,7 +142,7 @@ class Local:
         """Loss, logits [B, classes] and labels [B] of a step; `gradient_to` is given the activation's gradient."""
         trainer, number = self.trainer, _FIRST_EPOCH * self.per_epoch + step
         inputs, labels = training_batch(self.recipe, trainer.data.train, number, trainer.batch)
-        with computing(self.head, self.recipe, what):
+        with computing(trainer.processor, self.recipe, what):
             activation = self.head.layers(inputs.to(trainer.processor))
             if gradient_to:
                 activation.register_hook(gradient_to)
@@ -184,17 +168,6 @@ class Local:
         # What is sent is E x: dLoss/dSent is dLoss/dx seen through E's inverse.
         inverse = torch.linalg.pinv(encoder.weight.detach().cpu().double())
         return (inverse.T @ total.cpu().double() @ inverse).float()
-
-    @torch.no_grad()
-    def _judge(self) -> float:
-        """The share of test pictures that the classifier is right on: what the device could do without a server."""
-        self.head.eval(), self.classifier.eval()
-        part, right = self.trainer.data.test, 0
-        for inputs, labels in batches_of(part, self.recipe, self.recipe.data.batch):
-            with computing(self.head, self.recipe, "an evaluation's batch"):
-                logits = self.classifier(self.head.layers(inputs.to(self.trainer.processor)))
-            right += int((logits.argmax(1).cpu().numpy() == labels).sum())
-        return right / max(1, len(part))
 
     # Checkpoints, in a folder of their own: the run has not begun
 

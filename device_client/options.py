@@ -18,8 +18,11 @@ class _Source(click.ParamType):
         return "Give digits, which are bundled, folder:PATH with train/CLASS and test/CLASS, or npz:PATH."
 
 
+SERVER = click.argument("server", metavar="HOST:PORT")
+# The word is parsed before torch is loaded, which is why it stands here.
+ALONE = "alone"
+SERVER_OR_ALONE = click.argument("server", metavar=f"HOST:PORT|{ALONE}")
 SHARED = [
-    click.argument("server", metavar="HOST:PORT"),
     click.option("--allow-model", "allowed", multiple=True, metavar="PACKAGE.MODULE:FACTORY",
                  help="Code that the server's recipe may name as its model; can be repeated."),
     THREADS,

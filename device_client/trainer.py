@@ -238,7 +238,7 @@ class Trainer:
         halves.reseed(self.recipe.seed, step, "head")
         begun = clock()
         with self._put_back_unanswered():
-            with torch.set_grad_enabled(not phase.frozen), computing(self.head, self.recipe, f"step {step}"):
+            with torch.set_grad_enabled(not phase.frozen), computing(self.processor, self.recipe, f"step {step}"):
                 activation = self.head(inputs)
                 sent = activation.detach().cpu().numpy()
             forward = clock()

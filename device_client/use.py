@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import functools
-import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from common import codecs, halves, weights
-from common.errors import SAME_RELEASE, BusyError, DataError, LinkError, MismatchError, SessionError, StoppedError
+from common.errors import SAME_RELEASE, BusyError, LinkError, MismatchError, SessionError, StoppedError
 from common.halves import Head
 from common.processor import fits
 from common.progress import Counted, untold
-from common.recipe import Recipe
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
-from common.words import gives_up, several
-from device_client.batches import Pictures, together
-from device_client.data import Dataset, Part, load_picture
+from common.words import gives_up
+from device_client.data import Dataset, Part
 from device_client.inputs import sent_batches
-from device_client.listing import check_memory
-from device_client.pictures import Shape
 from device_client.remote_tail import RemoteTail
 
 T = TypeVar("T")
@@ -139,66 +133,19 @@ def evaluate(
 
 
 def predict(
-    remote: RemoteTail, head: Head, paths: Sequence[Path], say: Callable[[str], None], wait_s: float = 0.0,
+    remote: RemoteTail, head: Head, part: Part, say: Callable[[str], None], wait_s: float = 0.0,
     progress: Counted = untold,
-) -> list[tuple[Path, np.ndarray | DataError]]:  # fmt: skip
-    """The probabilities [classes] for each picture file, in the order given, or why it cannot be read, of which `say`
-    is told too where others can.
-    """
-    recipe: Recipe = remote.opened.recipe
-    read, unreadable = _read(paths, recipe.model.input)
-    if not read:
-        return [(path, unreadable[path]) for path in paths]
-    for refused in unreadable.values():
-        say(str(refused))
-    sound = [path for path in paths if path in read]
-    pictures = together([read[path][0] for path in sound])
-    _tell_scaled({path: read[path][1] for path in read}, sound, recipe.model.input, say)
-    part = Part(pictures, np.zeros(len(pictures), np.int64))  # labels that nobody asks for
-
+) -> np.ndarray:  # fmt: skip
+    """Logits [pictures, classes] for each picture of a part, in order."""
     answers: list[np.ndarray] = []
 
     def attempt() -> np.ndarray:
         left = Part(part.pictures[len(answers) :], part.labels[len(answers) :])  # where the link broke before
         # Each by itself: a codec rounds what crosses together by one step, and a picture's answer is its own.
-        sent = (batch for batch, _ in sent_batches(head, left, recipe, 1))
+        sent = (batch for batch, _ in sent_batches(head, left, remote.opened.recipe, 1))
         if len(left):
             phase = _phase(remote, head.bottleneck.width)
             answers.extend(remote.predict(sent, len(left), phase, len(answers), progress))
         return np.concatenate(answers)
 
-    logits = _again(remote, attempt, say, wait_s)
-    found = iter(torch.from_numpy(logits).softmax(1).numpy())
-    return [(path, unreadable[path] if path in unreadable else next(found)) for path in paths]
-
-
-def _read(
-    paths: Sequence[Path], shape: Shape
-) -> tuple[dict[Path, tuple[Pictures, tuple[int, int]]], dict[Path, DataError]]:
-    """Each picture [C, H, W] with the width and height that it had, and why others cannot be read."""
-    bytes_a_value = 4 if any(path.suffix.lower() == ".npy" for path in paths) else 1
-    # Once as they are read, and once together.
-    needed = 2 * bytes_a_value * len(paths) * math.prod(shape)
-    check_memory(needed, several(len(paths), "picture"), "give fewer at a time")
-    read: dict[Path, tuple[Pictures, tuple[int, int]]] = {}
-    unreadable: dict[Path, DataError] = {}
-    for path in dict.fromkeys(paths):
-        try:
-            read[path] = load_picture(path, shape)
-        except DataError as error:
-            unreadable[path] = error
-    return read, unreadable
-
-
-def _tell_scaled(
-    sizes: Mapping[Path, tuple[int, int]], paths: Sequence[Path], shape: Shape, say: Callable[[str], None]
-) -> None:
-    """Say how many of `paths` had another width and height than the model's, and which the first."""
-    _, height, width = shape
-    others = [path for path in paths if sizes[path] != (width, height)]
-    if not others:
-        return
-    wide, high = sizes[others[0]]
-    verb = "is" if len(others) == 1 else "are"
-    what = f"{len(others):,} of {several(len(paths), 'picture')} {verb} scaled to the model's {width}x{height}"
-    say(f"{what}, not cropped: proportions may change; {others[0]} was {wide}x{high}.")
+    return _again(remote, attempt, say, wait_s)

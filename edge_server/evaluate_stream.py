@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 
 import numpy as np
 
-from common import wire
+from common import wire, words
 from common.errors import FrameError, TooLargeError
 from common.halves import Halves
 from common.meter import DOWN, UP
@@ -124,7 +124,5 @@ def _batch(
 
 
 def _check_classes(came: tuple[str, ...], expected: tuple[str, ...]) -> None:
-    if came and came != expected:
-        odd = next((f"{a!r} where it has {b!r}" for a, b in zip(came, expected, strict=False) if a != b), "")
-        what = odd if len(came) == len(expected) else f"{len(came)} where it has {len(expected)}"
+    if came and (what := words.unlike(came, expected)):
         raise FrameError(f"the device's classes are not those of the run: {what}; use data with classes of those names")

@@ -18,11 +18,12 @@ from common.errors import DataError, DivergedError, MismatchError, ModelError, R
 from common.importance import principal_components
 from common.recipe import parse
 from device_client import batches
+from device_client.alone import Classifier
 from device_client.basis import principal_basis
 from device_client.cli import cli
 from device_client.data import Dataset, Part
 from device_client.inputs import training_batch
-from device_client.local import Classifier, Local
+from device_client.local import Local
 from tests.alone import text_of, trainer_of
 from tests.conftest import failed, train
 from tests.legs import outcome

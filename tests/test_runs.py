@@ -24,7 +24,7 @@ from common.meter import DOWN
 from common.rpc import split_pb2 as pb
 from common.run import RunFolder
 from common.schedule import Phase
-from device_client import data, use
+from device_client import data, given, use
 from device_client.remote_tail import RemoteTail
 from tests.conftest import ANY_PORT, Run, train
 
@@ -188,7 +188,8 @@ def test_using_a_run_goes_on_where_the_link_breaks(
         between.arm(proxy.Fault(proxy.CUT, some_answers))
         with contextlib.closing(RemoteTail(between.address)) as remote:
             head = use.open_finished(remote, RunFolder(run), (), None, said.append, halves.CPU, 60.0)
-            named = use.predict(remote, head, paths, said.append, 60.0)
+            pictures = given.read(paths, (1, 16, 16), said.append)
+            named = pictures.answers(lambda part: use.predict(remote, head, part, said.append, 60.0))
     assert cut.fired.is_set() and "trying again" in judged.stdout, judged.stdout + judged.stderr
     assert f"{deprune_run.summary('device')['accuracy']:.2%}" in judged.stdout
     assert refused.returncode == 75 and "with --wait SECONDS" in refused.stderr.replace("\n", " "), refused.stderr
