@@ -324,6 +324,11 @@ CASES = [
     _from_scratch("fixed width 8, head frozen", "fixed", (8, 20), db=10, quick=True),
     # Nothing crosses while the head learns alone; then each picture once; then what a step takes, both ways.
     _from_scratch("deprune none then 8, head frozen", "deprune", (8, 20), db=10, local=20),
+    *(
+        _from_scratch(f"deprune none then {width}, head frozen, longer alone, {db} dB", "deprune", (width, 20), db=db,
+                      local=40)
+        for width, db in ((8, 10), (16, 20))
+    ),
     Case(
         "deprune none then 8, head frozen, then learning", "deprune",
         "{ width = 8, epochs = 16, views = 1, flip = true, shift = 2 }, { width = 8, epochs = 4, lr = 0.06 }", "linear",

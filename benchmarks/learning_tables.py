@@ -28,7 +28,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     ),
     # What the head learns alone.
     "local": (
-        "deprune none then 8, head frozen", "deprune none then 8, head frozen, then learning",
+        "deprune none then 8, head frozen", "deprune none then 8, head frozen, longer alone, 10 dB",
+        "deprune none then 16, head frozen, longer alone, 20 dB", "deprune none then 8, head frozen, then learning",
         "deprune none then 1, longer alone, 28 epochs, none frozen",
         *(case.name for case in CASES if case.name.startswith("12 epochs of width 8")),
         "fixed width 1, 5 epochs, head alone before", "fixed width 1, 5 epochs, head alone before, lr 0.02",
