@@ -37,10 +37,19 @@ def _epochs(row: dict[str, Any]) -> float:
     return round(row["steps"] / (row["pictures"] // 128), 1)
 
 
-def _passes(row: dict[str, Any]) -> str:
-    """The epochs of a row, those that its head learnt alone before in front of them."""
-    alone = row["local"]["epochs"] if row.get("local") else 0
-    return f"{alone:g} alone + {_epochs(row):g}" if alone else f"{_epochs(row):g}"
+def _alone(rows: Rows) -> dict[float, float]:
+    """What the device by itself is right on, in percent, by the epochs that its head had learnt alone."""
+    found: dict[float, set[float]] = {}  # a head is the same in all rows of one seed
+    for row in rows:
+        if local := row.get("local"):
+            found.setdefault(local["epochs"], set()).add(100 * local["accuracy"])
+    return {epochs: statistics.mean(values) for epochs, values in sorted(found.items())}
+
+
+def _passes(group: Rows) -> str:
+    """The epochs of a row; before them those that its head learnt alone, and what the device then had by itself."""
+    alone = "".join(f"{epochs:g} alone ({accuracy:.1f} %) + " for epochs, accuracy in _alone(group).items())
+    return f"{alone}{_epochs(group[0]):g}"
 
 
 _OF_PLAIN = ("times fewer than plain", "times fewer by it", "MB to target")
@@ -57,7 +66,7 @@ def rows_table(rows: Rows, one_run: bool = False) -> str:
         timed = not plain or group[0]["machine"] == plain[0]["machine"]
         values = [100 * row["accuracy"] for row in group]
         result.append([
-            name, model, str(len(group)), _passes(group[0]),
+            name, model, str(len(group)), _passes(group),
             f"{statistics.mean(values):.1f}", f"{min(values):.1f} to {max(values):.1f}",
             f"{_mean(group, 'bytes_up') / 1e6:,.1f}", f"{_mean(group, 'bytes_down') / 1e6:,.1f}",
             f"{sent(plain) / sent(group):,.1f}" if plain else "",
@@ -135,6 +144,11 @@ def plots(rows: Rows) -> None:
         figure.set_size_inches(11, max(6.0, 0.17 * len(ends)))  # for as many names
         axes.set(xscale="log", xlabel=label, ylabel="test accuracy, %", title=f"accuracy against {name}, tiny")
         axes.grid(alpha=0.3)
+        if key == "context":
+            for epochs, accuracy in _alone(shown).items():
+                axes.axhline(accuracy, color="gray", linestyle=":", linewidth=1)
+                label = f"the device alone, {epochs:g} epochs: {accuracy:.1f} %"
+                axes.annotate(label, (0.01, accuracy), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
         figure.subplots_adjust(0.06, 0.09, 0.68, 0.94)
         _names(axes, ends)
         methods = [method for method in COLOURS if method in {row["method"] for row in shown}]
