@@ -10,12 +10,13 @@ judges them by pictures that were never trained on as well, into effect-long.jso
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -27,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.learning_cases import precision
 from benchmarks.machine import machine
+from benchmarks.options import add_device, add_source, cores
 from common import processor
 from common.files import write_atomically
 
@@ -192,18 +194,27 @@ def show(console: Console, rows: list[dict[str, Any]], long: bool) -> None:
         console.print(table)
 
 
+@contextlib.contextmanager
+def _giving_up(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Where it is stopped, those that wait their turn are not trained: their rows would be written nowhere."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
+    add_source(parser)
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--long", action="store_true", help="the settings that a default is chosen from, longer")
     parser.add_argument("--epochs", type=float, help="5, --long 20")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--device", default="cpu", help="where both halves compute: cpu, cuda, cuda:NUMBER or auto")
+    parser.add_argument("--workers", type=int, default=cores())
+    add_device(parser)
     options = parser.parse_args()
     console = Console()
     plan = PLANS[options.long]
-    processor.choose(options.device)  # said here, where it is not there
     folder = Path(options.source.removeprefix("folder:"))
     there = [path.stat().st_size for path in folder.glob("train/*/*")]
     if len(there) < options.pictures + plan.more:
@@ -223,7 +234,9 @@ def main() -> None:
         if {name: before.get(name) for name in setting} == setting:
             rows = before["rows"]
         else:  # hours of work, of another machine or of other pictures
-            aside = file.with_name(f"{file.stem}.{before['date']}.json")
+            ends = ("", *(f"-{number}" for number in range(2, 100)))
+            names = (file.with_name(f"{file.stem}.{before['date']}{end}.json") for end in ends)
+            aside = next(path for path in names if not path.exists())
             file.replace(aside)
             console.print(f"What {file} held is of another setting: it is {aside} now.", highlight=False)
     done = {(row["activation"], row["gradient"], row["seed"]) for row in rows}
@@ -231,7 +244,7 @@ def main() -> None:
     started = time.monotonic()
     spawn = multiprocessing.get_context("spawn")
     given = (options.source, options.pictures, plan.more, options.device)
-    with ProcessPoolExecutor(options.workers, spawn, _load, given) as pool:
+    with ProcessPoolExecutor(options.workers, spawn, _load, given) as pool, _giving_up(pool):
         for number, future in enumerate(as_completed([pool.submit(_run, case) for case in left]), 1):
             row = future.result()
             rows.append(row)

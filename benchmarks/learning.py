@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from rich.table import Table
 from benchmarks.learning_cases import CASES, CUTS, Case
 from benchmarks.learning_runs import Job, alike, epochs, is_kept, recipe_of, run, start
 from benchmarks.learning_tables import TABLES
+from benchmarks.options import add_device, add_source, cores
 from common import recipe
 from common.files import write_atomically
 
@@ -170,7 +170,7 @@ def trained(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
+    add_source(parser)
     parser.add_argument(
         "--quick", action="store_true", help="a few rows on few pictures; a quarter of an hour without AMX"
     )
@@ -182,9 +182,9 @@ def main() -> None:
     )
     parser.add_argument("--table", choices=TABLES, help="the rows of another table, into learning-TABLE.json")
     parser.add_argument("--seeds", type=int, help=f"how many; default {SEEDS}, quick {QUICK_SEEDS}")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--into", default="", help="write benchmarks/results/NAME.json instead", metavar="NAME")
-    parser.add_argument("--device", default="cpu", help="where both halves compute: cpu, cuda, cuda:NUMBER or auto")
+    add_device(parser)
     options = parser.parse_args()
     if options.quick and options.table:
         parser.error("--quick has rows of its own: leave out --table")

@@ -82,10 +82,11 @@ def main() -> None:
     """`python -m benchmarks.priced SOURCE`: how far the sample is off in two epochs of "fixed width 8"."""
     from benchmarks.inprocess import train
     from benchmarks.learning_cases import CASES
+    from benchmarks.options import add_source
     from device_client.data import load
 
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
+    add_source(parser)
     data = load(parser.parse_args().source, (3, 32, 32), 0, 0.0, limit=20_000)
     text = next(case for case in CASES if case.name == "fixed width 8").recipe("tiny", 0, "")
     prices = Prices(every=1)

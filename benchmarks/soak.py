@@ -141,6 +141,8 @@ def main() -> None:
     parser.add_argument("minutes", type=float, nargs="?", default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if not options.minutes > 0:
+        parser.error("give more than 0 minutes")
     console = Console(soft_wrap=True)
     outcome = soak(console, options.minutes, options.seed)
     samples = outcome.pop("samples")

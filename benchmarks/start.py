@@ -52,6 +52,11 @@ class Watched:
             return False
         return self._process.poll() is None
 
+    def require(self, told: str) -> None:
+        """End with what it `told` where it has failed."""
+        if code := self._process.wait():
+            raise SystemExit(f"{told}\nended with {code}")
+
 
 Found = dict[str, tuple[float, int]]  # seconds and bytes of each program
 
@@ -62,6 +67,7 @@ def alone(folder: Path) -> Found:
     torch = Watched(subprocess.Popen([sys.executable, "-c", code]), flag.exists)
     while torch.look():
         time.sleep(0.01)
+    torch.require(code)
     return {TORCH: found(torch)}
 
 
@@ -88,8 +94,13 @@ def both(codec: str, folder: Path) -> Found:
             pair.start("device-client", *train, log=folder / "device.log"),
             lambda: metrics.is_file() and metrics.stat().st_size > 0,
         )
-        while device.look() | server.look():
+        while device.look():
+            server.look()
             time.sleep(0.01)
+        device.require((folder / "device.log").read_text())  # else its server waits for another
+        while server.look():
+            time.sleep(0.01)
+        server.require(log.read_text())
     finally:
         process.kill()
         process.wait()

@@ -9,7 +9,6 @@ times, and compared by the median of the ratios, because machines are noisy. Wri
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from benchmarks import pair
 from benchmarks.machine import machine
+from benchmarks.options import cores
 
 BATCH, STEPS, WARMUP, ROUNDS = 128, 20, 4, 4
 CODECS = {"fp32": ("fp32", "fp32"), "step": ("step:20", "step:5")}
@@ -102,7 +102,7 @@ def split(codec: str, threads: int, folder: Path, data: Path) -> tuple[float, di
 
 def main() -> None:
     console = Console()
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     rows: dict[str, list[float]] = {"unsplit": [], **{f"split {name}": [] for name in CODECS}}
     by_round: dict[str, list[dict[str, float]]] = {name: [] for name in CODECS}
     with tempfile.TemporaryDirectory() as name:

@@ -30,6 +30,7 @@ from benchmarks import inprocess
 from benchmarks.learning import QUICK_PICTURES, RESULTS
 from benchmarks.learning_cases import Case
 from benchmarks.machine import machine
+from benchmarks.options import add_source
 from common.codecs.step import Step
 from common.files import write_atomically
 from common.schedule import Phase
@@ -192,7 +193,7 @@ def measure(data: Dataset, others: Dataset, seed: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", help="folder:PATH with train/CLASS and test/CLASS")
+    add_source(parser)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)

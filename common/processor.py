@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 import torch
@@ -19,16 +20,15 @@ def choose(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(name)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise ModelError(f"--device {name!r} is not a device to compute on; give auto, cpu, cuda or cuda:NUMBER")
-    if chosen.type == "cpu":
+    if name == "cpu":
         return torch.device("cpu")
+    # By torch's own parser 256 is card 0: it keeps numbers in eight bits.
+    asked = re.fullmatch(r"cuda(?::([0-9]{1,9}))?", name)
+    if not asked:
+        raise ModelError(f"--device {name!r} is not a device to compute on; give auto, cpu, cuda or cuda:NUMBER")
+    number = int(asked[1] or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (chosen.index or 0) >= count:
+    if number >= count:
         have = several(count, "CUDA device") if count else "no CUDA device"
         raise ModelError(
             f"--device {name}: torch {torch.__version__} finds {have} here; give --device cpu, or install a driver and "
@@ -39,7 +39,7 @@ def choose(name: str) -> torch.device:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # With the line above new memory is filled, for programs that read it before they write it: none here does.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    chosen = torch.device("cuda", chosen.index or 0)
+    chosen = torch.device("cuda", number)
     try:
         _touch(chosen)
     except RuntimeError as error:

@@ -176,7 +176,8 @@ def _array_listing(name: str, pictures: Pictures, labels: NDArray[Any], shape: S
     def read(index: int) -> tuple[Pictures, tuple[int, int]]:
         return fit(Image.fromarray(np.ascontiguousarray(pictures[index])), shape), (width, height)
 
-    return Listing(labels.astype(np.int64), read, lambda index: f"{name}_x[{index}]")
+    loses_colour = shape[0] == 1 and pictures.ndim == 4
+    return Listing(labels.astype(np.int64), read, lambda index: f"{name}_x[{index}]", loses_colour=loses_colour)
 
 
 def _listing_of_numbers(name: str, numbers: NDArray[Any], labels: NDArray[Any], shape: Shape, path: Path) -> Listing:

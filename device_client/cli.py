@@ -29,6 +29,7 @@ from common.errors import (
     MismatchError,
     RunFolderError,
     StoppedError,
+    printable,
 )
 from common.meter import DOWN, UP
 from common.options import Named
@@ -359,5 +360,5 @@ def _predictions(answers: Iterable[tuple[Path, np.ndarray | DataError]], classes
     table.add_column("probability", justify="right")
     for path, found in answers:
         if not isinstance(found, DataError):
-            table.add_row(escape(str(path)), escape(classes[int(found.argmax())]), f"{found.max():.1%}")
+            table.add_row(escape(printable(str(path))), escape(classes[int(found.argmax())]), f"{found.max():.1%}")
     return table

@@ -23,7 +23,7 @@ from common.progress import Counted
 from common.words import by, some
 from device_client.arrays import npy
 from device_client.batches import Pictures
-from device_client.listing import Listing, Source, check_memory
+from device_client.listing import COLOURLESS, Listing, Source, check_memory
 from device_client.pictures import Shape, bombs_are_errors, decode, reason, require_channels
 from device_client.sources import open_source
 
@@ -112,6 +112,8 @@ def load(
     empty = Part(np.empty((0, *input_shape), dtype=np.uint8), np.empty(0, dtype=np.int64))
     train_part, validation_part, test_part = (read.get(name, empty) for name in ("train", "validation", "test"))
     left_out = opened.left_out
+    if any(listing.loses_colour for listing, _ in wanted.values()):
+        left_out += (COLOURLESS,)
     present = set(train_part.labels)
     bare = [name for label, name in enumerate(opened.classes) if label not in present]
     if present and bare:

@@ -60,8 +60,6 @@ def folder(root: Path, shape: Shape, wants_train: bool, wants_test: bool, known:
             if untested := [folder for folder in classes if folder not in folders]:
                 left_out.append(f"no {name} pictures of {len(untested)} of {len(classes)} classes: {some(untested)}")
             listings[name] = _folder_listing(root, [root / name / folder for folder in folders], classes, shape, unused)
-    if any(listing.loses_colour for listing in listings.values()):
-        left_out.append("colours are not seen: the model takes pictures with one channel (model.input)")
     if unused:
         left_out.append(
             f"not used, since a class's pictures lie directly in its folder and have a picture's ending: {some(unused)}"

@@ -14,8 +14,8 @@ from common.errors import DataError
 from common.words import several
 from device_client.batches import Pictures, together
 from device_client.data import Part, load_picture
-from device_client.listing import check_memory
-from device_client.pictures import Shape
+from device_client.listing import COLOURLESS, check_memory
+from device_client.pictures import Shape, in_colour
 
 # The probabilities [classes] for a picture, or why it cannot be read.
 Answer = np.ndarray | DataError
@@ -52,6 +52,8 @@ def read(paths: Sequence[Path], shape: Shape, say: Callable[[str], None]) -> Giv
         return Given(paths, None, unreadable)
     for refused in unreadable.values():
         say(str(refused))
+    if shape[0] == 1 and any(path.suffix.lower() != ".npy" and in_colour(path) for path in loaded):
+        say(f"{COLOURLESS}.")
     _tell_scaled({path: loaded[path][1] for path in loaded}, sound, shape, say)
     return Given(paths, Part(together([loaded[path][0] for path in sound]), np.zeros(len(sound), np.int64)), unreadable)
 

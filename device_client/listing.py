@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from common.errors import DataError
 from device_client.batches import Pictures
 
+COLOURLESS = "colours are not seen: the model takes pictures with one channel (model.input)"
+
 
 @dataclass(frozen=True)
 class Listing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,5 +34,7 @@ def _parse(source: str) -> tuple[str, Path]:
     """ "digits", "folder" or "npz", and the path of the latter two."""
     kind, _, path = source.partition(":")
     if source == "digits" or (kind in ("folder", "npz") and path):
-        return kind, Path(path).expanduser()
+        with contextlib.suppress(RuntimeError):  # of a user that is not there: then that is no path either
+            return kind, Path(path).expanduser()
+        return kind, Path(path)
     raise DataError(f"{source!r} is not a source of pictures; give digits, folder:PATH or npz:PATH")

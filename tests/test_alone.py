@@ -52,8 +52,22 @@ def test_it_names_pictures_in_the_order_given(run: Path, tmp_path: Path) -> None
     result = CliRunner().invoke(cli, ["predict", "alone", "--run", str(run / "device"), "--json", *map(str, paths)])
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["picture"] for line in lines] == list(map(str, paths)) and "error" in lines[5]
+    assert "colours" not in result.stderr
     right = [line["class"] == data.classes[data.test.labels[at]] for at, line in enumerate(lines) if at != 5]
     assert sum(right) >= 8
+
+
+def test_colours_that_it_does_not_see_are_told(run: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    shown = answered("predict", "alone", "--run", run / "device", tmp_path / "red.png")
+    assert "colours are not seen" in shown and "scaled" not in shown
+
+
+def test_a_name_of_a_picture_does_what_no_terminal_does(run: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a\x1b[2J\nb.png"
+    Image.new("L", (16, 16)).save(odd)
+    shown = answered("predict", "alone", "--run", run / "device", odd)
+    assert "a?[2J?b.png" in shown and "\x1b" not in shown
 
 
 def test_what_it_cannot_answer_is_said(run: Path, digits: Dataset, tmp_path: Path) -> None:

@@ -301,6 +301,9 @@ def test_a_home_is_known_behind_the_colon(folder, monkeypatch):
     assert len(load(f"folder:~/{folder.name}", RGB, 1, 0, parts=("test",)).test) == 6
     with pytest.raises(DataError, match="there is no file"):
         check_source(f"npz:~/{folder.name}")
+    for source in ("folder:~nobody-of-that-name/x", "npz:~nobody-of-that-name"):
+        with pytest.raises(DataError, match="there is no .* ~nobody-of-that-name"):
+            check_source(source)
 
 
 @pytest.mark.parametrize("source", ["", "cifar", "digits:", "folder", "folder:", "npz:", "zip:a"])
@@ -372,6 +375,14 @@ def test_colours_that_a_model_does_not_see_are_told(folder, tmp_path):
     for path in (folder / "test").glob("*/*.*"):
         Image.open(path).convert("L").save(path)
     assert load(f"folder:{folder}", GRAY, 1, 0).left_out == ()
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_colours_in_arrays_are_told_too(tmp_path, channels):
+    pictures, labels = np.zeros((4, 16, 16, *channels), np.uint8), np.arange(4) % 2
+    np.savez(tmp_path / "some.npz", train_x=pictures, train_y=labels, test_x=pictures, test_y=labels)
+    told = load(f"npz:{tmp_path / 'some.npz'}", GRAY, 1, 0).left_out
+    assert bool(told) == (channels == (3,)) and all("colours are not seen" in sentence for sentence in told)
 
 
 def test_classes_without_a_picture_to_learn_from_are_told(folder):

@@ -35,10 +35,19 @@ def test_without_a_card_auto_is_the_processor(monkeypatch: pytest.MonkeyPatch) -
         choose("cuda")
 
 
-@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x", ""])
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x", "cuda:-1", "cuda:1 ", ""])
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ModelError, match="is not a device to compute on"):
         choose(name)
+
+
+@pytest.mark.parametrize("number", [2, 128, 256, 999_999_999])
+def test_a_number_that_no_card_has_is_refused(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps it in eight bits: to it 256 is card 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ModelError, match="finds 2 CUDA devices here"):
+        choose(f"cuda:{number}")
 
 
 def test_a_card_is_taken_by_its_number_and_computes_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
