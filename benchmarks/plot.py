@@ -47,8 +47,9 @@ def main() -> None:
     left.axhline(100 * summary["accuracy"], color="gray", linestyle=":")
     left.annotate(
         f"test {summary['accuracy']:.2%} ", (1, 100 * summary["accuracy"]), xycoords=("axes fraction", "data"),
-        ha="right", va="bottom", color="gray",
+        ha="right", va="bottom", color="gray", xytext=(0, 2), textcoords="offset points",
     )  # fmt: skip
+    left.margins(y=0.12)  # for those words, where the line is the highest
     left.set(xlabel="step", ylabel=f"training accuracy, % (mean of {window})", title=summary["name"])
     right.plot(steps, plain, color="gray", label="plain split learning")
     right.plot(steps, ours, label=f"{summary['method']}, {summary['times_fewer']['total']:.1f} times fewer")

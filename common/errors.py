@@ -15,7 +15,8 @@ it without a traceback; how they cross the wire is rpc_errors.py's matter.
     ├── VersionError       the two sides speak different versions of the protocol
     ├── MismatchError      halves, recipes or classes that do not belong together
     ├── AuthError          a token or certificate that is missing, wrong or cannot be used
-    │   └── ClockError     a certificate that is not valid yet, by a clock that is behind
+    │   ├── ClockError     a certificate that is not valid yet, by a clock that is behind
+    │   └── UntrustedError a server whose certificate is not what --tls-ca and its name want
     ├── ForbiddenError     a run that belongs to another identity
     ├── BusyError          the server has no room for this session
     ├── SessionError       the server does not know this session (any more)
@@ -91,6 +92,10 @@ class AuthError(DepruneError):
 
 class ClockError(AuthError):
     exit_code = _MAY_PASS
+
+
+class UntrustedError(AuthError):
+    pass
 
 
 class ForbiddenError(DepruneError):

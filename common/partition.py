@@ -112,7 +112,7 @@ class _Plan:
     """A traced model with what is needed to judge its cuts: who uses which state, and what each node computes."""
 
     def __init__(self, model: nn.Module, input_shape: tuple[int, ...], flops: bool = False) -> None:
-        self.model = model
+        self.model, self.input_shape = model, input_shape
         # A root for each half: the two must not even share a stateless module, whose mode each sets for itself.
         self.roots, self.graph = trace(model)
         self.nodes = list(self.graph.nodes)
@@ -195,7 +195,7 @@ class _Plan:
         near = difflib.get_close_matches(wanted.replace(".", "_"), names, n=_LISTED // 2, cutoff=0.0)
         return (
             f"the legal cuts with the most similar names are {', '.join(near)}; "
-            f"`edge-server cuts MODEL --input CHANNELSxHEIGHTxWIDTH` lists all {len(names)}"
+            f"`edge-server cuts MODEL --input {by(self.input_shape)}` lists all {len(names)}"
         )
 
     def halves(self, cut: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule]:

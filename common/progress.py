@@ -23,6 +23,7 @@ from common.words import duration, size
 # Plain lines come at most this often, and at each change of width.
 _EVERY_S = 10.0
 _COUNTED_S = 3.0  # before the first line of what is counted
+_SHARE = 0.05  # of a step in a running mean
 _LATE_S = 60.0  # that an estimate looks back: less, and it jumps with whatever else the machine does
 _ENOUGH, _ENOUGH_S = 8, 10.0  # steps or seconds that it needs
 _TO_SPARE = 6  # columns by which numbers may grow
@@ -151,11 +152,13 @@ class RunningMean:
 
     loss: float | None = None
     accuracy: float = 0.0
+    steps: int = 0
 
     def add(self, loss: float, accuracy: float) -> None:
-        if self.loss is None:
-            self.loss, self.accuracy = loss, accuracy
-        self.loss, self.accuracy = 0.95 * self.loss + 0.05 * loss, 0.95 * self.accuracy + 0.05 * accuracy
+        self.steps += 1
+        share = max(_SHARE, 1 / self.steps)  # the first ones alike: else the very first would weigh most for long
+        self.loss = loss if self.loss is None else (1 - share) * self.loss + share * loss
+        self.accuracy = (1 - share) * self.accuracy + share * accuracy
 
 
 class StepProgress:

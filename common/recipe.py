@@ -382,8 +382,9 @@ def parse(text: str, source: str = "recipe") -> Recipe:
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of too many digits, tables in tables without end
-        once = "; a table stands once: move its keys under the first" if "declare" in str(error) else ""
-        raise RecipeError(f"{source} is not valid TOML: {error}{once}") from error
+        how = {"declare": "a table stands once: move its keys under the first", "Invalid value": "text is quoted"}
+        advice = "".join(f"; {cure}" for cause, cure in how.items() if cause in str(error))
+        raise RecipeError(f"{source} is not valid TOML: {error}{advice}") from error
     try:
         if table.get("method") == "plain":  # the one method whose codec is not a choice
             table.setdefault("codec", dataclasses.asdict(_UNCODED))

@@ -29,6 +29,7 @@ from common.errors import (
     StoppedError,
     StoreError,
     TooLargeError,
+    UntrustedError,
     VersionError,
     printable,
 )
@@ -88,7 +89,7 @@ def _reason(details: str) -> str:
 def _handshake(details: str, server: str, doubt: str) -> DepruneError | None:
     """What it means where a connection ended in its first moments; TLS says little to the other side by design."""
     if "CERTIFICATE_VERIFY_FAILED" in details or "Hostname Verification" in details:
-        return AuthError(
+        return UntrustedError(
             f"what answers at {server} is not trusted: its certificate must be of the authority in --tls-ca, for this "
             f"host name and not run out, by this device's clock"
         )

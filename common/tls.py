@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,9 +16,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from common import tokens
-from common.errors import AuthError
+from common.errors import AuthError, printable
 from common.reloaded import Reloaded
+from common.words import some
 
+_LOOK_S = 5.0  # for a server's certificate, to tell what is wrong with it
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
@@ -101,6 +104,19 @@ def server_credentials(tls: ServerTls, tell: Callable[[str], None]) -> grpc.Serv
         return None if given is before else given
 
     return grpc.dynamic_ssl_server_credentials(first, changed, tls.client_ca is not None)  # type: ignore[arg-type]
+
+
+def presented(host: str, port: int) -> str:
+    """Words for whom the certificate that is shown there is made out to, and until when; "" where none is seen soon."""
+    try:
+        shown = ssl.get_server_certificate((host.strip("[]"), port), timeout=_LOOK_S)
+        first = x509.load_pem_x509_certificate(shown.encode())
+        names = _extension(first, x509.SubjectAlternativeName)
+        made_for = [str(name.value) for name in names or ()]
+    except (OSError, ValueError):
+        return ""
+    whom = printable(some(made_for), 200) or "no host name"
+    return f"it shows one for {whom}, valid to {first.not_valid_after_utc:%Y-%m-%d}"
 
 
 def _pair(certificate: Path, key: Path, purpose: x509.ObjectIdentifier) -> tuple[bytes, bytes]:

@@ -62,7 +62,7 @@ class Local:
         self.optimiser = optim.build(
             self.recipe.optimiser, nn.ModuleList([self.head.layers, self.classifier]), nn.Module()
         )
-        self.step = 0
+        self.step, self.mean = 0, RunningMean()
         self.checkpoints = Checkpoints(trainer.folder.local, self._origin(), "")
 
     def _check(self) -> None:
@@ -92,7 +92,6 @@ class Local:
         else:
             console.print(f"What the head has learnt alone lies in {self.checkpoints.folder}.", markup=False)
         self.head.train(), self.classifier.train()
-        mean = RunningMean()
         with StepProgress(console, self.steps, self.step, "local step") as live:
             while self.step < self.steps:
                 if trainer.stopping:
@@ -103,8 +102,8 @@ class Local:
                 loss, right = self._learn_step()
                 trainer.busy_s += time.perf_counter() - started
                 self.step += 1
-                mean.add(loss, right / trainer.batch)
-                live.step(self.step, mean)
+                self.mean.add(loss, right / trainer.batch)
+                live.step(self.step, self.mean)
                 if due(self.step, trainer.opened.checkpoint_every, turn=self.step == self.steps):
                     self.keep()
         self.optimiser.zero_grad()
@@ -180,7 +179,7 @@ class Local:
         tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(self.optimiser).items()}
         # Copied: a model's tied weights are one tensor under two names, which safetensors does not write.
         tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-        books = {"wall_s": self.trainer.elapsed_s, "busy_s": self.trainer.busy_s}
+        books = {"wall_s": self.trainer.elapsed_s, "busy_s": self.trainer.busy_s, "mean": asdict(self.mean)}
         try:
             self.checkpoints.write(self.step, tensors, books)
         except RunFolderError as error:
@@ -207,7 +206,7 @@ class Local:
         weights.fill(self.head.layers, part(kept.tensors, "layers"), source)
         weights.fill(self.classifier, part(kept.tensors, "classifier"), source)
         optim.restore(self.optimiser, part(kept.tensors, "optimiser"), source)
-        self.step = step
+        self.step, self.mean = step, RunningMean(**kept.state["mean"])
         self.trainer.wall_s, self.trainer.busy_s = kept.state["wall_s"], kept.state["busy_s"]
 
     def _origin(self) -> str:

@@ -12,6 +12,7 @@ from common.schedule import never_warm, steps_per_epoch
 from device_client.batches import Pictures, normalise
 from device_client.data import Dataset
 
+_FEW = 0.05  # of the pictures, which nobody misses
 _SAMPLE = 1024  # of the numbers that are looked at
 
 
@@ -28,10 +29,11 @@ def remarks(recipe: Recipe, data: Dataset, *, begun: bool) -> Iterator[str]:
     if data.train.pictures.dtype == np.float32:
         yield from _far_from_usual(recipe, data.train.pictures[:: max(1, pictures // _SAMPLE)])  # which may be sorted
     rest = pictures % batch
-    if any(0 < phase.views <= 1 for phase in recipe.schedule.phases) and 0.05 * pictures < rest < pictures:
+    if any(0 < phase.views <= 1 for phase in recipe.schedule.phases) and _FEW * pictures < rest < pictures:
+        fits = next((size for size in range(batch, batch // 2, -1) if pictures % size <= _FEW * pictures), None)
         yield (
             f"data.batch is {batch:,}, so {rest:,} of {pictures:,} pictures are in no whole batch; a phase with one "
-            f"view learns nothing from those"
+            f"view learns nothing from those{f': with {fits:,} it has next to all' if fits else ''}"
         )
     yield from never_warm(recipe, steps_per_epoch(pictures, batch))
 

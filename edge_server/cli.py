@@ -161,13 +161,15 @@ def certs(folder: Path, hosts: tuple[str, ...], devices: tuple[str, ...], renew:
     for name in made:
         if name == "server":
             console.print(
-                f"To the server go server.pem, server.key and ca.pem:\n  edge-server serve RECIPE --run RUN "
-                f"--listen {own}:50051 {keys.format(name)} --tls-client-ca ca.pem", highlight=False, markup=False,
+                f"To the server go server.pem, server.key and ca.pem. There, where they lie:\n"
+                f"  edge-server serve RECIPE --run RUN --listen {own}:50051 {keys.format(name)} --tls-client-ca ca.pem",
+                highlight=False, markup=False,
             )  # fmt: skip
         elif name != "ca":
             console.print(
-                f"To {name} go {name}.pem, {name}.key and ca.pem:\n  device-client train {address} "
-                f"--data SOURCE --run RUN --tls-ca ca.pem {keys.format(name)}", highlight=False, markup=False,
+                f"To {name} go {name}.pem, {name}.key and ca.pem. There, where they lie:\n"
+                f"  device-client train {address} --data SOURCE --run RUN --tls-ca ca.pem {keys.format(name)}",
+                highlight=False, markup=False,
             )  # fmt: skip
     if "ca" in made:
         console.print("Keep ca.key away from both: who has it can make certificates that server and devices trust.")

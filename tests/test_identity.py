@@ -160,6 +160,7 @@ def test_only_certificates_of_the_one_authority_get_in(
     unchecked(monkeypatch)
     untrusted = refusal(address, as_device(ours, "pi", tls_ca=theirs / "ca.pem"))
     assert isinstance(untrusted, AuthError) and "must be of the authority in --tls-ca" in str(untrusted)
+    assert "it shows one for 127.0.0.1, valid to 20" in str(untrusted)
     whose = "which must be of the authority that it trusts"
     for access, doubt in (
         (as_device(ours, "pi", tls_cert=None, tls_key=None),

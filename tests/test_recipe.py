@@ -165,6 +165,7 @@ def test_recipes(change: dict[str, str], words: str) -> None:
     ("seed", "words"),
     [
         ("1" * 5000, "is not valid TOML"),
+        ("seven", "is not valid TOML: .*; text is quoted"),
         ("{a=" * 3000 + "1" + "}" * 3000, "is not valid TOML"),
         ("0\nlr = 1" + "0" * 400, "unknown key lr"),
     ],

@@ -136,6 +136,8 @@ def test_what_is_shown_goes_on_where_it_was(few: Dataset, tmp_path: Path, monkey
     ("batch", "views", "told"),
     [
         (64, 1, "64, so 36 of 100 pictures are in no whole batch"),
+        (64, 1, "a phase with one view learns nothing from those: with 50 it has next to all"),
+        (45, 1, "those: with 33 it has"),
         (64, 2, ""),  # the other view has them
         (49, 1, ""),  # no more than are few
         (50, 1, ""),

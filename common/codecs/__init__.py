@@ -62,7 +62,10 @@ def load(*names: str, say: Callable[[str], None] = lambda text: None) -> None:
     told = threading.Timer(
         _PATIENCE_S,
         say,
-        ["The codec's loops are compiled, as the first time on a machine, or where they cannot be kept (README.md)."],
+        [
+            "The codec's loops are loaded, or compiled where this machine has not done so before or cannot keep them "
+            "(docs/guide.md, Containers and services); on a slow or busy machine that takes a while."
+        ],
     )
     told.daemon = True
     told.start()
