@@ -22,6 +22,7 @@ from common.run import RunFolder
 from common.schedule import Phase
 from common.words import gives_up
 from device_client.data import Dataset, Part
+from device_client.handshake import Opened
 from device_client.inputs import sent_batches
 from device_client.remote_tail import RemoteTail
 
@@ -45,11 +46,11 @@ def open_finished(
     """
     if folder:
         recipe, _, manifest = folder.read()
-        opened = patiently(lambda: remote.open(trains=False, run_id=manifest.run_id, wait_s=wait_s), say, wait_s)
+        opened = _open(remote, manifest.run_id, say, wait_s)
         if opened.recipe.digest() != recipe.digest():
             raise MismatchError(f"the server's recipe is not the one in {folder.path}; only halves of one run fit")
     else:
-        opened = patiently(lambda: remote.open(trains=False, wait_s=wait_s), say, wait_s)
+        opened = _open(remote, "", say, wait_s)
     head = halves.build(opened.recipe, allowed).head
     if folder:
         folder.fill_half("head", head)
@@ -60,6 +61,16 @@ def open_finished(
     head.bottleneck.resize(phase.width, phase.order)
     with fits("the head", processor):
         return head.to(processor).eval()
+
+
+def _open(remote: RemoteTail, run_id: str, say: Callable[[str], None], wait_s: float) -> Opened:
+    """A session with the server, which is waited for up to `wait_s` in all, be it away or busy or both in turn."""
+    until = time.monotonic() + wait_s
+
+    def attempt() -> Opened:
+        return remote.open(trains=False, run_id=run_id, wait_s=max(0.0, until - time.monotonic()))
+
+    return patiently(attempt, say, wait_s)
 
 
 def _phase(remote: RemoteTail, width: int | None) -> Phase:
@@ -90,7 +101,7 @@ def _again(remote: RemoteTail, attempt: Callable[[], T], say: Callable[[str], No
             if wait_s <= 0:
                 raise type(error)(f"{error}; with --wait SECONDS it is tried again when the server is back") from error
             say(f"{error}; trying again")
-        opened = patiently(lambda: remote.open(trains=False, run_id=before.run_id, wait_s=wait_s), say, wait_s)
+        opened = _open(remote, before.run_id, say, wait_s)
         if (opened.recipe.digest(), opened.phase) != (before.recipe.digest(), before.phase):
             raise MismatchError(f"the server at {remote.server} serves another run now; start again")
     return patiently(attempt, say, wait_s)

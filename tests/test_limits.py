@@ -249,6 +249,21 @@ def test_a_device_tries_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatc
     assert 600 <= sum(waits) < 625 and len(said) == 1, "also where nobody can say for how long, which is said once"
 
 
+def test_a_server_that_is_busy_and_then_gone_is_waited_for_as_long_as_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, granted = [0.0], list[float]()
+
+    class Busy:
+        def open(self, wait_s: float, **_: Any) -> None:
+            granted.append(wait_s)
+            if len(granted) < 3:
+                raise BusyError("this server still trains its run", 40.0)
+
+    monkeypatch.setattr(use.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(use.time, "sleep", lambda _: now.__setitem__(0, now[0] + 40))
+    use._open(Busy(), "", lambda text: None, 100)  # type: ignore[arg-type]
+    assert granted == [100, 60, 20]
+
+
 def test_a_head_is_not_kept_for_each_caller_that_does_not_read_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
