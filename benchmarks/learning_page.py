@@ -39,11 +39,11 @@ def _epochs(row: dict[str, Any]) -> float:
 
 def _alone(rows: Rows) -> dict[float, float]:
     """What the device by itself is right on, in percent, by the epochs that its head had learnt alone."""
-    found: dict[float, set[float]] = {}  # a head is the same in all rows of one seed
+    found: dict[float, dict[tuple[int, str], float]] = {}  # a head is the same in all rows of a seed and a machine
     for row in rows:
         if local := row.get("local"):
-            found.setdefault(local["epochs"], set()).add(100 * local["accuracy"])
-    return {epochs: statistics.mean(values) for epochs, values in sorted(found.items())}
+            found.setdefault(local["epochs"], {})[row["seed"], row["machine"]] = 100 * local["accuracy"]
+    return {epochs: statistics.mean(values.values()) for epochs, values in sorted(found.items())}
 
 
 def _passes(group: Rows) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EVERY = 200  # steps between two checkpoints, by default
 # Raised with each change of what either side writes into a checkpoint: another release then leaves it alone.
-_FORMAT = 8
+_FORMAT = 7
 _KEPT = 2
 _NAME = re.compile(r"step-(\d{12})\.safetensors")
 

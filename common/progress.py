@@ -154,6 +154,10 @@ class RunningMean:
     accuracy: float = 0.0
     steps: int = 0
 
+    def __post_init__(self) -> None:
+        if self.loss is not None and not self.steps:  # a checkpoint's that does not say over how many
+            self.steps = round(1 / _SHARE)
+
     def add(self, loss: float, accuracy: float) -> None:
         self.steps += 1
         share = max(_SHARE, 1 / self.steps)  # the first ones alike: else the very first would weigh most for long

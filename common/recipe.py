@@ -261,7 +261,7 @@ class ScheduleRecipe:
 class LocalRecipe:
     """What the head learns before the run, on the device alone, by a small classifier at the cut: no byte crosses.
 
-    Take it where bytes or the link's time cost more than the device's own; the classifier is thrown away afterwards.
+    Take it where bytes or the link's time cost more than the device's own; `predict alone` asks that classifier.
     """
 
     epochs: float = 0.0  # that the head learns alone; parts of one are allowed, 0: none

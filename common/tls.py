@@ -113,7 +113,7 @@ def presented(host: str, port: int) -> str:
         first = x509.load_pem_x509_certificate(shown.encode())
         names = _extension(first, x509.SubjectAlternativeName)
         made_for = [str(name.value) for name in names or ()]
-    except (OSError, ValueError):
+    except Exception:  # noqa: BLE001 -- it is no certificate to rely on, and may be odd in any way
         return ""
     whom = printable(some(made_for), 200) or "no host name"
     return f"it shows one for {whom}, valid to {first.not_valid_after_utc:%Y-%m-%d}"

@@ -108,10 +108,9 @@ def open_alone(folder: RunFolder, allowed: tuple[str, ...], processor: torch.dev
     recipe, _, manifest = folder.read()
     path = folder.path / ALONE_FILE
     if not path.is_file():
-        raise RunFolderError(
-            f"{path} is not there, which a device keeps where its head learns alone before the run ([local] in the "
-            f"recipe): give the address of the server"
-        )
+        learnt = recipe.local.epochs
+        why = "it was not kept, as on a full disk" if learnt else "the head of this run learnt nothing alone"
+        raise RunFolderError(f"{path} is not there: {why}; give the address of the run's server")
     built = halves.build(recipe, allowed)
     network = Alone(recipe, manifest.classes, built.head.layers, built.cut)
     weights.fill(network, weights.read(path), str(path))

@@ -112,7 +112,7 @@ def _finished(run_path: Path | None) -> RunFolder | None:
             f"trained to its end first, by device-client train"
         )
     raise RunFolderError(
-        f"{run_path} holds no finished run; check --run, or leave it out to use the head that the server publishes"
+        f"{run_path} holds no finished run; check --run, or leave it out to use the head that a server publishes"
     )
 
 
@@ -124,10 +124,10 @@ def _alone(
         raise click.UsageError(f"{ALONE} needs --run, the folder of the run on this device")
     if width:
         raise click.UsageError(f"--width is of what crosses, and with {ALONE} nothing does; leave it out")
-    folder = RunFolder(run_path)
-    folder.left_by(HEAD)
+    folder = _finished(run_path)
     from device_client.alone import open_alone
 
+    assert folder
     return open_alone(folder, allowed, _compute_with(threads, processor))
 
 

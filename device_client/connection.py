@@ -160,8 +160,9 @@ class Connection:
         """`error` of a handshake, with what only this side can know of its cause."""
         if isinstance(error, AuthError) and (behind := self._access.clock):
             return ClockError(behind)
-        if isinstance(error, UntrustedError) and (shown := tls.presented(*channel.parse_address(self.server))):
-            return UntrustedError(f"{error}; {shown}")
+        if isinstance(error, UntrustedError) and not channel.proxy(self.server):  # which we would go past
+            shown = tls.presented(*channel.parse_address(self.server))
+            return UntrustedError(f"{error}; {shown}") if shown else error
         if isinstance(error, AbsentError) and (proxy := channel.proxy(self.server)):
             return AbsentError(f"{error} ({proxy} has it called through a proxy; name it in no_proxy to go direct)")
         return error

@@ -117,7 +117,7 @@ class Local:
         try:
             self.trainer.folder.write_alone(self.network)
         except RunFolderError as error:
-            warn(self.trainer.console, f"what the head has learnt alone is not kept beyond this run: {error}")
+            warn(self.trainer.console, f"what the head has learnt alone may not be kept beyond this run: {error}")
 
     def _learn_step(self) -> tuple[float, int]:
         """One step of layers and classifier: its loss, and how many answers were right."""
@@ -194,7 +194,8 @@ class Local:
         if warnings and not good:
             raise RunFolderError(
                 f"{self.checkpoints.folder} holds what a head has learnt alone from other pictures, weights or "
-                f"settings, or is damaged; give it those again, choose another --run, or pass --overwrite"
+                f"settings, or cannot be read ({warnings[-1]}); give it those again, choose another --run, or pass "
+                f"--overwrite"
             )
         for warning in warnings:
             warn(self.trainer.console, warning)
@@ -206,7 +207,7 @@ class Local:
         weights.fill(self.head.layers, part(kept.tensors, "layers"), source)
         weights.fill(self.classifier, part(kept.tensors, "classifier"), source)
         optim.restore(self.optimiser, part(kept.tensors, "optimiser"), source)
-        self.step, self.mean = step, RunningMean(**kept.state["mean"])
+        self.step, self.mean = step, RunningMean(**kept.state.get("mean", {}))
         self.trainer.wall_s, self.trainer.busy_s = kept.state["wall_s"], kept.state["busy_s"]
 
     def _origin(self) -> str:

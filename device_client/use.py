@@ -68,7 +68,8 @@ def _open(remote: RemoteTail, run_id: str, say: Callable[[str], None], wait_s: f
     until = time.monotonic() + wait_s
 
     def attempt() -> Opened:
-        return remote.open(trains=False, run_id=run_id, wait_s=max(0.0, until - time.monotonic()))
+        left = max(min(1.0, wait_s), until - time.monotonic())  # some: who waits is not told to wait
+        return remote.open(trains=False, run_id=run_id, wait_s=left)
 
     return patiently(attempt, say, wait_s)
 

@@ -16,6 +16,7 @@ from device_client.cli import cli
 from device_client.data import Dataset, load
 from tests.alone import text_of, trainer_of
 from tests.conftest import failed
+from tests.legs import leg
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,10 @@ def test_what_it_cannot_answer_is_said(run: Path, digits: Dataset, tmp_path: Pat
     assert "is the folder of the server" in failed(cli, *evaluate, run / "server")
     assert "holds no finished run" in failed(cli, *evaluate, tmp_path)
     inprocess.train(recipe_text(schedule="phases = [[0, 0.1]]"), digits, folder=tmp_path)
+    assert leg(tmp_path / "begun", text_of(0.2), digits, 5) is None
+    assert "is not finished (its last checkpoint is of step 4)" in failed(cli, *evaluate, tmp_path / "begun" / "device")
     refused = failed(cli, *evaluate, tmp_path / "device")
-    assert "is not there, which a device keeps where its head learns alone" in refused
+    assert "is not there: the head of this run learnt nothing alone" in refused
     for number in range(20):
         folder = tmp_path / "other" / ("train", "test")[number % 2] / f"digit {number // 2}"
         folder.mkdir(parents=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,7 +14,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from common.channel import parse_address, proxy
-from common.errors import AbsentError, AuthError, ClockError, LinkError
+from common.errors import AbsentError, AuthError, ClockError, LinkError, UntrustedError
 from common.tls import Access
 from device_client.remote_tail import RemoteTail
 from edge_server import certs
@@ -138,6 +140,18 @@ def test_a_clock_that_is_behind_is_named_and_waited_for(tmp_path: Path, monkeypa
     certs.make(tmp_path / "sound", ["localhost"], (), renew=False)
     assert Access(tls_ca=tmp_path / "sound" / "ca.pem").clock == ""
     remote.close()
+
+
+def test_an_odd_certificate_is_still_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("https_proxy", raising=False)
+    monkeypatch.setattr(ssl, "get_server_certificate", lambda *_, **__: "-----")
+    monkeypatch.setattr(x509, "load_pem_x509_certificate", Mock(side_effect=x509.InvalidVersion("7", 7)))
+    refused, asked = UntrustedError("it is not trusted"), Mock(return_value="-----")
+    with contextlib.closing(RemoteTail("edge.example.org:1")) as remote:
+        assert remote._told(refused) is refused
+        monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+        monkeypatch.setattr(ssl, "get_server_certificate", asked)
+        assert remote._told(refused) is refused and not asked.called, "whose it shows is not known from here"
 
 
 def test_a_proxy_is_named_and_not_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,13 @@ import torch
 from benchmarks import inprocess
 from common.checkpoint import Checkpoints
 from common.errors import RunFolderError
+from common.run import RunFolder
+from device_client.cli import cli
 from device_client.data import Dataset, load
 from device_client.local import Local
 from device_client.trainer import Trainer
 from tests.alone import text_of, trainer_of
+from tests.conftest import failed
 from tests.legs import EVERY, assert_same_end, leg
 
 
@@ -101,7 +104,7 @@ def test_what_was_learnt_from_other_pictures_is_not_lost_unasked(digits: Dataset
     Local(trainer_of(tmp_path, text_of(0.3), digits)).learn()
     for path in (tmp_path / "device" / "local").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RunFolderError, match="or is damaged"):
+    with pytest.raises(RunFolderError, match="or cannot be read .*is damaged"):
         going_on(text_of(0.3), digits)
 
 
@@ -170,6 +173,19 @@ def test_a_full_disk_is_told_and_nothing_is_lost(
     trainer_of(tmp_path / "full", text, digits).run(publish=False)
     assert_same_end(tmp_path / "full", tmp_path / "whole")
     assert not (tmp_path / "full" / "device" / "local").exists()
+
+
+def test_a_full_disk_at_its_end_ends_no_run(digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RunFolderError("the disk is full")
+
+    monkeypatch.setattr(RunFolder, "write_alone", full)
+    trainer = trainer_of(tmp_path, text_of(0.2), digits)
+    assert trainer.run(publish=False)["local"]["accuracy"] > 0
+    assert "may not be kept beyond this run: the disk is full" in _told(trainer)
+    assert "it was not kept, as on a full disk" in failed(
+        cli, "evaluate", "alone", "--data", "digits", "--run", tmp_path / "device"
+    )
 
 
 def test_tied_weights_and_short_ones_are_kept(digits: Dataset, tmp_path: Path) -> None:

@@ -214,6 +214,12 @@ def test_loss_and_accuracy_are_shares_of_what_they_were_of_late() -> None:
     assert (mean.loss, mean.accuracy) == (pytest.approx(1.9, abs=1e-3), pytest.approx(0.525, abs=1e-3))
 
 
+def test_a_mean_that_says_not_over_how_many_steps_is_none_of_the_first() -> None:
+    mean = RunningMean(0.3, 0.9)
+    mean.add(2.3, 0.1)
+    assert mean.loss == pytest.approx(0.4)
+
+
 def test_what_a_user_has_named_is_no_markup() -> None:
     console = Console(file=io.StringIO(), width=140)
     note(console, "there is no class [red]")
