@@ -141,7 +141,7 @@ def test_a_session_that_reading_outlasted_is_opened_anew() -> None:
         return "judged"
 
     assert use._again(remote, attempt, print, 3.0) == "judged"
-    assert opens == [{"trains": False, "run_id": "a run", "wait_s": 3.0}]
+    assert opens == [{"trains": False, "run_id": "a run", "wait_s": pytest.approx(3.0, abs=1)}]
     left.append(SessionError("not known here"))
     remote.open = lambda **_: Mock(recipe=recipe, phase=None)
     with pytest.raises(MismatchError, match="serves another run now"):
