@@ -98,7 +98,9 @@ def _compute_with(threads: int | None, name: str) -> torch.device:
 _say = partial(note, console)
 
 
-def _finished(run_path: Path | None) -> RunFolder | None:
+def _finished(
+    run_path: Path | None, otherwise: str = ", or leave it out to use the head that the server publishes"
+) -> RunFolder | None:
     """The folder with this device's own trained head; None for the published one."""
     if not run_path:
         return None
@@ -111,9 +113,7 @@ def _finished(run_path: Path | None) -> RunFolder | None:
             f"the run in {run_path} is not finished (its last checkpoint is of step {saved['step']:,}): let it be "
             f"trained to its end first, by device-client train"
         )
-    raise RunFolderError(
-        f"{run_path} holds no finished run; check --run, or leave it out to use the head that a server publishes"
-    )
+    raise RunFolderError(f"{run_path} holds no finished run; check --run{otherwise}")
 
 
 def _alone(
@@ -124,7 +124,7 @@ def _alone(
         raise click.UsageError(f"{ALONE} needs --run, the folder of the run on this device")
     if width:
         raise click.UsageError(f"--width is of what crosses, and with {ALONE} nothing does; leave it out")
-    folder = _finished(run_path)
+    folder = _finished(run_path, "")
     from device_client.alone import open_alone
 
     assert folder
