@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from common.halves import Head
     from common.rpc import split_pb2 as pb
     from device_client.alone import Alone, Verdict
 
@@ -114,6 +115,23 @@ def _finished(
             f"trained to its end first, by device-client train"
         )
     raise RunFolderError(f"{run_path} holds no finished run; check --run{otherwise}")
+
+
+@contextlib.contextmanager
+def _with_head(
+    server: str, access: dict[str, Any], run_path: Path | None, width: int | None, allowed: tuple[str, ...],
+    threads: int | None, processor: str, wait: float,
+) -> Iterator[tuple[RemoteTail, Head]]:  # fmt: skip
+    """A session with the server of a finished run, and that run's head."""
+    remote = _connect(server, access)
+    try:
+        finished = _finished(run_path)
+        from device_client import use
+
+        chosen = _compute_with(threads, processor)
+        yield remote, use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
+    finally:
+        remote.close()
 
 
 def _alone(
@@ -271,21 +289,15 @@ def evaluate(
             verdict = network.judge(loaded, progress)
         sent, up, down, again = 0, 0, 0, 0
     else:
-        remote = _connect(server, access)
-        try:
-            finished = _finished(run_path)
+        with _with_head(server, access, run_path, width, allowed, threads, processor, wait) as (remote, head):
             from device_client import use
 
-            chosen = _compute_with(threads, processor)
-            head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
             loaded = _load(remote.opened.recipe, remote.opened.classes, source, skip_unreadable, ("test",))
             with Counting(console, "Judged", "pictures") as progress:
                 verdict = use.evaluate(remote, head, loaded, _say, wait, progress)
             sent, meter = head.bottleneck.width, remote.meter
             up, down = meter.total(UP).message, meter.total(DOWN).message
             again = meter.again(UP) + meter.again(DOWN)
-        finally:
-            remote.close()
     if as_json:
         answer = {"accuracy": verdict.accuracy, "loss": for_json(verdict.loss), "pictures": verdict.count}
         click.echo(json.dumps(answer | {"width": sent, "bytes": {UP: up, DOWN: down, "again": again}}))
@@ -316,18 +328,12 @@ def predict(
             read, classes = given.read(pictures, network.recipe.model.input, _say), network.classes
             answers = read.answers(lambda part: network.logits(part, progress))
     else:
-        remote = _connect(server, access)
-        try:
-            finished = _finished(run_path)
+        with _with_head(server, access, run_path, width, allowed, threads, processor, wait) as (remote, head):
             from device_client import given, use
 
-            chosen = _compute_with(threads, processor)
-            head = use.open_finished(remote, finished, allowed, width, _say, chosen, wait)
             with Counting(console, "Named", "pictures") as progress:
                 read, classes = given.read(pictures, remote.opened.recipe.model.input, _say), remote.opened.classes
                 answers = read.answers(lambda part: use.predict(remote, head, part, _say, wait, progress))
-        finally:
-            remote.close()
     unreadable = {path: found for path, found in answers if isinstance(found, DataError)}
     none_read = len(unreadable) == len(dict(answers))
     if as_json:
