@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
 from common.errors import DepruneError
+from common.processor import choose
 from device_client.sources import check_source
 
 
@@ -15,28 +17,24 @@ def cores() -> int:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=_source, help="folder:PATH with train/CLASS and test/CLASS")
+    parser.add_argument("source", type=_passing(check_source), help="folder:PATH with train/CLASS and test/CLASS")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", type=_device, default="cpu", help="where both halves compute: cpu, cuda, cuda:NUMBER or auto"
-    )
+        "--device", type=_passing(choose), default="cpu",
+        help="where both halves compute: cpu, cuda, cuda:NUMBER or auto",
+    )  # fmt: skip
 
 
-def _source(text: str) -> str:
-    try:
-        check_source(text)
-    except DepruneError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+def _passing(check: Callable[[str], object]) -> Callable[[str], str]:
+    """An argparse type: text that `check` has nothing against."""
 
+    def checked(text: str) -> str:
+        try:
+            check(text)
+        except DepruneError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
 
-def _device(name: str) -> str:
-    from common.processor import choose  # which loads torch
-
-    try:
-        choose(name)
-    except DepruneError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return name
+    return checked

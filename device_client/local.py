@@ -107,12 +107,12 @@ class Local:
                 if due(self.step, trainer.opened.checkpoint_every, turn=self.step == self.steps):
                     self.keep()
         self.optimiser.zero_grad()
-        self._publish()
+        self._write_alone()
         self.head.eval()
         accuracy = self.network.judge(trainer.data).accuracy  # what the device could do without a server
         return {"epochs": self.recipe.local.epochs, "steps": self.steps, "accuracy": accuracy}
 
-    def _publish(self) -> None:
+    def _write_alone(self) -> None:
         """Keep what can be asked without a server, beyond the run's end; a full disk is told, and the run begins."""
         try:
             self.trainer.folder.write_alone(self.network)
@@ -174,8 +174,7 @@ class Local:
         """Write a checkpoint; a full disk is told, and learning goes on."""
         if self.step in self.checkpoints.written:
             return
-        tensors = {f"layers.{name}": value for name, value in self.head.layers.state_dict().items()}
-        tensors |= {f"classifier.{name}": value for name, value in self.classifier.state_dict().items()}
+        tensors = self.network.state_dict()
         tensors |= {f"optimiser.{name}": value for name, value in optim.tensors_of(self.optimiser).items()}
         # Copied: a model's tied weights are one tensor under two names, which safetensors does not write.
         tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
